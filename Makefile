@@ -1,0 +1,31 @@
+# `make demo` and `make test` do all the set-up on a fresh machine: Python >= 3.11 and make suffice.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-all check clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dpnlu needs Python 3.11 or newer; run: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch  # first: the CPU build, where there is one
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/dpnlu compare --data synthetic --model lstm --epsilons inf 8 2 --out runs/demo
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/pytest -m "not slow and not gpu and not network"
+
+test-all: check
+	$(BIN)/pytest -m "not gpu and not network"
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

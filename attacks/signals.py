@@ -1,0 +1,105 @@
+"""What a model says about examples: the arrays that attacks score.
+
+Signals are read in evaluation mode and taken in float64 from the logits: a probability near 1
+rounds to 1, and with it everything that low false positive rates depend on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A model's logits for B examples, and the true labels.
+
+    Attributes:
+        intent_logits: (B, K).
+        intents: (B,).
+        tag_logits: (B, T, L), or None for a model without slots.
+        tags: (B, T), negative where there is no tag to predict: padding must not count.
+    """
+
+    intent_logits: Tensor
+    intents: Tensor
+    tag_logits: Tensor | None = None
+    tags: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signals:
+    """One number per example (N,) of each kind.
+
+    Attributes:
+        loss: -log p of the true intent, plus the mean over the words of -log p of the true tag.
+        intent_margin: log p_y - log Σ_{c≠y} p_c of the intent, LiRA's scaled confidence.
+        slot_margin: mean of the same over the words; absent without slots.
+    """
+
+    loss: Floats
+    intent_margin: Floats
+    slot_margin: Floats | None = None
+
+    @property
+    def margins(self) -> Floats:
+        """(N,) or, with slots, (N, 2): the margins for attacks that take several at once."""
+        if self.slot_margin is None:
+            return self.intent_margin
+        return np.stack((self.intent_margin, self.slot_margin), axis=1)
+
+    def to_arrays(self) -> dict[str, Floats]:
+        """The fields that are there, for files."""
+        return {name: values for name, values in vars(self).items() if values is not None}
+
+
+def collect(
+    model: nn.Module, predict: Callable[[Any], Predictions], batches: Iterable[Any]
+) -> Signals:
+    """Read the signals of all batches, in order.
+
+    The model is put into evaluation mode, and back: dropout would blur what it knows.
+
+    Args:
+        model: the model that `predict` runs.
+        predict: batch -> logits and labels.
+        batches: whatever `predict` takes.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            parts = [_signals(predict(batch)) for batch in batches]
+    finally:
+        model.train(was_training)
+    return Signals(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+
+
+def _signals(predictions: Predictions) -> dict[str, Floats]:
+    loss, margin = _loss_and_margin(predictions.intent_logits.double(), predictions.intents)
+    found = {"loss": loss.numpy(force=True), "intent_margin": margin.numpy(force=True)}
+    if predictions.tag_logits is None or predictions.tags is None:
+        return found
+    known = predictions.tags >= 0
+    words = known.sum(1).clamp(min=1)
+    by_word = _loss_and_margin(predictions.tag_logits.double(), predictions.tags.clamp(min=0))
+    slot_loss, slot_margin = (
+        (torch.where(known, values, 0.0).sum(1) / words).numpy(force=True) for values in by_word
+    )
+    return found | {"loss": found["loss"] + slot_loss, "slot_margin": slot_margin}
+
+
+def _loss_and_margin(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(…, K) logits and (…) labels -> -log p_y and log p_y - log Σ_{c≠y} p_c."""
+    true = logits.gather(-1, labels[..., None])[..., 0]
+    others = logits.scatter(-1, labels[..., None], -torch.inf)
+    margin = true - others.logsumexp(-1)
+    return torch.nn.functional.softplus(-margin), margin

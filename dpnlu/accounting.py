@@ -1,0 +1,247 @@
+"""Events to ε and back.
+
+An event is an immutable description of what was released; an accountant turns a list of events
+and δ into ε. The default accountant is the privacy loss distribution (PLD) of `dp-accounting`,
+which is tight and pessimistic: discretisation can only raise the ε it reports. Two further
+accountants serve as second opinions. The libraries are imported when first needed, since importing
+them costs about a second.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+# How finely privacy losses are discretised, as a share of one step's typical loss
+# (sample_rate / noise_multiplier), and the finest and coarsest grid worth using.
+_GRID_SHARE = 0.05
+_GRID_FINEST, _GRID_COARSEST = 1e-6, 1e-3
+
+# Calibration searches on a coarser grid first: ten times faster, and still on the safe side.
+_COARSE = 10.0
+
+_SMALLEST_NOISE_MULTIPLIER = 0.01
+_LARGEST_NOISE_MULTIPLIER = 1e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledGaussian:
+    """`steps` Gaussian releases of a sum over a freshly Poisson-sampled batch.
+
+    Attributes:
+        noise_multiplier: standard deviation of the noise divided by the sensitivity of the sum.
+        sample_rate: probability in (0, 1] with which each example enters a batch.
+        steps: how many such releases, >= 0.
+        max_batch_size: batches are truncated to this size; None: not truncated.
+        num_examples: the public number of examples; needed only with `max_batch_size`.
+    """
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    max_batch_size: int | None = None
+    num_examples: int | None = None
+
+
+def epsilon(events: Iterable[SampledGaussian], *, delta: float, accountant: str = "pld") -> float:
+    """The ε of the composition of `events` at `delta`.
+
+    Args:
+        events: what was released; an empty list costs nothing.
+        delta: in (0, 1).
+        accountant: a key of `ACCOUNTANTS`.
+
+    Returns:
+        An upper bound on ε, never negative; infinite if some event carries no noise.
+
+    Raises:
+        ValueError: unknown accountant.
+    """
+    if accountant not in ACCOUNTANTS:
+        raise ValueError(
+            f"Expected `accountant` to be one of {sorted(ACCOUNTANTS)}, got {accountant!r}."
+        )
+    released = _merged(events)
+    if not released:
+        return 0.0
+    if any(event.noise_multiplier == 0 for event in released):
+        return math.inf
+    spent: float = ACCOUNTANTS[accountant](released, delta)
+    return max(0.0, spent)
+
+
+def calibrate_noise_multiplier(
+    events: Callable[[float], Sequence[SampledGaussian]],
+    *,
+    target_epsilon: float,
+    delta: float,
+    tolerance: float = 1e-3,
+) -> float:
+    """The smallest noise multiplier σ, within tolerance, for which `events(σ)` meets the target.
+
+    Guarantee: the ε of the returned σ, as the PLD accountant reports it, was computed and does not
+    exceed `target_epsilon`.
+
+    Args:
+        events: noise multiplier -> the events it leads to; ε must fall as σ grows.
+        target_epsilon: > 0.
+        delta: in (0, 1).
+        tolerance: relative width of the final bracket of σ.
+
+    Raises:
+        ValueError: no noise multiplier below a million reaches the target.
+    """
+
+    def excess(sigma: float, coarsening: float) -> float:
+        spent = _pld_epsilon(_merged(events(sigma)), delta, coarsening)
+        return math.log(max(spent, 1e-300) / target_epsilon)
+
+    coarse = _bracket(lambda sigma: excess(sigma, _COARSE), start=1 / _least_noise(events(1.0)))
+    rough = _root(lambda sigma: excess(sigma, _COARSE), coarse, tolerance=0.01)
+    fine = _bracket(lambda sigma: excess(sigma, 1.0), start=rough, factor=1.02)
+    return _root(lambda sigma: excess(sigma, 1.0), fine, tolerance=tolerance)
+
+
+def _least_noise(events: Sequence[SampledGaussian]) -> float:
+    return min(event.noise_multiplier for event in events)
+
+
+def _bracket(
+    excess: Callable[[float], float], *, start: float, factor: float = 1.5
+) -> tuple[float, float]:
+    """(low, high) with the target missed at low and met at high."""
+    high = start
+    while excess(high) > 0:
+        high *= factor
+        if high > _LARGEST_NOISE_MULTIPLIER:
+            raise ValueError(
+                "Expected a target ε that some noise multiplier below 1e6 reaches, got one that "
+                "needs more: raise the target ε or δ, or train for fewer steps."
+            )
+    low = high / factor
+    while low > _SMALLEST_NOISE_MULTIPLIER and excess(low) <= 0:
+        low, high = low / factor, low
+    return low, high
+
+
+def _root(
+    excess: Callable[[float], float], bracket: tuple[float, float], *, tolerance: float
+) -> float:
+    """A point at which the target is met, within `tolerance` of one at which it is missed."""
+    low, high = bracket
+    low_excess, high_excess = excess(low), excess(high)
+    while high / low > 1 + tolerance and high_excess < -tolerance / 2:
+        middle = _interpolate(low, low_excess, high, high_excess)
+        middle_excess = excess(middle)
+        if middle_excess > 0:
+            low, low_excess = middle, middle_excess
+        else:
+            high, high_excess = middle, middle_excess
+    return high
+
+
+def _interpolate(low: float, low_excess: float, high: float, high_excess: float) -> float:
+    """A point of the bracket where the secant in log σ nearly meets zero, kept off the ends."""
+    share = low_excess / (low_excess - high_excess) if math.isfinite(low_excess) else 0.5
+    # Aim slightly to the safe side of the root, so that the next `high` is a close one.
+    step: float = (high / low) ** min(max(share + 0.02, 0.05), 0.95)
+    return low * step
+
+
+def _merged(events: Iterable[SampledGaussian]) -> tuple[SampledGaussian, ...]:
+    """The events without empty ones, equal mechanisms joined: order does not matter to ε."""
+    steps: dict[SampledGaussian, int] = {}
+    for event in events:
+        key = SampledGaussian(**{**event.__dict__, "steps": 0})
+        steps[key] = steps.get(key, 0) + event.steps
+    return tuple(
+        SampledGaussian(**{**key.__dict__, "steps": count}) for key, count in steps.items() if count
+    )
+
+
+@lru_cache(maxsize=4096)
+def _pld_epsilon(
+    events: tuple[SampledGaussian, ...], delta: float, coarsening: float = 1.0
+) -> float:
+    from dp_accounting import pld
+
+    step_loss = min(event.sample_rate / event.noise_multiplier for event in events)
+    grid = min(max(_GRID_SHARE * step_loss, _GRID_FINEST), _GRID_COARSEST) * coarsening
+    accountant = pld.PLDAccountant(_relation(events), value_discretization_interval=grid)
+    return _composed_epsilon(accountant, events, delta)
+
+
+@lru_cache(maxsize=4096)
+def _rdp_epsilon(events: tuple[SampledGaussian, ...], delta: float) -> float:
+    from dp_accounting import rdp
+
+    with _quiet_absl():  # it reports every Rényi order that it leaves out
+        return _composed_epsilon(rdp.RdpAccountant(), events, delta)
+
+
+@lru_cache(maxsize=4096)
+def _prv_epsilon(events: tuple[SampledGaussian, ...], delta: float) -> float:
+    from opacus.accountants import PRVAccountant
+
+    if any(event.max_batch_size is not None for event in events):
+        raise ValueError(
+            "Expected untruncated Poisson batches for the 'prv' accountant: use 'pld' instead."
+        )
+    accountant = PRVAccountant()
+    accountant.history = [
+        (event.noise_multiplier, event.sample_rate, event.steps) for event in events
+    ]
+    return float(accountant.get_epsilon(delta))
+
+
+def _composed_epsilon(accountant: Any, events: tuple[SampledGaussian, ...], delta: float) -> float:
+    for event in events:
+        accountant.compose(_dp_event(event), event.steps)
+    return float(accountant.get_epsilon(delta))
+
+
+def _dp_event(event: SampledGaussian) -> Any:
+    """One step of `event` in the vocabulary of `dp_accounting`."""
+    from dp_accounting import dp_event
+
+    if event.max_batch_size is not None:
+        return dp_event.TruncatedSubsampledGaussianDpEvent(
+            dataset_size=event.num_examples,
+            sampling_probability=event.sample_rate,
+            truncated_batch_size=event.max_batch_size,
+            noise_multiplier=event.noise_multiplier,
+        )
+    gaussian = dp_event.GaussianDpEvent(event.noise_multiplier)
+    return dp_event.PoissonSampledDpEvent(event.sample_rate, gaussian)
+
+
+def _relation(events: tuple[SampledGaussian, ...]) -> Any:
+    """Truncation is analysed under the zero-out relation, everything else under add/remove."""
+    from dp_accounting import NeighboringRelation
+
+    if any(event.max_batch_size is not None for event in events):
+        return NeighboringRelation.REPLACE_SPECIAL
+    return NeighboringRelation.ADD_OR_REMOVE_ONE
+
+
+@contextmanager
+def _quiet_absl() -> Iterator[None]:
+    logger = logging.getLogger("absl")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+ACCOUNTANTS: dict[str, Callable[[tuple[SampledGaussian, ...], float], float]] = {
+    "pld": _pld_epsilon,
+    "rdp": _rdp_epsilon,
+    "prv": _prv_epsilon,
+}

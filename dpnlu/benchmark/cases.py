@@ -1,0 +1,161 @@
+"""The work that is measured: models of the shapes people use, random data of fixed size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Inputs = tuple[Tensor, Tensor]  # token ids (B, T), intents (B,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One line of the table.
+
+    Attributes:
+        build: makes the model, called with (B, T) ids, returning (B, K) logits.
+        positions: T.
+        physical: examples computed at once.
+        logical: examples per step.
+        vocabulary: number of different ids.
+        target: the overhead that this work should not exceed; None: none was set.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    positions: int
+    physical: int
+    logical: int
+    vocabulary: int = 10_000
+    target: float | None = None
+
+    def inputs(self) -> list[Inputs]:
+        """The physical batches of one logical batch."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (self.physical, self.positions)
+        return [
+            (
+                torch.randint(1, self.vocabulary, shape, generator=generator),
+                torch.randint(_INTENTS, (self.physical,), generator=generator),
+            )
+            for _ in range(self.logical // self.physical)
+        ]
+
+
+def losses(model: nn.Module, inputs: Inputs) -> Tensor:
+    """(B,) per-example losses."""
+    ids, intents = inputs
+    return F.cross_entropy(model(ids), intents, reduction="none")
+
+
+_INTENTS = 64
+_BERT_VOCABULARY = 30_522
+
+
+class RecurrentClassifier(nn.Module):
+    """Embedding, one bidirectional `nn.LSTM`, maximum over time, linear head."""
+
+    def __init__(self, embedding_size: int, hidden_size: int, vocabulary: int = 10_000) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, embedding_size, padding_idx=0)
+        self.lstm = nn.LSTM(embedding_size, hidden_size, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(2 * hidden_size, _INTENTS)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, K)."""
+        states, _ = self.lstm(self.embedding(ids))
+        logits: Tensor = self.head(states.amax(1))
+        return logits
+
+
+class EncoderHead(nn.Module):
+    """A Hugging Face encoder for sequence classification, called with ids alone."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, K)."""
+        logits: Tensor = self.encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        return logits
+
+
+def bert(*, layers: int, hidden: int, heads: int) -> nn.Module:
+    """A randomly initialised BERT of this shape."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=_BERT_VOCABULARY,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * hidden,
+    )
+    config.num_labels = _INTENTS
+    return EncoderHead(BertForSequenceClassification(config))
+
+
+def minilm() -> nn.Module:
+    """The shape of all-MiniLM-L6: 6 layers of 384, 30 522 words, 22.7 M parameters."""
+    return bert(layers=6, hidden=384, heads=12)
+
+
+def minilm_lora() -> nn.Module:
+    """The same with LoRA of rank 8 on query and value; the head is trained as well."""
+    from peft import LoraConfig, get_peft_model
+
+    model = minilm()
+    config = LoraConfig(r=8, target_modules=["query", "value"], modules_to_save=["classifier"])
+    return get_peft_model(model, config)  # type: ignore[no-any-return]
+
+
+CASES = (
+    Case(
+        name="MiniLM-L6, logical 256",
+        build=minilm,
+        positions=32,
+        physical=32,
+        logical=256,
+        vocabulary=_BERT_VOCABULARY,
+        target=1.10,
+    ),
+    Case(
+        name="MiniLM-L6, logical 32",
+        build=minilm,
+        positions=32,
+        physical=32,
+        logical=32,
+        vocabulary=_BERT_VOCABULARY,
+        target=1.22,
+    ),
+    Case(
+        name="MiniLM-L6, LoRA rank 8",
+        build=minilm_lora,
+        positions=32,
+        physical=32,
+        logical=256,
+        vocabulary=_BERT_VOCABULARY,
+        target=1.10,
+    ),
+    Case(
+        name="BiLSTM 300/256",
+        build=lambda: RecurrentClassifier(300, 256),
+        positions=24,
+        physical=64,
+        logical=256,
+        target=1.35,
+    ),
+    Case(
+        name="BiLSTM 100/100",
+        build=lambda: RecurrentClassifier(100, 100),
+        positions=24,
+        physical=64,
+        logical=256,
+        target=1.6,
+    ),
+)

@@ -1,0 +1,65 @@
+"""One logical step, ordinary and private, on the same data with the same accumulation."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from dpnlu.benchmark.cases import Case, Inputs, losses
+from dpnlu.plan import PrivacyPlan
+from dpnlu.sampling import PhysicalBatch
+from dpnlu.training import privatize
+
+Step = Callable[[], None]
+
+
+def ordinary(case: Case, model: nn.Module) -> Step:
+    """Backward pass per physical batch, then the optimizer."""
+    optimizer = _optimizer(model)
+    batches = case.inputs()
+
+    def step() -> None:
+        for inputs in batches:
+            (losses(model, inputs).sum() / case.logical).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def private(case: Case, model: nn.Module, *, engine: str = "book_keeping") -> Step:
+    """The same with clipping, noise, and a ledger on disk."""
+    plan = PrivacyPlan(
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        sample_rate=0.01,
+        steps=10**9,
+        target_delta=1e-6,
+        num_examples=100 * case.logical,
+    )
+    folder = Path(tempfile.mkdtemp(prefix="dpnlu-benchmark-"))
+    handle = privatize(model, _optimizer(model), plan, engine=engine, ledger=folder / "ledger")
+    batches = case.inputs()
+
+    def step() -> None:
+        for number, inputs in enumerate(batches, start=1):
+            last = number == len(batches)
+            handle.begin(PhysicalBatch(_ids(inputs), closes_unit=last, closes_step=last))
+            handle.step(losses(model, inputs))
+
+    return step
+
+
+def _ids(inputs: Inputs) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Ids of a physical batch; what matters is how many they are."""
+    return np.arange(len(inputs[0]))
+
+
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trainable, lr=1e-4, fused=True)

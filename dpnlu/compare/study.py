@@ -1,0 +1,146 @@
+"""A study: who is a member of which model, decided before anything is trained.
+
+K + 1 models share one recipe. Model 0 is the target, which is attacked; the others are reference
+models, which the attacker trains for himself. Some training examples are *audit* examples: for
+each model, a fair coin of its own decides whether the example is in. All other training examples
+are in every model. Each model may also carry a canary with a secret of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attacks.canaries import CanarySpec, all_secrets, canary_tags, canary_tokens, draw_secret
+from attacks.signals import Predictions, Signals, collect
+from dpnlu.classifier import Classifier
+from dpnlu.data import Corpus, Example
+from dpnlu.encoding import Encoded, Labels, batches, encode_all
+from dpnlu.models import Batch
+
+_BATCH_SIZE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Who trains on what.
+
+    Attributes:
+        base: training examples of every model.
+        audit: m audit examples.
+        coins: (K + 1, m) Boolean: whether the audit example is in the model.
+        canaries: what the canaries look like, one entry per pattern; may be empty.
+        secrets: for each of them (K + 1, length), each model's secret, as indices of candidates.
+    """
+
+    base: tuple[Example, ...]
+    audit: tuple[Example, ...]
+    coins: NDArray[np.bool_]
+    canaries: tuple[CanarySpec, ...] = ()
+    secrets: tuple[NDArray[np.int64], ...] = ()
+
+    @classmethod
+    def draw(
+        cls,
+        corpus: Corpus,
+        *,
+        audit_examples: int,
+        references: int,
+        canaries: Sequence[CanarySpec],
+        rng: np.random.Generator,
+    ) -> Study:
+        """Draw audit examples, coins and secrets.
+
+        Args:
+            corpus: without repeated texts.
+            audit_examples: m, at most the size of the training split.
+            references: K >= 0.
+        """
+        examples = corpus.split("train")
+        chosen = set(rng.permutation(len(examples))[:audit_examples].tolist())
+        models = references + 1
+        return cls(
+            base=tuple(e for place, e in enumerate(examples) if place not in chosen),
+            audit=tuple(e for place, e in enumerate(examples) if place in chosen),
+            coins=rng.random((models, len(chosen))) < 0.5,
+            canaries=tuple(canaries),
+            secrets=tuple(
+                np.stack([draw_secret(rng, length=canary.length) for _ in range(models)])
+                for canary in canaries
+            ),
+        )
+
+    def examples(self, model: int) -> tuple[Example, ...]:
+        """What the model trains on."""
+        members = (e for e, is_in in zip(self.audit, self.coins[model], strict=True) if is_in)
+        return (*self.base, *members, *self._canaries(model))
+
+    def labels(self, corpus: Corpus) -> Labels:
+        """The corpus' labels, and those of the canary."""
+        intents, tags = set(corpus.intents), set(corpus.tags)
+        for canary in self.canaries:
+            intents.add(canary.pattern.intent)
+            if corpus.has_slots:
+                tags |= set(canary_tags(canary.pattern, canary.length))
+        return Labels(tuple(sorted(intents)), tuple(sorted(tags)))
+
+    def _canaries(self, model: int) -> list[Example]:
+        with_slots = (*self.base, *self.audit)[0].tags is not None
+        return [
+            canary_example(
+                canary,
+                secrets[model],
+                name=f"{canary.pattern.name}-{copy}",
+                with_slots=with_slots,
+            )
+            for canary, secrets in zip(self.canaries, self.secrets, strict=True)
+            for copy in range(canary.repetitions)
+        ]
+
+
+def canary_example(
+    canary: CanarySpec, secret: NDArray[np.int64], *, name: str, with_slots: bool
+) -> Example:
+    """The utterance that carries a secret."""
+    tokens = canary_tokens(canary.pattern, secret)
+    return Example(
+        id=f"canary-{name}",
+        text=" ".join(tokens),
+        tokens=tokens,
+        tags=canary_tags(canary.pattern, canary.length) if with_slots else None,
+        intent=canary.pattern.intent,
+        split="train",
+    )
+
+
+def read_signals(classifier: Classifier, examples: Sequence[Example]) -> Signals:
+    """What a classifier says about examples."""
+    encoded = encode_all(classifier.encoding, examples)
+    return _signals(classifier, encoded)
+
+
+def read_canary_losses(classifier: Classifier, canary: CanarySpec) -> NDArray[np.float64]:
+    """The classifier's loss on the canary with every possible secret, in lexicographic order."""
+    with_slots = bool(classifier.encoding.labels.tags)
+    losses = []
+    for some in np.array_split(all_secrets(canary.length), max(1, 10**canary.length // 2000)):
+        examples = [
+            canary_example(canary, secret, name="candidate", with_slots=with_slots)
+            for secret in some
+        ]
+        losses.append(read_signals(classifier, examples).loss)
+    return np.concatenate(losses)
+
+
+def _signals(classifier: Classifier, encoded: Sequence[Encoded]) -> Signals:
+    model: Any = classifier.model
+
+    def predict(batch: Batch) -> Predictions:
+        outputs = model(batch)
+        return Predictions(outputs.intents, batch["intents"], outputs.tags, batch.get("tags"))
+
+    return collect(model, predict, batches(classifier.encoding, encoded, size=_BATCH_SIZE))

@@ -1,0 +1,41 @@
+"""The recipes that are used unless told otherwise.
+
+They were tuned on public data (SNIPS). On private data every look at a validation score is a
+release of its own; the guarantee of a single training does not cover the choice among several.
+"""
+
+from __future__ import annotations
+
+from dpnlu.classifier import LSTM, Architecture
+from dpnlu.fitting import Recipe
+
+DELTA = 1e-5
+MAX_GRAD_NORM = 1.0
+
+
+def architecture(name: str, *, private: bool) -> Architecture:
+    """The shape of the named classifier. Private training has noise enough without dropout.
+
+    Raises:
+        ValueError: the name is neither "lstm" nor "encoder:NAME_OR_PATH".
+    """
+    if name == LSTM:
+        return Architecture(name=name, dropout=0.0 if private else 0.5)
+    return Architecture(name=name, dropout=0.0 if private else 0.1)
+
+
+def recipe(name: str, *, private: bool, epochs: float | None, batch_size: int | None) -> Recipe:
+    """How to train the named classifier.
+
+    Args:
+        private: private training wants larger batches and higher rates.
+        epochs: None: as recommended.
+        batch_size: of private training; None: as recommended. Ordinary training keeps its own.
+    """
+    if name == LSTM:
+        if private:
+            return Recipe(epochs=epochs or 20, batch_size=batch_size or 512, learning_rate=2e-2)
+        return Recipe(epochs=epochs or 20, batch_size=64, learning_rate=2e-3)
+    if private:
+        return Recipe(epochs=epochs or 10, batch_size=batch_size or 1024, learning_rate=5e-4)
+    return Recipe(epochs=epochs or 5, batch_size=32, learning_rate=5e-5, warmup=0.1)

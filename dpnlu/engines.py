@@ -1,0 +1,391 @@
+"""Engines: losses (B,) in, clipped gradient sums out.
+
+All engines keep the same contract and differ in how they find an example's gradient:
+
+- `BookKeeping`: one backward pass, norms and sums from the tape's records. The default.
+- `PerExample`: one backward pass per example. The oracle: slow, right for whatever autograd can do.
+- `Microbatch`: one ordinary backward pass per micro-batch, whose mean is clipped (eDP-SGD).
+- `Opacus`: per-example gradients by Opacus' hooks. The reference.
+
+Guarantee, of all of them: with norms computed to working precision, each clipping unit adds at most
+`max_grad_norm` in L2 norm to what `add_clipped` accumulates per unit of `scale`. A unit whose
+gradient is not finite adds exactly nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dpnlu.clipping import CLIPPING_RULES
+from dpnlu.gradients import Dense, Gradients, GramCache, combine, squared_norms
+from dpnlu.plan import PrivacyPlan
+from dpnlu.rules import OPERATIONS
+from dpnlu.tape import Tape, UnsupportedLayerError
+
+# How many different structures of the forward pass are checked against automatic differentiation.
+_CHECKED_STRUCTURES = 16
+# Largest error of an example's gradient, relative to its norm, that passes as rounding.
+_CHECK_TOLERANCE = {torch.float64: 1e-8, torch.float32: 5e-3}
+_LOW_PRECISION_TOLERANCE = 0.2
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """What became of the clipping units of one call. Private: never log it.
+
+    Attributes:
+        norms: (U,) gradient norms before clipping.
+        non_finite: how many units were left out for not being finite.
+    """
+
+    norms: Tensor
+    non_finite: int
+
+
+class Engine(Protocol):
+    """Finds, clips and adds up gradients."""
+
+    def expect(self, batch_size: int | None) -> None:
+        """Announce the size of the coming physical batch; None: it is not known beforehand."""
+
+    def add_clipped(
+        self,
+        losses: Tensor,
+        *,
+        into: Mapping[nn.Parameter, Tensor],
+        scale: float,
+        closes_unit: bool | None,
+    ) -> Clipped | None:
+        """Add scale * (sum of clipped gradients) to the buffers of `into`.
+
+        Args:
+            losses: (B,) losses, each depending on its own example only.
+            closes_unit: whether the clipping unit is complete with these examples; None: they are
+                a whole logical batch, and the engine forms the units.
+
+        Returns:
+            None while the unit is not complete.
+        """
+
+    def weights_changed(self) -> None:
+        """The optimizer has stepped: what was derived from the weights is out of date."""
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+
+
+class BookKeeping:
+    """Per-example clipping in one backward pass (Bu et al. 2023), without weight gradients.
+
+    The first time a model's forward pass takes a certain course, one example's gradient is
+    compared with plain automatic differentiation, before anything is released.
+    """
+
+    def __init__(self, model: nn.Module, plan: PrivacyPlan, *, verify: bool = True) -> None:
+        self._plan = plan
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._tape = Tape(model, OPERATIONS)
+        self._unchecked = _CHECKED_STRUCTURES if verify else 0
+        self._checked: set[Any] = set()
+
+    def expect(self, batch_size: int | None) -> None:
+        self._tape.expect(batch_size)
+
+    def add_clipped(
+        self,
+        losses: Tensor,
+        *,
+        into: Mapping[nn.Parameter, Tensor],
+        scale: float,
+        closes_unit: bool | None = True,
+    ) -> Clipped:
+        try:
+            self._check(losses, into)
+            found = self._tape.trace.gradients(losses)
+        finally:
+            self._tape.clear()
+        parts = {parameter: combine(found[parameter]) for parameter in into if parameter in found}
+        return _add_clipped(parts, losses, self._plan, into=into, scale=scale)
+
+    def weights_changed(self) -> None:
+        self._tape.forget_weights()
+
+    def close(self) -> None:
+        self._tape.close()
+
+    def _check(self, losses: Tensor, into: Mapping[nn.Parameter, Tensor]) -> None:
+        """Compare one example with automatic differentiation, once per structure.
+
+        Raises:
+            UnsupportedLayerError: they differ: examples mix, or dimension 0 is not the batch.
+        """
+        structure = self._tape.trace.signature
+        if not self._unchecked or structure in self._checked or not len(losses):
+            return
+        self._unchecked -= 1
+        self._checked.add(structure)
+        found = self._tape.trace.gradients(losses, retain_graph=True)
+        example = _finite_example(losses)
+        if example is None:
+            self._checked.discard(structure)
+            return
+        expected = _gradient(losses[example], list(into), keep_graph=True)
+        chosen = torch.nn.functional.one_hot(torch.tensor(example), len(losses)).to(losses)
+        grams, squared, errors = GramCache(), losses.new_zeros(len(losses)), {}
+        for parameter, gradient in zip(into, expected, strict=True):
+            computed = torch.zeros_like(parameter)
+            for part in combine(found.get(parameter, [])):
+                part.add_weighted_sum(chosen.to(computed.dtype), computed)
+            if parameter in found:
+                squared = squared + squared_norms(combine(found[parameter]), grams)
+            errors[parameter] = float((computed - gradient).norm())
+        norm = float(torch.stack([gradient.norm() for gradient in expected]).norm())
+        self._judge(errors, norm, float(squared[example].sqrt()), losses)
+
+    def _judge(
+        self, errors: dict[nn.Parameter, float], norm: float, found: float, losses: Tensor
+    ) -> None:
+        tolerance = _CHECK_TOLERANCE.get(losses.dtype, _LOW_PRECISION_TOLERANCE)
+        if any(torch.is_autocast_enabled(device) for device in ("cpu", losses.device.type)):
+            tolerance = _LOW_PRECISION_TOLERANCE
+        worst = max(errors, key=errors.__getitem__)
+        if errors[worst] <= tolerance * norm and abs(found - norm) <= tolerance * norm:
+            return
+        raise UnsupportedLayerError(
+            f"Expected the loss of one example to depend on that example alone, and dimension 0 of "
+            f"every activation to hold the examples; the gradient of {self._names[worst]} says "
+            "otherwise. Remove what mixes examples (batch statistics, in-batch negatives, a mean "
+            "over the batch inside the loss), put the batch first, or use engine='per_example'."
+        )
+
+
+class PerExample:
+    """One backward pass per example: slow, and right by construction."""
+
+    def __init__(self, model: nn.Module, plan: PrivacyPlan) -> None:
+        self._plan = plan
+
+    def expect(self, batch_size: int | None) -> None:
+        pass
+
+    def add_clipped(
+        self,
+        losses: Tensor,
+        *,
+        into: Mapping[nn.Parameter, Tensor],
+        scale: float,
+        closes_unit: bool | None = True,
+    ) -> Clipped:
+        parameters = list(into)
+        rule = CLIPPING_RULES[self._plan.clipping]
+        norms, non_finite = [], 0
+        for example in range(len(losses)):
+            gradients = _gradient(losses[example], parameters, keep_graph=True)
+            norm = _norm(gradients)
+            norms.append(norm)
+            if not bool(torch.isfinite(norm)):
+                non_finite += 1
+                continue
+            coefficient = rule(norm[None], self._plan.max_grad_norm)[0] * scale
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                into[parameter].add_(gradient * coefficient)
+        return Clipped(torch.stack(norms) if norms else losses.new_zeros(0), non_finite)
+
+    def weights_changed(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class _Unit:
+    """The micro-batch that is being added up."""
+
+    sums: list[Tensor] = field(default_factory=list)
+    size: int = 0
+
+
+class Microbatch:
+    """Clips the mean gradient of each micro-batch (eDP-SGD, Dupuy et al. 2022).
+
+    One ordinary backward pass each. One example can turn its micro-batch's mean from any vector
+    into any other, so the sensitivity is 2C, which the plan accounts for.
+    """
+
+    def __init__(self, model: nn.Module, plan: PrivacyPlan) -> None:
+        self._plan = plan
+        self._unit = _Unit()
+
+    def expect(self, batch_size: int | None) -> None:
+        pass
+
+    def add_clipped(
+        self,
+        losses: Tensor,
+        *,
+        into: Mapping[nn.Parameter, Tensor],
+        scale: float,
+        closes_unit: bool | None = True,
+    ) -> Clipped | None:
+        if closes_unit is None:
+            return self._add_whole_batch(losses, into, scale)
+        if len(losses):
+            self._extend_unit(losses, list(into), keep_graph=False)
+        return self._close_unit(into, scale) if closes_unit else None
+
+    def _add_whole_batch(
+        self, losses: Tensor, into: Mapping[nn.Parameter, Tensor], scale: float
+    ) -> Clipped:
+        """A logical batch in one piece: its examples are assigned here, independently."""
+        assert self._plan.microbatches is not None
+        group = torch.randint(self._plan.microbatches, (len(losses),), device=losses.device)
+        closed = []
+        for number in torch.unique(group):
+            self._extend_unit(losses[group == number], list(into), keep_graph=True)
+            closed.append(self._close_unit(into, scale))
+        norms = [unit.norms for unit in closed]
+        return Clipped(
+            torch.cat(norms) if norms else losses.new_zeros(0),
+            sum(unit.non_finite for unit in closed),
+        )
+
+    def _extend_unit(
+        self, losses: Tensor, parameters: list[nn.Parameter], *, keep_graph: bool
+    ) -> None:
+        gradients = _gradient(losses.sum(), parameters, keep_graph=keep_graph)
+        unit = self._unit
+        unit.size += len(losses)
+        if unit.sums:
+            torch._foreach_add_(unit.sums, gradients)
+        else:
+            unit.sums = gradients
+
+    def _close_unit(self, into: Mapping[nn.Parameter, Tensor], scale: float) -> Clipped:
+        unit, self._unit = self._unit, _Unit()
+        norm = _norm(unit.sums) / unit.size
+        if not bool(torch.isfinite(norm)):
+            return Clipped(norm[None], 1)
+        rule = CLIPPING_RULES[self._plan.clipping]
+        coefficient = float(rule(norm[None], self._plan.max_grad_norm)) * scale / unit.size
+        torch._foreach_add_(list(into.values()), unit.sums, alpha=coefficient)
+        return Clipped(norm[None], 0)
+
+    def weights_changed(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._unit = _Unit()
+
+
+class Opacus:
+    """Per-example gradients written out by Opacus' hooks; to compare with, not to be fast.
+
+    It supports the layers that Opacus supports, in training mode only; `nn.LSTM` and its kin would
+    have to be exchanged for Opacus' own.
+    """
+
+    def __init__(self, model: nn.Module, plan: PrivacyPlan) -> None:
+        from opacus.grad_sample import GradSampleHooks
+
+        for name, module in model.named_modules():
+            if isinstance(module, nn.RNNBase) and any(p.requires_grad for p in module.parameters()):
+                raise UnsupportedLayerError(
+                    f"Expected layers that Opacus supports, got {type(module).__name__} at {name}: "
+                    "use engine='book_keeping', or Opacus' own recurrent layers."
+                )
+        try:
+            self._hooks = GradSampleHooks(model, batch_first=True, loss_reduction="sum")
+        except NotImplementedError as error:
+            raise UnsupportedLayerError(f"Opacus refuses this model: {error}") from None
+        self._plan = plan
+
+    def expect(self, batch_size: int | None) -> None:
+        pass
+
+    def add_clipped(
+        self,
+        losses: Tensor,
+        *,
+        into: Mapping[nn.Parameter, Tensor],
+        scale: float,
+        closes_unit: bool | None = True,
+    ) -> Clipped:
+        if not len(losses):
+            return Clipped(losses.new_zeros(0), 0)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        parts: dict[nn.Parameter, list[Gradients]] = {}
+        for parameter in into:
+            parameter.grad = None  # Opacus' gradients lie beside it
+            found: Any = getattr(parameter, "grad_sample", None)
+            if found is not None:
+                parts[parameter] = [Dense(found)]
+        self._hooks.set_grad_sample_to_none()
+        return _add_clipped(parts, losses, self._plan, into=into, scale=scale)
+
+    def weights_changed(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._hooks.cleanup()
+
+
+ENGINES: dict[str, Callable[..., Engine]] = {
+    "book_keeping": BookKeeping,
+    "per_example": PerExample,
+    "microbatch": Microbatch,
+    "opacus": Opacus,
+}
+
+
+def _add_clipped(
+    parts: Mapping[nn.Parameter, Sequence[Gradients]],
+    losses: Tensor,
+    plan: PrivacyPlan,
+    *,
+    into: Mapping[nn.Parameter, Tensor],
+    scale: float,
+) -> Clipped:
+    """Clip each example's whole gradient, of all parameters together, and add them up."""
+    grams = GramCache()
+    squared = sum((squared_norms(uses, grams) for uses in parts.values()), losses.new_zeros(1))
+    norms = squared.sqrt().expand(len(losses))
+    finite = torch.isfinite(norms) & torch.isfinite(losses)
+    coefficients = CLIPPING_RULES[plan.clipping](norms, plan.max_grad_norm) * scale
+    non_finite = len(losses) - int(finite.sum())
+    if non_finite:
+        coefficients = torch.where(finite, coefficients, 0.0)
+        parts = {
+            parameter: [use.finite_rows(finite) for use in uses]
+            for parameter, uses in parts.items()
+        }
+    for parameter, uses in parts.items():
+        for use in uses:
+            use.add_weighted_sum(coefficients, into[parameter])
+    return Clipped(norms, non_finite)
+
+
+def _gradient(loss: Tensor, parameters: list[nn.Parameter], *, keep_graph: bool) -> list[Tensor]:
+    """The gradient of a scalar, zero where it does not depend on a parameter."""
+    found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=keep_graph)
+    return [
+        torch.zeros_like(parameter) if gradient is None else gradient
+        for parameter, gradient in zip(parameters, found, strict=True)
+    ]
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """L2 norm over several tensors together."""
+    norm: Tensor = torch.stack(torch._foreach_norm(gradients)).norm()
+    return norm
+
+
+def _finite_example(losses: Tensor) -> int | None:
+    """An example on which to check the engine; None: there is none."""
+    finite = torch.isfinite(losses).nonzero()
+    return int(finite[-1]) if len(finite) else None

@@ -1,0 +1,119 @@
+"""Gaussian noise, and nothing else: from a generator, or from the operating system's entropy.
+
+On a CPU, torch seeds its generator from 32 bits, few enough to be searched by whoever holds
+the released model. `entropy_generator` fills the generator's whole state instead.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from threading import Thread
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Drawing is bound by memory from a few threads on, and not worth a thread for few entries.
+_THREADS, _WORTH_A_THREAD = 4, 10**6
+
+# Where the state of torch's CPU generator keeps the 624 words of its Mersenne twister, in bytes.
+# `torch.Generator.get_state` returns: seed (8), left (4), seeded (4), next (8), words (8 each), ….
+_TWISTER_WORDS = 624
+_TWISTER_OFFSET = 24
+
+
+def fill_gaussian(
+    tensors: Iterable[Tensor], *, std: float, generators: Sequence[torch.Generator]
+) -> None:
+    """Overwrite every entry with an independent draw from N(0, std²).
+
+    Args:
+        tensors: contiguous floating-point tensors, changed in place.
+        std: standard deviation, >= 0; 0 fills with zeros.
+        generators: where the draws come from, on the tensors' device; several of them draw side by
+            side. None at all: fresh entropy from the operating system for every draw (slow,
+            cryptographically secure).
+    """
+    tensors = list(tensors)
+    if std == 0:
+        for tensor in tensors:
+            tensor.zero_()
+    elif not generators:
+        for tensor in tensors:
+            tensor.copy_(system_gaussian(tensor.numel()).view(tensor.shape)).mul_(std)
+    else:
+        _fill_side_by_side(tensors, std, generators)
+
+
+def _fill_side_by_side(
+    tensors: list[Tensor], std: float, generators: Sequence[torch.Generator]
+) -> None:
+    """One thread per generator, each with an equal share of the entries."""
+
+    def fill(pieces: list[Tensor], generator: torch.Generator) -> None:
+        for piece in pieces:
+            piece.normal_(0.0, std, generator=generator)
+
+    if sum(tensor.numel() for tensor in tensors) < _WORTH_A_THREAD:
+        generators = generators[:1]
+    first, *others = zip(_shares(tensors, len(generators)), generators, strict=True)
+    threads = [Thread(target=fill, args=share) for share in others]
+    for thread in threads:
+        thread.start()
+    fill(*first)
+    for thread in threads:
+        thread.join()
+
+
+def _shares(tensors: list[Tensor], count: int) -> list[list[Tensor]]:
+    """Cut tensors into `count` lists of views with equally many entries."""
+    size = -(-sum(tensor.numel() for tensor in tensors) // count)
+    shares: list[list[Tensor]] = [[] for _ in range(count)]
+    place, room = 0, size
+    for tensor in tensors:
+        rest = tensor.view(-1)
+        while rest.numel() > room:
+            shares[place].append(rest[:room])
+            rest, place, room = rest[room:], place + 1, size
+        shares[place].append(rest)
+        room -= rest.numel()
+    return shares
+
+
+def entropy_generators(device: torch.device | str = "cpu") -> list[torch.Generator]:
+    """Generators as `entropy_generator` makes them, as many as can draw side by side."""
+    on_cpu = torch.device(device).type == "cpu"
+    return [
+        entropy_generator(device)
+        for _ in range(min(_THREADS, os.cpu_count() or 1) if on_cpu else 1)
+    ]
+
+
+def entropy_generator(device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that nobody can guess: fresh, its state from the operating system's entropy.
+
+    The whole 19937-bit state on a CPU; elsewhere torch keeps only a 64-bit seed.
+    """
+    generator = torch.Generator(device=device)
+    seed = int.from_bytes(os.urandom(8), "little") & 0x7FFF_FFFF_FFFF_FFFF
+    generator.manual_seed(seed)
+    if generator.device.type == "cpu":
+        state = generator.get_state()
+        words = np.frombuffer(os.urandom(4 * _TWISTER_WORDS), dtype=np.uint32).astype(np.uint64)
+        end = _TWISTER_OFFSET + 8 * _TWISTER_WORDS
+        state[_TWISTER_OFFSET:end] = torch.frombuffer(words.view(np.uint8), dtype=torch.uint8)
+        generator.set_state(state)
+    return generator
+
+
+def system_gaussian(count: int) -> Tensor:
+    """`count` standard normal draws, float64, from the system's entropy (Box and Muller 1958)."""
+    pairs = (count + 1) // 2
+    words = np.frombuffer(os.urandom(16 * pairs), dtype=np.uint64).reshape(2, pairs)
+    # 53 random bits, shifted into (0, 1]: the logarithm must not meet 0.
+    uniform = ((words >> np.uint64(11)).astype(np.float64) + 1) * 2.0**-53
+    radius, angle = np.sqrt(-2 * np.log(uniform[0])), 2 * math.pi * uniform[1]
+    draws = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+    return torch.from_numpy(draws[:count])

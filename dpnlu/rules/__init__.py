@@ -1,0 +1,52 @@
+"""What the tape knows about torch's operations. One file per layer family."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dpnlu.rules import convolution, embedding, linear, normalization, recurrent
+from dpnlu.rules.generic import vectorized
+from dpnlu.tape import Operations
+
+_BROADCASTING = frozenset(
+    {
+        torch.add,
+        torch.sub,
+        torch.mul,
+        torch.div,
+        torch.where,
+        torch.matmul,
+        Tensor.add,
+        Tensor.add_,
+        Tensor.sub,
+        Tensor.sub_,
+        Tensor.mul,
+        Tensor.mul_,
+        Tensor.div,
+        Tensor.matmul,
+        Tensor.where,
+        Tensor.__add__,
+        Tensor.__radd__,
+        Tensor.__sub__,
+        Tensor.__rsub__,
+        Tensor.__mul__,
+        Tensor.__rmul__,
+        Tensor.__matmul__,
+        Tensor.__truediv__,
+        Tensor.__iadd__,
+        Tensor.__imul__,
+        F.scaled_dot_product_attention,
+    }
+)
+
+_ROW_WISE = frozenset({torch.bmm, Tensor.bmm, torch.baddbmm})
+
+OPERATIONS = Operations(
+    rules={**linear.RULES, **embedding.RULES, **normalization.RULES, **convolution.RULES},
+    rewrites=recurrent.REWRITES,
+    broadcasting=_BROADCASTING,
+    row_wise=_ROW_WISE,
+    fallback=vectorized,
+)

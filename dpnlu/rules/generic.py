@@ -1,0 +1,50 @@
+"""Operations without a rule of their own: vectorised automatic differentiation of that one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpnlu.gradients import Dense, Gradients
+from dpnlu.tape import replaced
+from dpnlu.trace import Finish
+
+
+def vectorized(
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batched: list[Tensor],
+    learned: list[Tensor],
+) -> Finish:
+    """Per-example gradients of `func` by `vmap`, each example computed again as a batch of one."""
+    received = [tensor.detach() for tensor in batched]
+    weights = [tensor.detach() for tensor in learned]
+    keys = [id(tensor) for tensor in (*batched, *learned)]
+
+    def one_example(examples: list[Tensor], gradient: Tensor) -> list[Tensor]:
+        def output(*free: Tensor) -> Tensor:
+            values = (*(tensor.unsqueeze(0) for tensor in examples), *free)
+            stand_ins = dict(zip(keys, values, strict=True))
+            new_args, new_kwargs = replaced((args, kwargs), stand_ins)
+            result: Tensor = func(*new_args, **new_kwargs)
+            return result
+
+        back = torch.func.vjp(output, *weights)[1]
+        return list(back(gradient.unsqueeze(0)))
+
+    def finish(gradient: Tensor, batch: int) -> Iterator[tuple[Tensor, Gradients]]:
+        warnings.warn(
+            f"No rule for {getattr(func, '__name__', func)}: its per-example gradients are written "
+            "out one by one (exact, but slow and large).",
+            stacklevel=2,
+        )
+        found = torch.func.vmap(one_example)(received, gradient)
+        for tensor, values in zip(learned, found, strict=True):
+            yield tensor, Dense(values)
+
+    return finish

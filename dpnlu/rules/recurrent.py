@@ -1,0 +1,273 @@
+"""Recurrent networks: `nn.LSTM`, `nn.GRU`, `nn.RNN`, in every configuration torch has.
+
+torch hands a whole network to one operation. Here it is run layer by layer and direction by
+direction: LSTM layers by a kernel of their own, other cells step by step out of recorded linear
+maps, which is exact and slower. Between layers everything is ordinary autograd.
+
+Inside, sequences are time-major, (T, B, …), and padded. A packed sequence is unpacked first; its
+second direction reads each sequence back from its own end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
+
+from dpnlu.rules.linear import linear
+from dpnlu.rules.lstm import lstm_direction
+from dpnlu.tape import Tape
+
+States = tuple[Tensor, ...]
+Weights = tuple[Tensor, ...]
+# (tape, inputs (T, B, I), states before (B, H), weights, backwards) -> states (T, B, H).
+Direction = Callable[[Tape, Tensor, States, Weights, bool], States]
+# (tape, the input's share of a step (B, G), states, weights) -> the states after it.
+Cell = Callable[[Tape, Tensor, States, Weights], States]
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """How sequences of unequal lengths are packed into rows: step by step, longest first.
+
+    Attributes:
+        present: (T, B) whether a sequence has that step; sequences in packed order.
+        place: (B,) each sequence's place in packed order; None: that order is the batch's own.
+    """
+
+    present: Tensor
+    place: Tensor | None
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        """(rows, …) -> (T, B, …) in the batch's own order, zero where a sequence is over."""
+        padded = rows.new_zeros(*self.present.shape, *rows.shape[1:])
+        return self.unsorted(padded.index_put(self.present.nonzero(as_tuple=True), rows))
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """The inverse of `unpack`."""
+        return self.sorted(padded)[self.present]
+
+    def sorted(self, states: Tensor) -> Tensor:
+        """(·, B, …) from the batch's own order into packed order."""
+        return states if self.place is None else states[:, self.place.argsort()]
+
+    def unsorted(self, states: Tensor) -> Tensor:
+        """(·, B, …) from packed order into the batch's own."""
+        return states if self.place is None else states[:, self.place]
+
+    @property
+    def last(self) -> Tensor:
+        """(B,) last step of each sequence, in the batch's own order."""
+        return self.unsorted(self.present.sum(0, keepdim=True))[0] - 1
+
+    def reversed(self, padded: Tensor) -> Tensor:
+        """Each sequence from its own end; what is past the end stays where it is."""
+        steps = torch.arange(padded.shape[0], device=padded.device)[:, None]
+        source = torch.where(steps <= self.last, self.last - steps, steps)
+        return padded[source, torch.arange(padded.shape[1], device=padded.device)]
+
+
+@dataclass(frozen=True)
+class _Network:
+    """A call of torch's recurrent operations, sorted out.
+
+    Attributes:
+        inputs: (T, B, I).
+        states: what to start from, (layers · directions, B, H) each.
+        weights: per layer and direction.
+        packing: None if the input was padded.
+    """
+
+    inputs: Tensor
+    states: States
+    weights: list[Weights]
+    directions: int
+    dropout: float
+    packing: _Packing | None
+    batch_first: bool
+
+    @classmethod
+    def of(cls, tape: Tape, args: tuple[Any, ...]) -> _Network:
+        packed = isinstance(args[3], (list, tuple))
+        hx, flat = args[2:4] if packed else args[1:3]
+        _, layers, dropout, train, bidirectional, *rest = args[4:] if packed else args[3:]
+        packing = _packing(tape, args[1]) if packed else None
+        if packing is not None:
+            inputs, hx = packing.unpack(args[0]), _given_state(tape, hx)
+        else:
+            inputs = args[0].transpose(0, 1) if rest[0] else args[0]
+        states = _entered(tape, hx if isinstance(hx, tuple) else (hx,))
+        directions = 2 if bidirectional else 1
+        each = len(flat) // (layers * directions)
+        return cls(
+            inputs,
+            states,
+            [tuple(flat[start : start + each]) for start in range(0, len(flat), each)],
+            directions,
+            dropout if train else 0.0,
+            packing,
+            bool(rest and rest[0]),
+        )
+
+    def run(self, tape: Tape, direction: Direction) -> tuple[Tensor, ...]:
+        """(output, last states …) as torch returns them."""
+        inputs, last = self.inputs, []
+        for first in range(0, len(self.weights), self.directions):
+            if first and self.dropout:
+                inputs = F.dropout(inputs, self.dropout)
+            outputs = []
+            for index in range(first, first + self.directions):
+                states = self._run_direction(tape, direction, inputs, index)
+                outputs.append(states[0])
+                last.append(self._last(states, backwards=index > first))
+            inputs = torch.cat(outputs, dim=2) if self.directions == 2 else outputs[0]
+        return self._returned(inputs, [torch.stack(states) for states in zip(*last, strict=True)])
+
+    def _run_direction(
+        self, tape: Tape, direction: Direction, inputs: Tensor, index: int
+    ) -> States:
+        states = tuple(state[index] for state in self.states)
+        backwards = index % self.directions == 1
+        if self.packing is None or not backwards:
+            return direction(tape, inputs, states, self.weights[index], backwards)
+        turned = self.packing.reversed(inputs)
+        found = direction(tape, turned, states, self.weights[index], False)
+        return tuple(map(self.packing.reversed, found))
+
+    def _last(self, states: States, *, backwards: bool) -> States:
+        """The states after the last step that each sequence has."""
+        if backwards:
+            return tuple(state[0] for state in states)
+        if self.packing is None:
+            return tuple(state[-1] for state in states)
+        column = torch.arange(states[0].shape[1], device=states[0].device)
+        return tuple(state[self.packing.last, column] for state in states)
+
+    def _returned(self, outputs: Tensor, last: list[Tensor]) -> tuple[Tensor, ...]:
+        if self.packing is not None:
+            return self.packing.pack(outputs), *map(self.packing.sorted, last)
+        return (outputs.transpose(0, 1) if self.batch_first else outputs), *last
+
+
+def _packing(tape: Tape, batch_sizes: Tensor) -> _Packing:
+    """From torch's count of sequences at each step; their order is in the module's input."""
+    sequence = next((arg for arg in tape.module_inputs if isinstance(arg, PackedSequence)), None)
+    place = None if sequence is None else sequence.unsorted_indices
+    counts = batch_sizes.to(place.device if place is not None else "cpu")
+    return _Packing(torch.arange(int(counts[0]), device=counts.device) < counts[:, None], place)
+
+
+def _given_state(tape: Tape, packed: Any) -> Any:
+    """The initial state in the batch's own order, as the module received it before packing it.
+
+    Without one the module starts from zeros, whose order does not matter.
+    """
+    _, *rest = tape.module_inputs
+    return next((state for state in rest if state is not None), packed)
+
+
+def _entered(tape: Tape, states: States) -> States:
+    """Initial states that are learned meet the batch here: dimension 1 holds the examples."""
+    return tuple(
+        _met(tape, state) if state.requires_grad and tape.is_free(state) else state
+        for state in states
+    )
+
+
+def _met(tape: Tape, state: Tensor) -> Tensor:
+    stand_in = state.view_as(state)
+
+    def per_example(gradient: Tensor) -> Tensor:
+        batch = gradient.shape[1]
+        return (
+            torch.diag_embed(gradient.permute(2, 0, 1))
+            .permute(2, 1, 3, 0)
+            .reshape(batch, *gradient.shape)
+        )
+
+    tape.meet(state, stand_in, per_example)
+    return stand_in
+
+
+def _lstm(tape: Tape, *args: Any) -> tuple[Tensor, ...]:
+    network = _Network.of(tape, args)
+    projected = len(network.weights[0]) % 2 == 1
+    return network.run(tape, _stepwise(_projected_lstm_cell) if projected else lstm_direction)
+
+
+def _gru(tape: Tape, *args: Any) -> tuple[Tensor, ...]:
+    return _Network.of(tape, args).run(tape, _stepwise(_gru_cell))
+
+
+def _rnn_tanh(tape: Tape, *args: Any) -> tuple[Tensor, ...]:
+    return _Network.of(tape, args).run(tape, _stepwise(_elman_cell(torch.tanh)))
+
+
+def _rnn_relu(tape: Tape, *args: Any) -> tuple[Tensor, ...]:
+    return _Network.of(tape, args).run(tape, _stepwise(_elman_cell(torch.relu)))
+
+
+def _stepwise(cell: Cell) -> Direction:
+    """A direction that applies a cell to one step after the other."""
+
+    def run(
+        tape: Tape, inputs: Tensor, states: States, weights: Weights, backwards: bool
+    ) -> States:
+        share = _linear(tape, inputs.transpose(0, 1), weights[0], _bias(weights, 2))
+        steps = list(share.unbind(1))
+        seen = []
+        for step in reversed(steps) if backwards else steps:
+            states = cell(tape, step, states, weights)
+            seen.append(states)
+        in_order = seen[::-1] if backwards else seen
+        return tuple(torch.stack(values) for values in zip(*in_order, strict=True))
+
+    return run
+
+
+def _elman_cell(activation: Callable[[Tensor], Tensor]) -> Cell:
+    def cell(tape: Tape, share: Tensor, states: States, weights: Weights) -> States:
+        return (activation(share + _linear(tape, states[0], weights[1], _bias(weights, 3))),)
+
+    return cell
+
+
+def _gru_cell(tape: Tape, share: Tensor, states: States, weights: Weights) -> States:
+    (h,) = states
+    recurrent = _linear(tape, h, weights[1], _bias(weights, 3))
+    reset_i, update_i, new_i = share.chunk(3, dim=1)
+    reset_h, update_h, new_h = recurrent.chunk(3, dim=1)
+    update = torch.sigmoid(update_i + update_h)
+    new = torch.tanh(new_i + torch.sigmoid(reset_i + reset_h) * new_h)
+    return (new + update * (h - new),)
+
+
+def _projected_lstm_cell(tape: Tape, share: Tensor, states: States, weights: Weights) -> States:
+    h, c = states
+    i, f, g, o = (share + _linear(tape, h, weights[1], _bias(weights[:-1], 3))).chunk(4, dim=1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return _linear(tape, torch.sigmoid(o) * torch.tanh(c), weights[-1], None), c
+
+
+def _linear(tape: Tape, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    output = F.linear(inputs, weight, bias)
+    tape.record(get_gradient_edge(output), linear(inputs, weight, bias))
+    return output
+
+
+def _bias(weights: Weights, index: int) -> Tensor | None:
+    return weights[index] if len(weights) > 3 else None
+
+
+REWRITES = {
+    torch.lstm: _lstm,
+    torch.gru: _gru,
+    torch.rnn_tanh: _rnn_tanh,
+    torch.rnn_relu: _rnn_relu,
+}

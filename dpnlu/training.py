@@ -1,0 +1,426 @@
+"""Private training: the handle that a plain loop uses, and a loop of our own on top of it.
+
+private = privatize(model, optimizer, plan)
+for batch in private.loader(dataset, collate_fn=collate, physical_batch_size=64):
+    losses = per_example_loss(model, batch)      # (B,)
+    private.step(losses)
+print(private.epsilon())
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
+
+from dpnlu.engines import ENGINES, Clipped, Engine
+from dpnlu.ledger import Ledger
+from dpnlu.noise import entropy_generators, fill_gaussian
+from dpnlu.plan import PrivacyPlan
+from dpnlu.sampling import PhysicalBatch, logical_batches, physical_batches
+from dpnlu.validation import check_trainable
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class NonFiniteBatchError(RuntimeError):
+    """Every gradient of a logical batch was infinite or not a number."""
+
+
+def privatize(
+    model: nn.Module,
+    optimizer: Optimizer,
+    plan: PrivacyPlan,
+    *,
+    engine: str | None = None,
+    ledger: Ledger | Path | None = None,
+    noise: torch.Generator | Literal["system"] | None = None,
+    sampling_rng: np.random.Generator | None = None,
+    verify: bool = True,
+) -> PrivateTraining:
+    """Make the training of `model` by `optimizer` follow `plan`.
+
+    The model and the optimizer stay as they are: nothing is wrapped, replaced or patched, and
+    `close()` leaves no trace.
+
+    Args:
+        model: its trainable parameters (`requires_grad`) are trained privately.
+        optimizer: any `torch.optim` optimizer over exactly these parameters.
+        plan: the mechanism.
+        engine: "book_keeping", "per_example", "microbatch" or "opacus"; None: what suits the plan's
+            clipping unit. All per-example engines give the same result.
+        ledger: where releases are recorded; a path starts a new file. None: in memory only.
+        noise: where the noise comes from. None: a generator whose whole state is fresh entropy;
+            "system": the operating system's entropy for every draw, cryptographically secure and
+            slow; a generator of your own, to repeat an experiment: never for a model that is
+            released.
+        sampling_rng: the coins of Poisson sampling; None: fresh entropy.
+        verify: compare one example's gradient with plain automatic differentiation whenever the
+            forward pass takes a course not seen before (book_keeping only).
+
+    Raises:
+        UnsupportedLayerError: the model has a layer that mixes examples or modifies weights by
+            itself; the message names it.
+        ValueError: the optimizer's parameters are not the model's, or the engine does not fit the
+            plan.
+    """
+    name = engine or {"example": "book_keeping", "microbatch": "microbatch"}[plan.clipping_unit]
+    _check_engine(name, plan)
+    parameters = check_trainable(model, optimizer)
+    chosen = ENGINES[name]
+    if ledger is None or isinstance(ledger, Path):
+        ledger = Ledger(plan, path=ledger)
+    return PrivateTraining(
+        plan=plan,
+        parameters=parameters,
+        optimizer=optimizer,
+        engine=chosen(model, plan, verify=verify)
+        if name == "book_keeping"
+        else chosen(model, plan),
+        ledger=ledger,
+        generators=_generators(noise, parameters[0].device),
+        sampling_rng=sampling_rng or np.random.default_rng(),
+    )
+
+
+class PrivateTraining:
+    """The state of one private training; made by `privatize`.
+
+    Guarantee: the model's parameters change only by the optimizer acting on released sums: the
+    clipped gradients of one logical batch plus noise as planned, recorded in the ledger before the
+    optimizer sees them, divided by a public number.
+    """
+
+    def __init__(
+        self,
+        *,
+        plan: PrivacyPlan,
+        parameters: list[nn.Parameter],
+        optimizer: Optimizer,
+        engine: Engine,
+        ledger: Ledger,
+        generators: Sequence[torch.Generator],
+        sampling_rng: np.random.Generator,
+    ) -> None:
+        self.plan = plan
+        self.ledger = ledger
+        self.steps_taken = 0
+        self._parameters = parameters
+        self._optimizer = optimizer
+        self._engine = engine
+        self._generators = generators
+        self.sampling_rng = sampling_rng
+        self._sums: dict[nn.Parameter, Tensor] = {}
+        self._is_open = False
+        self._pending: PhysicalBatch | None = None
+        self._warned = False
+        self._units = self._non_finite = 0
+        #: Clipping units left out so far because their gradient was not finite. Private.
+        self.non_finite_units = 0
+
+    @property
+    def remaining_steps(self) -> int:
+        """Releases that the plan still allows."""
+        return max(0, self.plan.steps - len(self.ledger))
+
+    def epsilon(self, *, accountant: str = "pld") -> float:
+        """ε spent so far, at the plan's δ, from the ledger."""
+        return self.ledger.epsilon(accountant=accountant)
+
+    @property
+    def gradients(self) -> Mapping[nn.Parameter, Tensor]:
+        """Parameter -> the released sum of the last logical batch: clipped, noised, not divided."""
+        return {p: total * self.plan.divisor for p, total in self._sums.items()}
+
+    def loader(
+        self,
+        dataset: Dataset[Any] | Sequence[Any],
+        *,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        physical_batch_size: int | None = None,
+        num_workers: int = 0,
+    ) -> PrivateLoader:
+        """Physical batches of Poisson-sampled logical batches, for all remaining steps.
+
+        Each batch must be answered by one `step(losses)`. Logical batches that happen to be empty
+        are released, as noise alone, without being seen here.
+
+        Args:
+            dataset: indexed from 0 to `plan.num_examples` - 1.
+            collate_fn: a list of examples -> a batch, as in torch's `DataLoader`.
+            physical_batch_size: how many examples to compute at once; None: a whole logical batch.
+            num_workers: processes that load and collate, as in torch's `DataLoader`.
+
+        Raises:
+            ValueError: the data set has another size than the plan says.
+        """
+        return PrivateLoader(
+            self,
+            dataset,
+            collate_fn=collate_fn,
+            physical_batch_size=physical_batch_size,
+            num_workers=num_workers,
+        )
+
+    def step(self, losses: Tensor) -> bool:
+        """Clip and add up the gradients of these examples; release at the end of a logical batch.
+
+        Outside the loader the examples count as one whole logical batch. As they were not sampled,
+        that release is accounted without amplification.
+
+        Args:
+            losses: (B,), the loss of each example of the batch, depending on that example alone.
+
+        Returns:
+            Whether a logical batch was completed, and the optimizer has stepped.
+
+        Raises:
+            ValueError, TypeError: `losses` is not such a vector, or is not connected to the model.
+            NonFiniteBatchError: no example of the logical batch has a finite gradient.
+            RuntimeError: all planned steps are taken, or a gradient was left by a call of backward.
+        """
+        batch = self._pending
+        _check_losses(losses, None if batch is None else len(batch.ids))
+        if batch is None:
+            self._warn_unsampled()
+        if not self._is_open:
+            self._open()
+        clipped = self._engine.add_clipped(
+            losses,
+            into=self._sums,
+            scale=1 / self.plan.divisor,
+            closes_unit=None if batch is None else batch.closes_unit,
+        )
+        self._pending = None
+        self._count(clipped)
+        if batch is not None and not batch.closes_step:
+            return False
+        self._release(sampled=batch is not None)
+        return True
+
+    def close(self) -> None:
+        """Detach from the model and close the ledger; `epsilon()` keeps answering."""
+        self._engine.close()
+        self.ledger.close()
+        self._is_open = False
+
+    def __enter__(self) -> PrivateTraining:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # ---- for the loader ----------------------------------------------------------------------
+
+    def begin(self, batch: PhysicalBatch) -> None:
+        """A physical batch is about to be computed."""
+        if self._pending is not None:
+            raise RuntimeError(
+                "Expected private.step(losses) once for every batch of the loader, but the last "
+                "batch was left without."
+            )
+        self._pending = batch
+        self._engine.expect(len(batch.ids))
+
+    def release_empty(self) -> None:
+        """An empty logical batch: noise alone is released, and accounted."""
+        self._open()
+        self._release(sampled=True)
+
+    def discard(self) -> None:
+        """Forget a logical batch that was begun and not completed: nothing of it was released."""
+        self._pending = None
+        self._is_open = False
+        self._engine.expect(None)
+
+    # ---- one logical batch -------------------------------------------------------------------
+
+    def _open(self) -> None:
+        """Begin a logical batch: the buffers hold its noise, before anything is added."""
+        if not self.remaining_steps:
+            raise RuntimeError(
+                f"All {self.plan.steps} planned steps are taken; to train on, plan more steps."
+            )
+        if any(parameter.grad is not None for parameter in self._parameters):
+            raise RuntimeError(
+                "Found gradients that the engine did not make: call neither backward() nor a "
+                "scaler on the losses, and optimizer.zero_grad() if they are old."
+            )
+        if not self._sums:
+            self._sums = {p: _buffer(p) for p in self._parameters}
+        std = self.plan.noise_std_at(len(self.ledger)) / self.plan.divisor
+        fill_gaussian(self._sums.values(), std=std, generators=self._generators)
+        self._is_open = True
+        self._units = self._non_finite = 0
+
+    def _count(self, clipped: Clipped | None) -> None:
+        if clipped is not None:
+            self._units += len(clipped.norms)
+            self._non_finite += clipped.non_finite
+
+    def _release(self, *, sampled: bool) -> None:
+        """Record the release, then let the optimizer act on it."""
+        self._is_open = False
+        self.non_finite_units += self._non_finite
+        if self._units > 1 and self._non_finite == self._units:
+            raise NonFiniteBatchError(
+                f"None of the {self._units} gradients of a logical batch is finite: training has "
+                "diverged, or the loss overflows. Lower the learning rate, or compute in float32."
+            )
+        event = self.plan.event_at(len(self.ledger))
+        self.ledger.append(event if sampled else replace(event, sample_rate=1.0))
+        for parameter, total in self._sums.items():
+            parameter.grad = total.to(parameter.dtype)
+        try:
+            self._optimizer.step()
+        finally:
+            for parameter in self._parameters:
+                parameter.grad = None
+            self._engine.weights_changed()
+        self.steps_taken += 1
+
+    def _warn_unsampled(self) -> None:
+        if not self._warned:
+            warnings.warn(
+                "private.step was called outside private.loader: no sampling took place, so these "
+                "releases are accounted without amplification by sampling.",
+                stacklevel=3,
+            )
+            self._warned = True
+
+
+class PrivateLoader:
+    """Physical batches, step by step, until the plan's steps are taken; see `loader`."""
+
+    def __init__(
+        self,
+        private: PrivateTraining,
+        dataset: Dataset[Any] | Sequence[Any],
+        *,
+        collate_fn: Callable[[list[Any]], Any] | None,
+        physical_batch_size: int | None,
+        num_workers: int,
+    ) -> None:
+        size = len(dataset)  # type: ignore[arg-type]
+        if size != private.plan.num_examples:
+            raise ValueError(
+                f"Expected the {private.plan.num_examples} examples of the plan, got a data set of "
+                f"{size}: plan for the data set that is trained on."
+            )
+        if physical_batch_size is not None and physical_batch_size < 1:
+            raise ValueError(f"Expected `physical_batch_size` >= 1, got {physical_batch_size}.")
+        self._private = private
+        self._dataset = dataset
+        self._collate = collate_fn
+        self._size = physical_batch_size or size
+        self._workers = num_workers
+
+    def __len__(self) -> int:
+        """Number of logical batches to come; physical ones are not known beforehand."""
+        return self._private.remaining_steps
+
+    def __iter__(self) -> Iterator[Any]:
+        private = self._private
+        private.discard()
+        plan: deque[list[PhysicalBatch]] = deque()
+        data = iter(
+            DataLoader(
+                self._dataset,  # type: ignore[arg-type]
+                batch_sampler=self._ids(plan),
+                collate_fn=self._collate,
+                num_workers=self._workers,
+            )
+        )
+        try:
+            yield from self._batches(plan, data)
+        finally:
+            private.discard()
+
+    def _batches(self, plan: deque[list[PhysicalBatch]], data: Iterator[Any]) -> Iterator[Any]:
+        """Data in the order in which `plan` announces it, empty logical batches included."""
+        pieces: deque[PhysicalBatch] = deque()
+        for batch in data:
+            while not pieces:
+                pieces.extend(self._next(plan))
+            self._private.begin(pieces.popleft())
+            yield batch
+        while plan:
+            self._next(plan)
+
+    def _next(self, plan: deque[list[PhysicalBatch]]) -> list[PhysicalBatch]:
+        """The next logical batch, in pieces; an empty one is released at once."""
+        pieces = plan.popleft()
+        if not pieces:
+            self._private.release_empty()
+        return pieces
+
+    def _ids(self, plan: deque[list[PhysicalBatch]]) -> Iterator[list[int]]:
+        """Ids of the physical batches; what they belong to is noted in `plan`."""
+        batches = logical_batches(self._private.plan, rng=self._private.sampling_rng)
+        for _ in range(self._private.remaining_steps):
+            pieces = physical_batches(next(batches), size=self._size)
+            plan.append(pieces)
+            yield from (piece.ids.tolist() for piece in pieces)
+
+
+def _generators(
+    noise: torch.Generator | Literal["system"] | None, device: torch.device
+) -> Sequence[torch.Generator]:
+    """What `privatize` was told of noise; none at all stands for the operating system."""
+    if isinstance(noise, torch.Generator):
+        return [noise]
+    return [] if noise == "system" else entropy_generators(device)
+
+
+def _check_engine(name: str, plan: PrivacyPlan) -> None:
+    if name not in ENGINES:
+        raise ValueError(f"Expected `engine` to be one of {', '.join(ENGINES)}, got {name!r}.")
+    if (name == "microbatch") != (plan.clipping_unit == "microbatch"):
+        raise ValueError(
+            f"Expected an engine for the plan's clipping unit, {plan.clipping_unit!r}, got "
+            f"{name!r}: what is clipped is the plan's business. Micro-batches are planned by "
+            "PrivacyPlan(clipping_unit='microbatch', microbatches=K)."
+        )
+
+
+def _check_losses(losses: Tensor, expected: int | None) -> None:
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"Expected `losses` to be a tensor (B,), got {type(losses).__name__}.")
+    if losses.dim() != 1:
+        raise ValueError(
+            f"Expected `losses` to hold one loss per example, shape (B,), got shape "
+            f"{tuple(losses.shape)}. A mean or sum over the batch cannot be taken apart into "
+            "examples to clip: use reduction='none', and take the mean over each example's own "
+            "tokens."
+        )
+    if expected is not None and len(losses) != expected:
+        raise ValueError(
+            f"Expected {expected} losses, one for each example of the batch, got {len(losses)}: "
+            "reduce the losses of an example's tokens to one number first."
+        )
+    if len(losses) and not losses.requires_grad:
+        raise ValueError(
+            "Expected losses that depend on the model's parameters, got some without a gradient: "
+            "compute them outside torch.no_grad() and do not detach them."
+        )
+
+
+def _buffer(parameter: nn.Parameter) -> Tensor:
+    """Room for a parameter's sum and noise, which are kept in float32 at least."""
+    dtype = torch.float32 if parameter.dtype in _HALF else parameter.dtype
+    return torch.empty(parameter.shape, dtype=dtype, device=parameter.device)

@@ -1,0 +1,75 @@
+"""What is refused before training begins, with the module's name and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from dpnlu.tape import UnsupportedLayerError
+
+
+def check_trainable(model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
+    """The parameters to train: those of the model that require a gradient.
+
+    Raises:
+        UnsupportedLayerError: a module mixes examples, or changes weights depending on the batch.
+        ValueError: none is trainable, or the optimizer's parameters are not these.
+    """
+    for name, module in model.named_modules():
+        for is_bad, reason in _REFUSED:
+            if is_bad(module):
+                raise UnsupportedLayerError(
+                    f"Module {name or '(the model itself)'} ({type(module).__name__}): {reason}"
+                )
+    named = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        raise ValueError("Expected a model with trainable parameters, got one that is all frozen.")
+    given = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    if strangers := len(given - named.keys()):
+        raise ValueError(
+            f"Expected an optimizer over the model's own parameters, got {strangers} tensors that "
+            "are not among them: build it from model.parameters() after adapters are added and "
+            "the model is on its device."
+        )
+    if left_out := [name for parameter, name in named.items() if parameter not in given]:
+        raise ValueError(
+            f"Expected every trainable parameter in the optimizer, but {left_out[0]} "
+            f"({len(left_out)} in all) is not: hand it over, or freeze it by requires_grad_(False)."
+        )
+    return list(named)
+
+
+def _updates_weights(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
+
+
+def _is_sparse(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse
+
+
+def _scales_by_frequency(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.scale_grad_by_freq
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
+    is_instance_norm = isinstance(module, nn.modules.instancenorm._InstanceNorm)
+    return is_instance_norm and bool(module.track_running_stats)
+
+
+_REFUSED: tuple[tuple[Callable[[nn.Module], bool], str], ...] = (
+    (
+        # To torch instance normalisation is a batch normalisation, but it keeps examples apart.
+        lambda module: (
+            isinstance(module, _BatchNorm)
+            and not isinstance(module, nn.modules.instancenorm._InstanceNorm)
+        ),
+        "batch normalisation mixes examples; use LayerNorm or GroupNorm instead.",
+    ),
+    (_keeps_statistics, "keeps statistics of private data; set track_running_stats=False."),
+    (_updates_weights, "max_norm rescales rows during the forward pass, unclipped; remove it."),
+    (_is_sparse, "sparse gradients tell which rows occurred; set sparse=False."),
+    (_scales_by_frequency, "scale_grad_by_freq mixes examples; set it to False."),
+)

@@ -1,0 +1,288 @@
+"""The command line: what it prints, and one clear line for bad input."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dpnlu.cli import main
+from dpnlu.plan import PrivacyPlan
+
+ROWS = [
+    {"text": f"{word} {number}", "intent": intent, "split": split}
+    for split, numbers in (("train", range(12)), ("test", range(12, 16)))
+    for number in numbers
+    for word, intent in (("play", "music"), ("wake me at", "alarm"))
+]
+
+
+def _write(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return _write(tmp_path / "data.jsonl", ROWS)
+
+
+TRAIN = ["train", "--epsilon", "inf", "--epochs", "1", "--quiet"]
+
+
+def _train(data: Path, out: Path, *more: str) -> int:
+    return main([*TRAIN, "--data", str(data), "--out", str(out), *more])
+
+
+# ---- budget ------------------------------------------------------------------------------------
+
+
+def test_budget_finds_the_noise_of_a_target(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "budget --num-examples 13084 --batch-size 256 --epochs 10 --epsilon 8 --json"
+    assert main(arguments.split()) == 0
+    found = json.loads(capsys.readouterr().out)
+    plan = PrivacyPlan.calibrate(
+        target_epsilon=8,
+        target_delta=1e-5,
+        num_examples=13084,
+        expected_batch_size=256,
+        epochs=10,
+        max_grad_norm=1.0,
+    )
+    assert found["noise_multiplier"] == plan.noise_multiplier
+    assert found["epsilon"] == plan.epsilon() <= 8
+    assert found["steps"] == 511
+
+
+def test_budget_finds_the_epsilon_of_a_schedule_and_its_constant_equal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    schedule = "--noise-multiplier 2 --noise-schedule exponential:0.8 --json"
+    arguments = f"budget --num-examples 4000 --batch-size 400 --epochs 4 {schedule}"
+    assert main(arguments.split()) == 0
+    found = json.loads(capsys.readouterr().out)
+    constant = found["constant_noise_multiplier_of_equal_epsilon"]
+    assert 2 * 0.8**3 < constant < 2
+    equal = f"budget --num-examples 4000 --batch-size 400 --epochs 4 --noise-multiplier {constant}"
+    assert main([*equal.split(), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["epsilon"] == pytest.approx(
+        found["epsilon"], rel=0.01
+    )
+
+
+def test_budget_prints_the_same_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("budget --num-examples 999 --batch-size 9 --epochs 1 --epsilon 1".split()) == 0
+    printed = capsys.readouterr().out
+    assert "adjacency: add-remove-one" in printed
+    assert "noise multiplier: " in printed
+
+
+def test_budget_loads_no_torch() -> None:
+    script = """
+        import sys
+        from dpnlu.cli import main
+        main("budget --num-examples 999 --batch-size 9 --epochs 1 --noise-multiplier 1".split())
+        assert "torch" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+
+
+# ---- train -------------------------------------------------------------------------------------
+
+
+def test_train_writes_a_model_directory(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    assert _train(data, out, "--epsilon", "3", "--delta", "1e-3", "--batch-size", "8") == 0
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "model.safetensors",
+        "config.json",
+        "vocabulary.json",
+        "plan.json",
+        "ledger.jsonl",
+        "metrics.json",
+        "README.md",
+    }
+    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["epsilon"] <= 3
+    card = (out / "README.md").read_text(encoding="utf-8")
+    for said in ("ε = ", "δ = 0.001", "presence of one training example", "Poisson", "one example"):
+        assert said in card
+    assert "label set was read from the data" in card
+
+
+def test_declared_labels_are_not_flagged(data: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "labels.json"
+    labels.write_text('{"intents": ["music", "alarm", "other"]}', encoding="utf-8")
+    more = ("--epsilon", "3", "--delta", "1e-3", "--batch-size", "8", "--labels", str(labels))
+    assert _train(data, tmp_path / "m", *more) == 0
+    card = (tmp_path / "m" / "README.md").read_text(encoding="utf-8")
+    assert "label set was read from the data" not in card
+
+
+def test_the_card_of_an_ordinary_model_claims_nothing(data: Path, tmp_path: Path) -> None:
+    assert _train(data, tmp_path / "m") == 0
+    assert "No privacy guarantee" in (tmp_path / "m" / "README.md").read_text(encoding="utf-8")
+    assert not (tmp_path / "m" / "plan.json").exists()
+
+
+def test_an_interrupted_training_is_resumed(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import dpnlu.release
+
+    out = tmp_path / "m"
+    more = ("--epsilon", "3", "--delta", "1e-3", "--batch-size", "8", "--epochs", "3")
+    measure = dpnlu.release.measure
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dpnlu.release, "measure", interrupt)
+    assert _train(data, out, *more) == 1
+    assert "--resume" in capsys.readouterr().err
+    monkeypatch.setattr(dpnlu.release, "measure", measure)
+    assert _train(data, out, *more) == 2
+    assert _train(data, out, *more, "--resume", "--seed", "5") == 2
+    assert _train(data, out, *more, "--resume") == 0
+    assert not (out / "run.json").exists()
+    assert not (out / "checkpoint.safetensors").exists()
+    lines = (out / "ledger.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 1 + 9  # the plan, and 3 epochs of 24 / 8 steps
+
+
+# ---- bad input ---------------------------------------------------------------------------------
+
+
+def _bad(rows: list[object]) -> Callable[[Path], str]:
+    def write(folder: Path) -> str:
+        path = folder / "bad.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def _row(**changed: object) -> dict[str, object]:
+    return {"text": "a b", "intent": "x", "tokens": ["a", "b"], "tags": ["O", "O"]} | changed
+
+
+def _not_json(folder: Path) -> str:
+    (folder / "bad.jsonl").write_text('{"text": \n', encoding="utf-8")
+    return str(folder / "bad.jsonl")
+
+
+BAD_DATA: dict[str, tuple[Callable[[Path], str], str]] = {
+    "missing file": (lambda folder: str(folder / "none.jsonl"), "existing file"),
+    "unknown spec": (lambda folder: "atis:somewhere", "snips:DIR"),
+    "not JSON": (_not_json, "line 1"),
+    "no intent": (_bad([{"text": "a"}]), "intent"),
+    "no text": (_bad([{"intent": "a"}]), "text"),
+    "tags of another length": (_bad([_row(tags=["O"])]), "tag"),
+    "invalid IOB": (_bad([_row(tags=["O", "I-x"])]), "I-x"),
+    "one class": (_bad([_row(text=f"t {n}", tokens=["t", str(n)]) for n in range(60)]), "intent"),
+    "empty split": (
+        _bad([_row(split="train"), _row(intent="y", text="c d", split="train")]),
+        "test",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_is_one_line_and_nothing_written(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write, said = BAD_DATA[case]
+    spec = write(tmp_path)
+    assert main([*TRAIN, "--data", spec, "--out", str(tmp_path / "m")]) == 2
+    _is_one_line(capsys.readouterr().err, said)
+    assert not (tmp_path / "m").exists()
+
+
+BAD_OPTIONS = {
+    "epsilon 0": (["--epsilon", "0"], "ε > 0"),
+    "epsilon below 0": (["--epsilon", "-1"], "ε > 0"),
+    "epsilon no number": (["--epsilon", "nan"], "ε > 0"),
+    "delta 0": (["--epsilon", "1", "--delta", "0"], "target_delta"),
+    "delta 1": (["--epsilon", "1", "--delta", "1"], "target_delta"),
+    "batch above the data": (["--epsilon", "1", "--batch-size", "1000"], "batch size"),
+    "unknown model": (["--model", "gru"], "lstm or encoder:NAME_OR_PATH"),
+    "no such encoder": (["--model", "encoder:/nowhere/at/all"], "/nowhere/at/all"),
+    "unknown engine": (["--epsilon", "1", "--batch-size", "4", "--engine", "warp"], "book_keeping"),
+    "no such labels": (["--labels", "/nowhere"], "/nowhere"),
+    "no such words": (["--vocabulary", "/nowhere"], "/nowhere"),
+    "unknown option": (["--speed", "9"], "--speed"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_a_bad_option_is_one_line_and_nothing_written(
+    case: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, said = BAD_OPTIONS[case]
+    try:
+        status = _train(data, tmp_path / "m", *options)
+    except SystemExit as exit:
+        status = int(exit.code or 0)
+    assert status == 2
+    _is_one_line(capsys.readouterr().err, said)
+    assert not (tmp_path / "m").exists()
+
+
+def _is_one_line(printed: str, said: str) -> None:
+    lines = [line for line in printed.splitlines() if "warning" not in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("dpnlu: error: ")
+    assert said in lines[0]
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_delta_above_one_over_n_warns(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        _train(data, tmp_path / "m", "--epsilon", "3", "--delta", "0.1", "--batch-size", "8") == 0
+    )
+    assert "dpnlu: warning: δ = 0.1" in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "m"
+    out.mkdir()
+    (out / "thesis.tex").write_text("precious", encoding="utf-8")
+    assert _train(data, out) == 2
+    _is_one_line(capsys.readouterr().err, "something else")
+    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+
+
+def test_a_full_disk_is_one_line(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import os
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    more = ("--epsilon", "3", "--delta", "1e-3", "--batch-size", "8")
+    assert _train(data, tmp_path / "m", *more) == 2
+    _is_one_line(capsys.readouterr().err, "No space left on device")
+    assert not (tmp_path / "m" / "config.json").exists()
+
+
+def test_an_internal_failure_has_status_1(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import dpnlu.release
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("it broke")
+
+    monkeypatch.setattr(dpnlu.release, "train", fail)
+    assert _train(data, tmp_path / "m") == 1
+    _is_one_line(capsys.readouterr().err, "RuntimeError: it broke")

@@ -1,0 +1,147 @@
+"""The classifiers: their losses, and that nobody else's padding changes them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dpnlu.classifier import Architecture, Classifier, build
+from dpnlu.data import Example, HashedVocabulary
+from dpnlu.encoding import Labels, encode_all
+from dpnlu.models import IGNORED_TAG, Outputs, intent_slot_loss
+
+LABELS = Labels(("ask", "tell"), ("B-x", "I-x", "O"))
+TEXTS = ("call 4 7 1", "wake me up at noon please", "no", "a rather long request with many words")
+
+
+def _example(text: str, number: int) -> Example:
+    tokens = tuple(text.split())
+    tags = ("B-x", *("I-x",) * (len(tokens) - 1)) if number % 2 else ("O",) * len(tokens)
+    return Example(
+        id=str(number),
+        text=text,
+        tokens=tokens,
+        tags=tags,
+        intent=LABELS.intents[number % 2],
+        split="train",
+    )
+
+
+EXAMPLES = tuple(_example(text, number) for number, text in enumerate(TEXTS))
+
+
+def _classifier(name: str, encoder: Path) -> Classifier:
+    names = {
+        "lstm": Architecture(name="lstm", embedding_size=7, hidden_size=5),
+        "deep lstm": Architecture(name="lstm", embedding_size=7, hidden_size=5, num_layers=2),
+        "characters": Architecture(
+            name="lstm", embedding_size=7, hidden_size=5, character_filters=4
+        ),
+        "encoder": Architecture(name=f"encoder:{encoder}"),
+    }
+    torch.manual_seed(0)
+    built = build(names[name], LABELS, HashedVocabulary(50))
+    built.model.double().eval()
+    return built
+
+
+NAMES = ("lstm", "deep lstm", "characters", "encoder")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_examples_loss_and_gradient_do_not_depend_on_the_batch(
+    name: str, tiny_encoder: Path
+) -> None:
+    classifier = _classifier(name, tiny_encoder)
+    encoded = encode_all(classifier.encoding, EXAMPLES)
+    together = classifier.model.per_example_loss(classifier.encoding.collate(encoded))
+    for number, one in enumerate(encoded):
+        alone = classifier.model.per_example_loss(classifier.encoding.collate([one]))
+        torch.testing.assert_close(alone[0], together[number], rtol=1e-10, atol=1e-12)
+        for here, there in zip(
+            _gradients(classifier.model, alone[0]),
+            _gradients(classifier.model, together[number]),
+            strict=True,
+        ):
+            torch.testing.assert_close(here, there, rtol=1e-8, atol=1e-10)
+
+
+def _gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return list(torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_more_padding_changes_nothing(name: str, tiny_encoder: Path) -> None:
+    classifier = _classifier(name, tiny_encoder)
+    batch = classifier.encoding.collate(encode_all(classifier.encoding, EXAMPLES[:3]))
+    padding = {"tags": IGNORED_TAG}
+    wider = {
+        field: values if values.dim() == 1 else _padded(values, padding.get(field, 0))
+        for field, values in batch.items()
+    }
+    torch.testing.assert_close(
+        classifier.model.per_example_loss(wider), classifier.model.per_example_loss(batch)
+    )
+
+
+def _padded(values: Tensor, value: int) -> Tensor:
+    extra = values.new_full((values.shape[0], 3, *values.shape[2:]), value)
+    return torch.cat((values, extra), dim=1)
+
+
+def test_the_loss_is_the_intents_plus_the_mean_over_the_examples_own_words() -> None:
+    outputs = Outputs(torch.randn(2, 3), torch.randn(2, 4, 5))
+    assert outputs.tags is not None
+    tags = torch.tensor([[1, 2, IGNORED_TAG, IGNORED_TAG], [0, 4, 3, 2]])
+    batch = {"intents": torch.tensor([2, 0]), "tags": tags}
+    losses = intent_slot_loss(outputs, batch)
+    for example, length in ((0, 2), (1, 4)):
+        intent = F.cross_entropy(outputs.intents[example], batch["intents"][example])
+        slots = F.cross_entropy(outputs.tags[example, :length], tags[example, :length])
+        torch.testing.assert_close(losses[example], intent + slots)
+
+
+def test_an_example_without_any_known_tag_has_the_loss_of_its_intent() -> None:
+    outputs = Outputs(torch.randn(1, 3), torch.randn(1, 2, 5))
+    batch = {"intents": torch.tensor([1]), "tags": torch.full((1, 2), IGNORED_TAG)}
+    expected = F.cross_entropy(outputs.intents, batch["intents"], reduction="none")
+    torch.testing.assert_close(intent_slot_loss(outputs, batch), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_without_slots_has_no_tag_logits(name: str, tiny_encoder: Path) -> None:
+    architecture = (
+        Architecture(name=f"encoder:{tiny_encoder}")
+        if name == "encoder"
+        else Architecture(name="lstm", character_filters=4 if name == "characters" else 0)
+    )
+    classifier = build(architecture, Labels(("ask", "tell"), ()), HashedVocabulary(50))
+    batch = classifier.encoding.collate(encode_all(classifier.encoding, EXAMPLES))
+    outputs = classifier.model(batch)
+    assert outputs.tags is None
+    assert outputs.intents.shape == (4, 2)
+    assert classifier.model.per_example_loss(batch).shape == (4,)
+
+
+def test_the_tag_of_a_word_is_read_at_its_first_sub_word(tiny_encoder: Path) -> None:
+    classifier = _classifier("encoder", tiny_encoder)
+    batch = classifier.encoding.collate(encode_all(classifier.encoding, EXAMPLES))
+    states = classifier.model.get_submodule("encoder")(
+        input_ids=batch["subwords"], attention_mask=batch["attention"]
+    ).last_hidden_state
+    head = classifier.model.get_submodule("slot_head")
+    tags = classifier.model(batch).tags
+    for row, example in enumerate(EXAMPLES):
+        place = 1  # after [CLS]
+        for word, token in enumerate(example.tokens):
+            torch.testing.assert_close(tags[row, word], head(states[row, place]))
+            place += len(token)  # the tiny tokenizer spells words out
+
+
+def test_an_encoders_pooler_is_not_trained_by_noise(tiny_encoder: Path) -> None:
+    model = _classifier("encoder", tiny_encoder).model
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert frozen == ["encoder.pooler.dense.weight", "encoder.pooler.dense.bias"]

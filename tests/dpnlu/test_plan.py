@@ -1,0 +1,278 @@
+"""The plan: what it says about itself is what the mechanism does."""
+
+import json
+import math
+from dataclasses import FrozenInstanceError, dataclass, field
+
+import pytest
+
+from dpnlu.accounting import SampledGaussian, epsilon
+from dpnlu.plan import PrivacyPlan
+
+CALIBRATION = {
+    "target_epsilon": 4.0,
+    "target_delta": 1e-5,
+    "num_examples": 1000,
+    "expected_batch_size": 50,
+    "steps": 40,
+    "max_grad_norm": 1.0,
+}
+MICROBATCH = {"clipping_unit": "microbatch", "microbatches": 3}
+TRUNCATED = {"sampling": "truncated_poisson", "max_batch_size": 90}
+
+
+@dataclass(frozen=True)
+class Invalid:
+    """A change of a valid plan, and what the refusal says."""
+
+    change: dict = field(hash=False)
+    says: str
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}={value}" for name, value in self.change.items())
+
+
+INVALID_PLANS = [
+    Invalid({"noise_multiplier": -0.1}, "`noise_multiplier` to be finite and >= 0, got -0.1"),
+    Invalid({"noise_multiplier": math.nan}, "`noise_multiplier`"),
+    Invalid({"noise_multiplier": math.inf}, "`noise_multiplier`"),
+    Invalid({"max_grad_norm": 0.0}, "`max_grad_norm` to be finite and > 0"),
+    Invalid({"max_grad_norm": math.inf}, "`max_grad_norm`"),
+    Invalid({"max_grad_norm": math.nan}, "`max_grad_norm`"),
+    Invalid({"sample_rate": 0.0}, r"`sample_rate` in \(0, 1\], got 0.0"),
+    Invalid({"sample_rate": 32}, "It is a probability: pass expected batch size / number"),
+    Invalid({"sample_rate": math.nan}, "`sample_rate`"),
+    Invalid({"steps": 0}, "`steps` to be an integer >= 1, got 0"),
+    Invalid({"steps": 2.5}, "`steps`"),
+    Invalid({"steps": True}, "`steps`"),
+    Invalid({"num_examples": 0}, "`num_examples`"),
+    Invalid({"target_delta": 0.0}, r"`target_delta` in \(0, 1\)"),
+    Invalid({"target_delta": 1.0}, "`target_delta`"),
+    Invalid({"target_delta": math.nan}, "`target_delta`"),
+    Invalid({"clipping": "none"}, "`clipping` to be one of flat, automatic, got 'none'"),
+    Invalid({"unit": "user"}, "`unit` to be one of example"),
+    Invalid({"sampling": "shuffle"}, "`sampling` to be one of poisson, truncated_poisson"),
+    Invalid({"clipping_unit": "layer"}, "`clipping_unit` to be one of example, microbatch"),
+    Invalid({"clipping_unit": "microbatch"}, "`microbatches` exactly together with clipping_unit"),
+    Invalid({"microbatches": 4}, "`microbatches` exactly together"),
+    Invalid({**MICROBATCH, "microbatches": 0}, "`microbatches` to be an integer >= 1"),
+    Invalid({"sampling": "truncated_poisson"}, "`max_batch_size` exactly together with sampling"),
+    Invalid({"max_batch_size": 9}, "`max_batch_size` exactly together"),
+    Invalid({**TRUNCATED, "max_batch_size": 0}, "`max_batch_size` to be an integer >= 1"),
+    *(
+        Invalid({"noise_schedule": spec}, "`noise_schedule` to be constant, exponential:F with F")
+        for spec in (
+            "linear",
+            "constant:1",
+            "exponential",
+            "exponential:0",
+            "exponential:1.1",
+            "exponential:nan",
+            "exponential:fast",
+            "inverse:-1",
+            "inverse:inf",
+        )
+    ),
+]
+INVALID_CALIBRATIONS = [
+    Invalid({"target_epsilon": 0.0}, "`target_epsilon` > 0, got 0.0"),
+    Invalid({"target_epsilon": math.nan}, "`target_epsilon` > 0"),
+    Invalid({"expected_batch_size": 0}, "batch size between 1 and the number of examples, 1000"),
+    Invalid({"expected_batch_size": 1001}, "batch size between 1 and the number of examples"),
+    Invalid({"expected_batch_size": math.nan}, "batch size between"),
+    Invalid({"num_examples": 0}, "`num_examples`"),
+    Invalid({"epochs": 2}, "either `epochs` or `steps`"),
+    Invalid({"steps": None}, "either `epochs` or `steps`"),
+    Invalid({"steps": 0}, "`steps`"),
+    Invalid({"steps": None, "epochs": 0}, "`epochs` > 0, got 0"),
+    Invalid({"steps": None, "epochs": math.inf}, "`epochs` > 0"),
+    Invalid({"target_delta": 0.0}, "`target_delta`"),
+    Invalid({"clipping": "none"}, "`clipping`"),
+]
+
+
+@pytest.mark.parametrize("case", INVALID_PLANS, ids=str)
+def test_a_plan_that_is_no_mechanism_cannot_be_made(make_plan, case):
+    with pytest.raises(ValueError, match=case.says):
+        make_plan(**case.change)
+
+
+@pytest.mark.parametrize("case", INVALID_CALIBRATIONS, ids=str)
+def test_calibration_refuses_what_it_cannot_mean(case):
+    with pytest.raises(ValueError, match=case.says):
+        PrivacyPlan.calibrate(**CALIBRATION | case.change)
+
+
+def test_a_plan_is_frozen_and_its_arguments_are_named(make_plan):
+    with pytest.raises(FrozenInstanceError):
+        make_plan().noise_multiplier = 0.0
+    with pytest.raises(TypeError):
+        PrivacyPlan(1.0, 1.0, 0.5, 10, 1e-5, 8)
+
+
+@pytest.mark.parametrize("delta", [1 / 8, 0.2])
+def test_a_delta_of_one_over_n_or_more_warns(make_plan, delta):
+    with pytest.warns(UserWarning, match="not below 1 / 8 examples"):
+        plan = make_plan(target_delta=delta)
+    plan.with_noise(2.0)  # and does not repeat itself: warnings are errors here
+
+
+# ---- ε ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [{}, MICROBATCH, TRUNCATED, {"noise_schedule": "inverse:0.5"}])
+def test_calibrated_epsilon_does_not_exceed_the_target(change):
+    """`plan.epsilon() <= target_epsilon`, and within 1 % of it; all else is as was asked for."""
+    plan = PrivacyPlan.calibrate(**CALIBRATION | change)
+    assert 0.99 * 4.0 <= plan.epsilon() <= 4.0
+    asked = {"target_delta": 1e-5, "num_examples": 1000, "sample_rate": 0.05, "steps": 40} | change
+    assert {name: plan.to_dict()[name] for name in asked} == asked
+
+
+def test_an_infinite_target_gives_a_plan_without_noise():
+    plan = PrivacyPlan.calibrate(**CALIBRATION | {"target_epsilon": math.inf})
+    assert plan.noise_multiplier == 0 and plan.epsilon() == math.inf
+
+
+def test_epsilon_is_that_of_the_planned_events(make_plan):
+    event = SampledGaussian(noise_multiplier=1.3, sample_rate=0.5, steps=7)
+    plan = make_plan(noise_multiplier=1.3, steps=7)
+    assert plan.epsilon() == epsilon([event], delta=1e-5)
+    assert plan.epsilon(accountant="rdp") == epsilon([event], delta=1e-5, accountant="rdp")
+    assert plan.epsilon(steps=0) == 0
+    assert 0 < plan.epsilon(steps=3) < plan.epsilon()
+
+
+# n = 13,084, B = 64, ten epochs of 204 steps, δ = 1e-5; (σ0, factor per epoch) -> ε, computed with
+# the PLD accountant of dp-accounting for one block per epoch.
+DECAY = [
+    ((1.0, 1.00), 1.2),
+    ((1.0, 0.95), 3.0),
+    ((1.0, 0.90), 12.9),
+    ((1.5, 0.90), 3.6),
+    ((2.0, 0.90), 1.3),
+    pytest.param((2.0, 0.80), 35.0, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("schedule", "known"), DECAY, ids=str)
+def test_a_decaying_schedule_costs_the_composition_of_its_epochs(make_plan, schedule, known):
+    """… and never what a constant first σ would cost."""
+    sigma, factor = schedule
+    size = {"sample_rate": 64 / 13_084, "num_examples": 13_084, "steps": 2040}
+    plan = make_plan(noise_multiplier=sigma, noise_schedule=f"exponential:{factor}", **size)
+    blocks = [
+        SampledGaussian(noise_multiplier=sigma * factor**e, sample_rate=64 / 13_084, steps=204)
+        for e in range(10)
+    ]
+    assert plan.epsilon() == pytest.approx(epsilon(blocks, delta=1e-5), rel=1e-9)
+    assert plan.epsilon() == pytest.approx(known, abs=0.051)
+    if factor < 1:
+        assert plan.epsilon() > 1.5 * make_plan(noise_multiplier=sigma, **size).epsilon()
+
+
+@pytest.mark.parametrize(
+    ("spec", "factors"),
+    [
+        ("constant", [1, 1, 1]),
+        ("exponential:0.5", [1, 0.5, 0.25]),
+        ("exponential:1", [1, 1, 1]),
+        ("inverse:2", [1, 1 / 3, 1 / 5]),
+        ("inverse:0", [1, 1, 1]),
+    ],
+)
+def test_the_schedule_sets_the_noise_of_every_epoch(make_plan, spec, factors):
+    plan = make_plan(
+        noise_multiplier=3.0, max_grad_norm=0.7, sample_rate=0.25, steps=11, noise_schedule=spec
+    )
+    planned = [3.0 * factors[step // 4] for step in range(11)]
+    assert [plan.noise_multiplier_at(step) for step in range(11)] == pytest.approx(planned)
+    assert [plan.noise_std_at(step) for step in range(11)] == pytest.approx(
+        [0.7 * sigma for sigma in planned]
+    )
+    singly = [event.noise_multiplier for event in plan.events() for _ in range(event.steps)]
+    assert singly == pytest.approx(planned)
+    assert [plan.event_at(step).noise_multiplier for step in range(11)] == pytest.approx(planned)
+
+
+@pytest.mark.parametrize("spec", ["constant", "exponential:0.5"])
+@pytest.mark.parametrize("steps", [0, 1, 4, 5, 11])
+def test_the_events_of_a_part_are_the_beginning_of_all(make_plan, spec, steps):
+    plan = make_plan(sample_rate=0.25, steps=11, noise_schedule=spec)
+    assert sum(event.steps for event in plan.events(steps=steps)) == steps
+    singly = [plan.event_at(step) for step in range(steps)]
+    assert plan.epsilon(steps=steps) == pytest.approx(epsilon(singly, delta=1e-5))
+
+
+# ---- the mechanism ---------------------------------------------------------------------------
+
+
+def test_the_sensitivity_of_example_clipping_is_the_bound(make_plan):
+    plan = make_plan(max_grad_norm=0.3, noise_multiplier=2.0)
+    assert plan.sensitivity == 0.3
+    assert plan.noise_std_at(0) == pytest.approx(0.6)
+    assert plan.divisor == plan.expected_batch_size == 4
+
+
+def test_the_sensitivity_of_microbatch_clipping_is_twice_the_bound(make_plan):
+    """One example can turn the mean of its group from any vector into any other: 2C."""
+    plan = make_plan(max_grad_norm=0.3, noise_multiplier=2.0, **MICROBATCH)
+    assert plan.sensitivity == 0.6
+    assert plan.noise_std_at(0) == pytest.approx(1.2)
+    assert plan.divisor == 3 and plan.expected_batch_size == 4
+
+
+def test_events_carry_what_the_accountant_needs_of_truncation(make_plan):
+    poisson = make_plan(num_examples=1000)
+    assert (poisson.event_at(0).max_batch_size, poisson.event_at(0).num_examples) == (None, None)
+    truncated = make_plan(num_examples=1000, **TRUNCATED)
+    assert (truncated.event_at(0).max_batch_size, truncated.event_at(0).num_examples) == (90, 1000)
+    assert poisson.adjacency == "add-remove-one" and truncated.adjacency == "zero-out-one"
+
+
+@pytest.mark.parametrize("batch", [1, 7, 32])
+def test_steps_are_counted_in_integers(batch):
+    """int(1 / rate) loses a step for 93, 99, 105, … batches per epoch."""
+    for batches in range(1, 1000):
+        size = {"num_examples": batch * batches, "expected_batch_size": batch}
+        plan = PrivacyPlan.calibrate(
+            target_epsilon=math.inf, target_delta=1e-9, max_grad_norm=1.0, epochs=1, **size
+        )
+        assert plan.steps == plan.steps_per_epoch == batches
+
+
+def test_a_part_of_an_epoch_is_rounded_and_never_nothing():
+    size = {"num_examples": 1000, "expected_batch_size": 50, "steps": None}
+    steps = [
+        PrivacyPlan.calibrate(
+            **CALIBRATION | size | {"epochs": e, "target_epsilon": math.inf}
+        ).steps
+        for e in (0.001, 0.5, 0.99, 2.5)
+    ]
+    assert steps == [1, 10, 20, 50]
+
+
+def test_epochs_are_the_expected_visits(make_plan):
+    assert make_plan(sample_rate=0.25, steps=11).epochs == 2.75
+    assert make_plan(sample_rate=1.0).steps_per_epoch == 1
+
+
+# ---- as values -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [{}, MICROBATCH, TRUNCATED, {"noise_schedule": "inverse:0.5"}])
+def test_a_plan_survives_json(make_plan, change):
+    plan = make_plan(**change)
+    assert PrivacyPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_unknown_missing_and_wrong_fields_are_refused(make_plan):
+    values = make_plan().to_dict()
+    with pytest.raises(ValueError, match=r"got unknown \['secret'\]"):
+        PrivacyPlan.from_dict(values | {"secret": 1})
+    with pytest.raises(ValueError, match="complete privacy plan"):
+        PrivacyPlan.from_dict({k: v for k, v in values.items() if k != "steps"})
+    with pytest.raises(ValueError, match="`sample_rate`"):
+        PrivacyPlan.from_dict(values | {"sample_rate": 2})
+    with pytest.raises(ValueError):
+        PrivacyPlan.from_dict(values | {"noise_multiplier": "1"})

@@ -1,0 +1,325 @@
+"""The tape: parameters that meet the batch in every usual way, and the traces it leaves: none."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointError, checkpoint
+
+from dpnlu.rules import OPERATIONS
+from dpnlu.tape import Tape, UnsupportedLayerError
+
+pytestmark = pytest.mark.usefixtures("double")
+
+WIDTH = 3
+# Examples, positions. Numbers of examples that equal the width, the positions, the length of a
+# prompt (2) or divide them must not be taken for what they are not.
+SIZES = [(4, 5), (1, 4), (5, 5), (3, 5), (3, 3), (2, 4), (6, 2), (2, 2)]
+every_size = pytest.mark.parametrize("size", SIZES, ids=str)
+
+
+def losses(outputs: Tensor) -> Tensor:
+    """(B, …) -> (B,), nothing about it symmetric."""
+    return (outputs + 0.5).sin().reshape(len(outputs), outputs.shape[1:].numel()).sum(1)
+
+
+class Parameters(nn.Module):
+    """Parameters of their own, and a layer."""
+
+    def __init__(self, function: Callable[["Parameters", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.scalar = nn.Parameter(torch.randn(()))
+        self.single = nn.Parameter(torch.randn(1))
+        self.vector = nn.Parameter(torch.randn(WIDTH))
+        self.row = nn.Parameter(torch.randn(1, WIDTH))
+        self.token = nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.prompt = nn.Parameter(torch.randn(2, WIDTH))
+        self.square = nn.Parameter(torch.randn(WIDTH, WIDTH))
+        self.table = nn.Parameter(torch.randn(8, WIDTH))
+        self.turned = nn.Parameter(torch.randn(WIDTH, 2).t())
+        self.register_buffer("scale", torch.rand(8, WIDTH))
+        self.function = function
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.function(self, inputs)
+
+
+@dataclass(frozen=True)
+class Use:
+    """A way in which a parameter meets the batch; h (B, T, 3) is the layer's output."""
+
+    name: str
+    apply: Callable[[Parameters, Tensor], Tensor]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _copies(prompt: Tensor, h: Tensor) -> Tensor:
+    return prompt.expand(len(h), -1, -1)
+
+
+def _with_prompt(m: Parameters, h: Tensor, prompt: Tensor) -> Tensor:
+    return m.layer(torch.cat([prompt, h], 1))
+
+
+def _crf(m: Parameters, h: Tensor) -> Tensor:
+    """Forward algorithm of a conditional random field, transitions added by broadcasting."""
+    score = m.vector + h[:, 0]
+    for step in range(1, h.shape[1]):
+        score = torch.logsumexp(score[:, :, None] + m.square + h[:, step, None], 1)
+    return torch.logsumexp(score, 1)
+
+
+USES = [
+    Use("x + p", lambda m, h: h + m.vector),
+    Use("p + x", lambda m, h: m.vector + h),
+    Use("x - p, p - x", lambda m, h: (h - m.vector) * (m.vector - h)),
+    Use("p * x", lambda m, h: m.vector * h),
+    Use("x / p", lambda m, h: h / (2 + m.vector.square())),
+    Use("x += p", lambda m, h: (h * 1).add_(m.vector)),
+    Use("x *= p", lambda m, h: (h * 1).mul_(m.vector)),
+    Use("torch.add", lambda m, h: torch.add(h, m.vector)),
+    Use("where", lambda m, h: torch.where(h > 0, h, m.vector)),
+    Use("scalar", lambda m, h: h * m.scalar),
+    Use("one element", lambda m, h: h * m.single + m.single),
+    Use("scalar on losses", lambda m, h: h.sum((1, 2)).sin() * m.scalar),
+    Use("one element on losses", lambda m, h: h.sum((1, 2)).sin() * m.single),
+    Use("row", lambda m, h: h + m.row),
+    Use("on vectors", lambda m, h: h[:, 0] * m.vector),
+    Use("row on vectors", lambda m, h: h[:, 0] * m.row),
+    Use("token", lambda m, h: h * m.token),
+    Use("positions", lambda m, h: h + m.table[: h.shape[1]]),
+    Use("positions, one batch of them", lambda m, h: h * m.table[None, : h.shape[1]]),
+    Use("buffer times parameter", lambda m, h: h * (m.scale * m.table)[: h.shape[1]]),
+    Use("4 dimensions", lambda m, h: h[:, :, None] * m.prompt),
+    Use("gate", lambda m, h: m.vector.sigmoid() * h + (1 - m.vector.sigmoid()) * h.tanh()),
+    Use("class token", lambda m, h: _with_prompt(m, h, _copies(m.token, h))),
+    Use("class token, repeated", lambda m, h: _with_prompt(m, h, m.token.repeat(len(h), 1, 1))),
+    Use("soft prompt", lambda m, h: _with_prompt(m, h, _copies(m.prompt, h))),
+    Use("soft prompt, unsqueezed", lambda m, h: _with_prompt(m, h, _copies(m.prompt[None], h))),
+    Use("soft prompt, repeated", lambda m, h: _with_prompt(m, h, m.prompt.repeat(len(h), 1, 1))),
+    Use("made prompt", lambda m, h: _with_prompt(m, h, _copies(m.layer(m.prompt).tanh(), h))),
+    Use("layer on copies", lambda m, h: _with_prompt(m, h, m.layer(_copies(m.token, h)).tanh())),
+    Use("token along the positions", lambda m, h: h * m.token.expand(-1, h.shape[1], -1)),
+    Use("row along the positions", lambda m, h: h * m.row.expand(h.shape[1], -1)),
+    Use("vector along the positions", lambda m, h: h * m.vector.expand(h.shape[1], WIDTH)),
+    Use("row repeated along the positions", lambda m, h: h * m.row.repeat(h.shape[1], 1)),
+    Use("row stacked along the positions", lambda m, h: h * torch.stack([m.vector] * h.shape[1])),
+    Use("x W", lambda m, h: h @ m.square),
+    Use("x W on vectors", lambda m, h: h[:, 0] @ m.square),
+    Use("x W with matmul", lambda m, h: torch.matmul(h[:, 0], m.square.t())),
+    Use("x W with mm", lambda m, h: h[:, 0].mm(m.square)),
+    Use("W x", lambda m, h: m.square @ h.mT),
+    Use("x v", lambda m, h: h @ m.vector),
+    Use("x v on vectors", lambda m, h: h[:, 0] @ m.vector),
+    Use("attention pooling", lambda m, h: (h @ m.vector).softmax(1)[:, None] @ h),
+    Use("attention pooling by a row", lambda m, h: ((h.tanh() @ m.row.t()).softmax(1) * h).sum(1)),
+    Use("learned query", lambda m, h: F.scaled_dot_product_attention(_copies(m.prompt, h), h, h)),
+    Use("linear with a made weight", lambda m, h: F.linear(h, m.square.tanh(), m.vector * 2)),
+    Use("linear, weight turned in memory", lambda m, h: F.linear(h, m.turned)),
+    Use("product, parameter turned in memory", lambda m, h: h * m.turned[0] + m.turned.sum(0)),
+    Use("conditional random field", _crf),
+    Use("parameter alone decides the scale", lambda m, h: h * m.square.norm()),
+]
+
+
+@every_size
+@pytest.mark.filterwarnings("ignore:No rule for")
+@pytest.mark.parametrize("use", USES, ids=str)
+def test_a_parameter_that_meets_the_batch_keeps_the_examples_apart(assert_taped_exactly, use, size):
+    model = Parameters(lambda m, inputs: losses(use.apply(m, m.layer(inputs))))
+    inputs = torch.randn(*size, WIDTH)
+    assert_taped_exactly(model, lambda model: model(inputs))
+
+
+@pytest.mark.filterwarnings("ignore:No rule for")
+@pytest.mark.parametrize("use", [use for use in USES if "token" in use.name], ids=str)
+def test_an_empty_batch_meets_nothing(assert_taped_exactly, use):
+    model = Parameters(lambda m, inputs: losses(use.apply(m, m.layer(inputs))))
+    inputs = torch.randn(0, 4, WIDTH)
+    assert_taped_exactly(model, lambda model: model(inputs))
+
+
+# ---- how examples may lie in memory ----------------------------------------------------------
+
+
+LAYOUTS = {
+    "two dimensions": lambda m, x: m.layer(x[:, 0]),
+    "flattened": lambda m, x: m.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2]),
+    "flattened, and a parameter": lambda m, x: (m.layer(x.flatten(0, 1)) * m.vector).unflatten(
+        0, x.shape[:2]
+    ),
+    "twice as many rows": lambda m, x: m.layer(x.repeat_interleave(2, 0)).unflatten(0, (-1, 2)),
+    "checkpointed": lambda m, x: checkpoint(
+        lambda h: m.layer(m.layer(h).tanh()), x, use_reentrant=False
+    ),
+    "dropout": lambda m, x: F.dropout(m.layer(x), 0.5),
+    "several losses": lambda m, x: m.layer(x) * m.layer(x.flip(1)),
+}
+
+
+@every_size
+@pytest.mark.parametrize("apply", LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts_that_keep_the_examples_in_order(assert_taped_exactly, apply, size):
+    model = Parameters(lambda m, inputs: losses(apply(m, inputs)))
+    inputs = torch.randn(*size, WIDTH)
+    assert_taped_exactly(model, lambda model: model(inputs))
+
+
+def test_a_parameter_inside_a_checkpoint_is_never_silently_wrong(assert_taped_exactly):
+    model = Parameters(
+        lambda m, x: losses(checkpoint(lambda h: m.layer(h) * m.vector, x, use_reentrant=False))
+    )
+    inputs = torch.randn(4, 5, WIDTH)
+    with suppress(CheckpointError, UnsupportedLayerError):
+        assert_taped_exactly(model, lambda model: model(inputs))
+
+
+def test_time_major_activations_are_refused(assert_taped_exactly):
+    model = Parameters(lambda m, x: losses(m.layer(x.transpose(0, 1)).transpose(0, 1)))
+    inputs = torch.randn(4, 5, WIDTH)
+    with pytest.raises(UnsupportedLayerError, match="put the examples first"):
+        assert_taped_exactly(model, lambda model: model(inputs))
+
+
+@pytest.mark.parametrize("call", ["keyword", "nested", "two inputs"])
+def test_inputs_are_found_however_the_model_is_called(assert_taped_exactly, call):
+    inputs = torch.randn(4, 5, WIDTH)
+
+    def forward(m: Parameters, x) -> Tensor:
+        x = x["x"][0] if isinstance(x, dict) else x
+        return losses(m.layer(x) + m.vector)
+
+    model = Parameters(forward)
+    calls = {
+        "keyword": lambda model: model(inputs=inputs),
+        "nested": lambda model: model({"x": [inputs]}),
+        "two inputs": lambda model: model(inputs) + model(inputs * 2),
+    }
+    assert_taped_exactly(model, calls[call])
+
+
+def test_parts_of_a_model_may_be_called_by_themselves(assert_taped_exactly):
+    model = nn.ModuleDict({"body": nn.Linear(WIDTH, 4), "head": nn.Linear(4, 2)})
+    inputs = torch.randn(4, 5, WIDTH)
+    assert_taped_exactly(model, lambda m: losses(m["head"](m["body"](inputs).tanh())))
+
+
+def test_loss_that_ignores_a_part_of_the_model(assert_taped_exactly):
+    model = nn.ModuleList([nn.Linear(WIDTH, 4), nn.Linear(WIDTH, 4)])
+    inputs = torch.randn(4, WIDTH)
+    assert_taped_exactly(model, lambda m: losses(m[0](inputs)) + 0 * m[1](inputs).detach().sum(1))
+
+
+def test_gradients_agree_with_vectorised_automatic_differentiation():
+    """A second library: torch.func.vmap(grad)."""
+    model = nn.Sequential(nn.Linear(WIDTH, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 2))
+    inputs = torch.randn(6, 5, WIDTH)
+
+    def loss(parameters, example):
+        return losses(torch.func.functional_call(model, parameters, (example[None],)))[0]
+
+    parameters = dict(model.named_parameters())
+    detached = {name: p.detach() for name, p in parameters.items()}
+    expected = torch.func.vmap(torch.func.grad(loss), (None, 0))(detached, inputs)
+    tape = Tape(model, OPERATIONS)
+    found = tape.trace.gradients(losses(model(inputs)))
+    tape.close()
+    for name, parameter in parameters.items():
+        (use,) = found[parameter]
+        torch.testing.assert_close(use.dense(), expected[name])
+
+
+# ---- what is seen, and what is not -----------------------------------------------------------
+
+
+@pytest.fixture
+def tiny():
+    return nn.Sequential(nn.Linear(WIDTH, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def test_evaluation_is_not_recorded():
+    model = Parameters(lambda m, x: m.layer(x) * m.vector + _copies(m.token, x))
+    tape = Tape(model, OPERATIONS)
+    with torch.no_grad():
+        model(torch.randn(2, 4, WIDTH))
+    with torch.inference_mode():
+        model(torch.randn(2, 4, WIDTH))
+    assert not tape.trace.records and not tape.trace.meetings
+    tape.close()
+
+
+def test_clearing_forgets(tiny, assert_taped_exactly):
+    tape = Tape(tiny, OPERATIONS)
+    outputs = losses(tiny(torch.randn(2, WIDTH)))
+    assert len(tape.trace.records) == 2 and tape.batch_size == 2
+    tape.clear()
+    assert not tape.trace.records and tape.batch_size is None
+    assert tape.trace.gradients(outputs) == {}
+    tape.close()
+
+
+def test_a_forward_pass_that_fails_leaves_the_tape_usable(tiny, assert_taped_exactly):
+    tape = Tape(tiny, OPERATIONS)
+    with pytest.raises(RuntimeError):
+        tiny(torch.randn(2, WIDTH + 1))
+    assert torch.overrides._len_torch_function_stack() == 0
+    tape.clear()
+    tiny(torch.randn(5, WIDTH))
+    assert tape.batch_size == 5 and len(tape.trace.records) == 2
+    tape.close()
+
+
+def test_the_signature_tells_courses_of_the_forward_pass_apart():
+    model = Parameters(lambda m, x: losses(m.layer(x) + (m.vector if x.shape[1] > 2 else 0)))
+    tape = Tape(model, OPERATIONS)
+    signatures = []
+    for positions in (2, 3, 4, 2):
+        model(torch.randn(2, positions, WIDTH))
+        signatures.append(tape.trace.signature)
+        tape.clear()
+    tape.close()
+    assert signatures[1] == signatures[2] != signatures[0] == signatures[3]
+
+
+def test_closing_leaves_no_trace(tiny):
+    parameters = list(tiny.parameters())
+    before = [dict(vars(module)) for module in tiny.modules()]
+    inputs = torch.randn(2, WIDTH)
+    expected = tiny(inputs)
+    tape = Tape(tiny, OPERATIONS)
+    taped = tiny(inputs)
+    assert torch.equal(taped, expected), "recording changes no value"
+    tape.trace.gradients(losses(taped))
+    tape.close()
+    assert torch.equal(tiny(inputs), expected)
+    assert not tape.trace.records
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    assert not any(getattr(module, name) for module in tiny.modules() for name in hooks)
+    assert [set(vars(module)) for module in tiny.modules()] == [set(b) for b in before]
+    assert all(not vars(parameter) and parameter.grad is None for parameter in parameters)
+
+
+def test_two_tapes_do_not_disturb_each_other(tiny, assert_taped_exactly):
+    """… even when one model runs inside the other's forward pass."""
+    teacher = nn.Linear(WIDTH, 2)
+    other = Tape(teacher, OPERATIONS)
+    model = Parameters(lambda m, x: losses(m.layer(x)) + losses(teacher(x).detach()))
+    inputs = torch.randn(4, WIDTH)
+    assert_taped_exactly(model, lambda model: model(inputs), same_pass=True)
+    assert len(other.trace.records) == 1
+    other.close()
+
+
+def test_operations_that_return_several_tensors_are_refused_by_name():
+    model = nn.ModuleDict({"cell": nn.LSTMCell(WIDTH, 4)})
+    tape = Tape(model, OPERATIONS)
+    with pytest.raises(UnsupportedLayerError, match=r"Module cell: .* several tensors"):
+        model["cell"](torch.randn(2, WIDTH))
+    tape.close()

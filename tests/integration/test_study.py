@@ -1,0 +1,168 @@
+"""A whole study at toy size: train, attack, report, interrupt, go on."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from attacks.canaries import parse_canary
+from attacks.report import validate
+from dpnlu.cli import main
+from dpnlu.compare.study import Study
+from dpnlu.data import drop_repeated, synthetic_corpus
+
+COMPARE = [
+    *("compare", "--data", "synthetic:300", "--epsilons", "inf", "8", "--epochs", "2"),
+    *("--batch-size", "60", "--references", "3", "--audit-examples", "120"),
+    *("--canaries", "pin:2:R=5", "--quiet"),
+]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study") / "out"
+    assert main([*COMPARE, "--out", str(folder)]) == 0
+    return folder
+
+
+def _report(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def test_the_report_keeps_its_contract(out: Path) -> None:
+    report = _report(out)
+    validate(report)
+    ordinary, private = report["runs"]
+    assert ordinary["target_epsilon"] is None is ordinary["epsilon"]
+    assert private["target_epsilon"] == 8
+    assert private["epsilon"] <= 8
+    assert ordinary["overhead"] == 1
+    for run in report["runs"]:
+        assert set(run["membership"]) == {"loss", "lira", "rmia"}
+        assert run["references"] == 3
+        assert run["canary"]["trials"] == 4
+        assert run["canary"]["available_bits"] == pytest.approx(np.log2(100))
+    assert private["audit"]["epsilon_lower_bound"] <= private["epsilon"]
+
+
+def test_everything_promised_is_there(out: Path) -> None:
+    for name in ("report.json", "report.md", "report.html", "study.json"):
+        assert (out / name).stat().st_size > 0
+    assert list((out / "figures").glob("*.svg"))
+    target = out / "runs" / "eps-8" / "target"
+    assert "must not be released" in (target / "README.md").read_text(encoding="utf-8")
+
+
+def test_finished_runs_are_not_trained_again(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dpnlu.compare.training
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("trained again")
+
+    before = _report(out)
+    monkeypatch.setattr(dpnlu.compare.training, "train", fail)
+    assert main([*COMPARE, "--out", str(out)]) == 0
+    after = _report(out)
+    for run in (*before["runs"], *after["runs"]):
+        run.pop("attack_seconds")
+    assert before["runs"] == after["runs"]
+
+
+def test_another_study_is_refused(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*COMPARE, "--out", str(out), "--seed", "3"]) == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_a_lost_reference_alone_is_trained_again(out: Path) -> None:
+    references = out / "runs" / "eps-inf" / "references"
+    lost = references / "model-0001.npz"
+    before = {name: values.copy() for name, values in np.load(lost).items()}
+    kept = (references / "model-0000.npz").stat().st_mtime_ns
+    lost.unlink()
+    assert main([*COMPARE, "--out", str(out)]) == 0
+    for name, values in np.load(lost).items():
+        np.testing.assert_allclose(values, before[name], rtol=1e-4, atol=1e-5)
+    assert (references / "model-0000.npz").stat().st_mtime_ns == kept
+
+
+def test_a_trained_model_can_be_attacked(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    train = ["train", "--data", "synthetic:300", "--epsilon", "8", "--batch-size", "60"]
+    assert main([*train, "--epochs", "2", "--out", str(model), "--quiet"]) == 0
+    attack = ["attack", str(model), "--data", "synthetic:300", "--references", "3", "--quiet"]
+    assert main([*attack, "--out", str(tmp_path / "report")]) == 0
+    report = _report(tmp_path / "report")
+    validate(report)
+    (run,) = report["runs"]
+    assert run["epsilon"] <= 8
+    assert set(run["membership"]) == {"loss", "lira", "rmia"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--attacks", "magic"], "magic"),
+        (["--canaries", "pin"], "pin:4:R=100"),
+        (["--canaries", "pin:2:R=1", "pin:2:R=9"], "different patterns"),
+        (["--epsilons", "8", "8"], "different values"),
+        (["--references", "-1"], "references >= 0"),
+        (["--confidence", "2"], "onfidence"),
+        (["--batch-size", "100000"], "batch size"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_written(
+    options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", "--data", "synthetic:300", "--quiet", "--out", str(tmp_path / "o")]
+    assert main([*command, *options]) == 2
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert len(printed.splitlines()) == 1
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    corpus, _ = drop_repeated(synthetic_corpus(400))
+    return Study.draw(
+        corpus,
+        audit_examples=200,
+        references=30,
+        canaries=[parse_canary("pin:4:R=7"), parse_canary("call:3:R=2")],
+        rng=np.random.default_rng(0),
+    )
+
+
+class TestStudy:
+    def test_each_model_trains_on_the_base_its_members_and_its_canaries(self, study: Study) -> None:
+        for model in (0, 7):
+            ids = {example.id for example in study.examples(model)}
+            members = {e.id for e, m in zip(study.audit, study.coins[model], strict=True) if m}
+            canaries = {name for name in ids if name.startswith("canary-")}
+            assert ids == {e.id for e in study.base} | members | canaries
+            assert len(canaries) == 9
+
+    def test_base_and_audit_examples_are_the_training_split(self, study: Study) -> None:
+        corpus, _ = drop_repeated(synthetic_corpus(400))
+        together = sorted(e.id for e in (*study.base, *study.audit))
+        assert together == sorted(e.id for e in corpus.split("train"))
+
+    def test_the_coins_are_fair_and_independent(self, study: Study) -> None:
+        assert study.coins.shape == (31, 200)
+        assert abs(study.coins.mean() - 0.5) < 4 * 0.5 / np.sqrt(study.coins.size)
+        per_model = study.coins.sum(axis=1)
+        # balanced halves would always be 100: not independent coins
+        assert per_model.std() > 3
+
+    def test_each_model_has_a_secret_of_its_own(self, study: Study) -> None:
+        assert [secrets.shape for secrets in study.secrets] == [(31, 4), (31, 3)]
+        assert len({tuple(secret) for secret in study.secrets[0]}) > 25
+
+    def test_canary_labels_are_among_the_labels(self, study: Study) -> None:
+        corpus, _ = drop_repeated(synthetic_corpus(400))
+        labels = study.labels(corpus)
+        assert "canary" in labels.intents
+        assert {"B-canary", "I-canary"} <= set(labels.tags)

@@ -1,0 +1,28 @@
+"""Every example runs, and says what it should."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SAYS = {"private_loop.py": "ε = ", "attack_your_model.py": "LiRA: AUC"}
+
+
+def test_no_example_is_forgotten() -> None:
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == SAYS.keys()
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_an_example_runs(name: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-W", "error", ROOT / "examples" / name],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert run.returncode == 0, run.stderr
+    assert SAYS[name] in run.stdout
