@@ -17,7 +17,7 @@ from dpnlu.evaluation import Metrics, evaluate
 from dpnlu.fitting import ComputeConfig, FitResult, Progress, Randomness, Recipe, fit
 from dpnlu.ledger import Ledger
 from dpnlu.plan import PrivacyPlan
-from dpnlu.resources import peak_memory
+from dpnlu.resources import peak_memory, reset_peak_memory
 
 
 @dataclass(frozen=True, kw_only=True)

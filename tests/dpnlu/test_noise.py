@@ -8,13 +8,19 @@ import pytest
 import torch
 from scipy import stats
 
-from dpnlu.noise import entropy_generator, fill_gaussian, system_gaussian
+from dpnlu import noise
+from dpnlu.noise import (
+    entropy_generator,
+    entropy_generators,
+    fill_gaussian,
+    system_gaussian,
+)
 
 COUNT = 20_000
 SOURCES = {
-    "seeded": lambda: torch.Generator().manual_seed(11),
-    "entropy": entropy_generator,
-    "system": lambda: None,
+    "seeded": lambda: [torch.Generator().manual_seed(11)],
+    "entropy": entropy_generators,
+    "system": list,
 }
 # A run with fresh entropy must not fail by chance.
 ACCEPTED, REJECTED = 1e-6, 1e-12
@@ -24,9 +30,9 @@ ACCEPTED, REJECTED = 1e-6, 1e-12
 @pytest.mark.parametrize("std", [0.01, 1.0, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_noise_is_gaussian_of_the_given_standard_deviation(source, std, dtype):
-    noise = torch.full((COUNT // 10, 10), math.nan, dtype=dtype)
-    fill_gaussian([noise], std=std, generator=source())
-    draws = noise.flatten().numpy()
+    values = torch.full((COUNT // 10, 10), math.nan, dtype=dtype)
+    fill_gaussian([values], std=std, generators=source())
+    draws = values.flatten().numpy()
     assert stats.kstest(draws, "norm", args=(0, std)).pvalue > ACCEPTED
     for wrong in (std * 2 / 3, std * 3 / 2):
         assert stats.kstest(draws, "norm", args=(0, wrong)).pvalue < REJECTED
@@ -35,11 +41,11 @@ def test_noise_is_gaussian_of_the_given_standard_deviation(source, std, dtype):
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
 def test_every_entry_is_drawn_independently(source):
     """Across tensors, across calls, between neighbours and between the halves of one tensor."""
-    generator = source()
+    generators = source()
     tensors = [torch.empty(COUNT), torch.empty(100, COUNT // 100)]
-    fill_gaussian(tensors, std=1.0, generator=generator)
+    fill_gaussian(tensors, std=1.0, generators=generators)
     again = torch.empty(COUNT)
-    fill_gaussian([again], std=1.0, generator=generator)
+    fill_gaussian([again], std=1.0, generators=generators)
     one, other = tensors[0], tensors[1].flatten()
     half = COUNT // 2
     pairs = [
@@ -68,27 +74,40 @@ def test_system_noise_is_finite_for_any_entropy(monkeypatch, byte):
 
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
 def test_no_noise_is_exactly_zero(source):
-    noise = torch.full((3, 2), math.nan)
-    fill_gaussian([noise], std=0.0, generator=source())
-    assert torch.equal(noise, torch.zeros(3, 2))
+    values = torch.full((3, 2), math.nan)
+    fill_gaussian([values], std=0.0, generators=source())
+    assert torch.equal(values, torch.zeros(3, 2))
 
 
-def test_tensors_of_any_layout_are_filled_in_place():
-    base = torch.zeros(4, 6)
-    for generator in (torch.Generator().manual_seed(0), None):
-        base.zero_()
-        fill_gaussian([base.t(), base.new_zeros(())], std=1.0, generator=generator)
-        assert bool((base != 0).all())
+@pytest.mark.parametrize("sizes", [(3, 0, 10), (COUNT,), (1, 1, 1), (7,) * 9], ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_generators_that_draw_side_by_side_leave_nothing_out(monkeypatch, sizes, count):
+    monkeypatch.setattr(noise, "_WORTH_A_THREAD", 1)
+    nan = torch.tensor(math.nan, dtype=torch.float64)
+    tensors = [nan.repeat(size) for size in sizes] + [nan]
+    fill_gaussian(tensors, std=1.0, generators=[entropy_generator() for _ in range(count)])
+    draws = torch.cat([tensor.flatten() for tensor in tensors])
+    assert bool(torch.isfinite(draws).all()) and len(draws.unique()) == len(draws)
+
+
+@pytest.mark.parametrize("side_by_side", [1, 10**9])
+def test_generators_that_draw_side_by_side_are_independent(monkeypatch, side_by_side):
+    monkeypatch.setattr(noise, "_WORTH_A_THREAD", side_by_side)
+    values = torch.empty(2, COUNT)
+    fill_gaussian([values], std=2.0, generators=[entropy_generator() for _ in range(2)])
+    one, other = values.numpy()
+    assert stats.pearsonr(one, other).pvalue > ACCEPTED
+    assert stats.kstest(values.flatten().numpy(), "norm", args=(0, 2.0)).pvalue > ACCEPTED
 
 
 def test_a_seeded_generator_repeats_itself_and_leaves_the_global_one_alone():
     before = torch.get_rng_state()
-    noise = []
+    drawn = []
     for seed in (5, 5, 6):
         values = torch.empty(50)
-        fill_gaussian([values], std=1.0, generator=torch.Generator().manual_seed(seed))
-        noise.append(values)
-    assert torch.equal(noise[0], noise[1]) and not torch.equal(noise[0], noise[2])
+        fill_gaussian([values], std=1.0, generators=[torch.Generator().manual_seed(seed)])
+        drawn.append(values)
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     entropy_generator()
     assert torch.equal(torch.get_rng_state(), before)
 
