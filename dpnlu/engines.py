@@ -22,16 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from dpnlu.clipping import CLIPPING_RULES
+from dpnlu.course import Course
 from dpnlu.gradients import Dense, Gradients, GramCache, combine, squared_norms
 from dpnlu.plan import PrivacyPlan
 from dpnlu.rules import OPERATIONS
 from dpnlu.tape import Tape, UnsupportedLayerError
 
-# How many different structures of the forward pass are checked against automatic differentiation.
-_CHECKED_STRUCTURES = 16
-# Largest error of an example's gradient, relative to its norm, that passes as rounding.
+# Largest error of a weighted sum of gradients, relative to its norm, that passes as rounding.
 _CHECK_TOLERANCE = {torch.float64: 1e-8, torch.float32: 5e-3}
 _LOW_PRECISION_TOLERANCE = 0.2
+
+# Parameter -> its uses, whose gradients add up.
+Parts = Mapping[nn.Parameter, Sequence[Gradients]]
 
 
 @dataclass(frozen=True)
@@ -82,16 +84,17 @@ class Engine(Protocol):
 class BookKeeping:
     """Per-example clipping in one backward pass (Bu et al. 2023), without weight gradients.
 
-    The first time a model's forward pass takes a certain course, one example's gradient is
-    compared with plain automatic differentiation, before anything is released.
+    Whenever the forward pass takes a course not seen before, and always if it picks rows out of
+    the batch by their values, the gradients are compared with plain automatic differentiation
+    before anything is released.
     """
 
     def __init__(self, model: nn.Module, plan: PrivacyPlan, *, verify: bool = True) -> None:
         self._plan = plan
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._tape = Tape(model, OPERATIONS)
-        self._unchecked = _CHECKED_STRUCTURES if verify else 0
-        self._checked: set[Any] = set()
+        self._verify = verify
+        self._checked: set[Course] = set()
 
     def expect(self, batch_size: int | None) -> None:
         self._tape.expect(batch_size)
@@ -105,7 +108,8 @@ class BookKeeping:
         closes_unit: bool | None = True,
     ) -> Clipped:
         try:
-            self._check(losses, into)
+            if self._verify:
+                self._check(losses, list(into))
             found = self._tape.trace.gradients(losses)
         finally:
             self._tape.clear()
@@ -118,54 +122,69 @@ class BookKeeping:
     def close(self) -> None:
         self._tape.close()
 
-    def _check(self, losses: Tensor, into: Mapping[nn.Parameter, Tensor]) -> None:
-        """Compare one example with automatic differentiation, once per structure.
+    def _check(self, losses: Tensor, parameters: list[nn.Parameter]) -> None:
+        """Check the batch, unless one of the same course was checked.
+
+        A batch of one example proves nothing, nor does one with infinities, which plain automatic
+        differentiation spreads over all examples; then a later batch is checked.
 
         Raises:
-            UnsupportedLayerError: they differ: examples mix, or dimension 0 is not the batch.
+            UnsupportedLayerError: examples mix, or dimension 0 is not the batch.
         """
-        structure = self._tape.trace.signature
-        if not self._unchecked or structure in self._checked or not len(losses):
+        if len(losses) < 2:
             return
-        self._unchecked -= 1
-        self._checked.add(structure)
+        course = self._tape.trace.course(losses)
+        if course in self._checked and not course.chooses_rows:
+            return
         found = self._tape.trace.gradients(losses, retain_graph=True)
-        example = _finite_example(losses)
-        if example is None:
-            self._checked.discard(structure)
+        parts = {parameter: combine(found.get(parameter, [])) for parameter in parameters}
+        norms = _norms(parts, losses)
+        if not bool(torch.isfinite(norms).all() and torch.isfinite(losses).all()):
             return
-        expected = _gradient(losses[example], list(into), keep_graph=True)
-        chosen = torch.nn.functional.one_hot(torch.tensor(example), len(losses)).to(losses)
-        grams, squared, errors = GramCache(), losses.new_zeros(len(losses)), {}
-        for parameter, gradient in zip(into, expected, strict=True):
-            computed = torch.zeros_like(parameter)
-            for part in combine(found.get(parameter, [])):
-                part.add_weighted_sum(chosen.to(computed.dtype), computed)
-            if parameter in found:
-                squared = squared + squared_norms(combine(found[parameter]), grams)
-            errors[parameter] = float((computed - gradient).norm())
-        norm = float(torch.stack([gradient.norm() for gradient in expected]).norm())
-        self._judge(errors, norm, float(squared[example].sqrt()), losses)
+        self._compare_sums(losses, parts, norms)
+        self._compare_norm(parts, norms, example=len(self._checked) % len(losses))
+        self._checked.add(course)
 
-    def _judge(
-        self, errors: dict[nn.Parameter, float], norm: float, found: float, losses: Tensor
-    ) -> None:
-        tolerance = _CHECK_TOLERANCE.get(losses.dtype, _LOW_PRECISION_TOLERANCE)
-        if any(torch.is_autocast_enabled(device) for device in ("cpu", losses.device.type)):
-            tolerance = _LOW_PRECISION_TOLERANCE
+    def _compare_sums(self, losses: Tensor, parts: Parts, norms: Tensor) -> None:
+        """Compare a sum of all gradients with random weights, which only the same gradients give
+        whatever the weights are."""
+        shares = torch.randn(len(losses), generator=torch.Generator().manual_seed(0)).to(norms)
+        weights = shares / norms.clamp(min=torch.finfo(norms.dtype).tiny ** 0.5)
+        weighted = (losses * weights.detach()).sum()
+        expected = _gradient(weighted, list(parts), keep_graph=True)
+        errors = {
+            parameter: float((_weighted_sum(parts[parameter], weights, parameter) - right).norm())
+            for parameter, right in zip(parts, expected, strict=True)
+        }
         worst = max(errors, key=errors.__getitem__)
-        if errors[worst] <= tolerance * norm and abs(found - norm) <= tolerance * norm:
-            return
-        raise UnsupportedLayerError(
-            f"Expected the loss of one example to depend on that example alone, and dimension 0 of "
-            f"every activation to hold the examples; the gradient of {self._names[worst]} says "
-            "otherwise. Remove what mixes examples (batch statistics, in-batch negatives, a mean "
-            "over the batch inside the loss), put the batch first, or use engine='per_example'."
-        )
+        if errors[worst] > _tolerance(losses) * float(shares.norm()):
+            raise UnsupportedLayerError(
+                "Expected the loss of one example to depend on that example alone, and dimension 0 "
+                "of every activation to hold the examples; the gradient of "
+                f"{self._names[worst]} says otherwise. Remove what mixes examples (batch "
+                "statistics, in-batch negatives, a mean over the batch inside the loss), put the "
+                "batch first, or use engine='per_example'."
+            )
+
+    def _compare_norm(self, parts: Parts, norms: Tensor, *, example: int) -> None:
+        """Compare the norm of one example's gradient with that of the gradient written out."""
+        chosen = torch.zeros_like(norms)
+        chosen[example] = 1
+        written_out = [_weighted_sum(uses, chosen, p) for p, uses in parts.items()]
+        expected, found = float(_norm(written_out)), float(norms[example])
+        if abs(found - expected) > _tolerance(norms) * expected:
+            raise UnsupportedLayerError(
+                f"Expected the norm {expected:g} of an example's gradient, got {found:g}: a defect "
+                "of dpnlu. Use engine='per_example', and report the model's layers."
+            )
 
 
 class PerExample:
-    """One backward pass per example: slow, and right by construction."""
+    """One backward pass per example: slow, and right by construction.
+
+    Examples that are not finite may spread through the computations that a batch shares. As it
+    cannot tell whom they spoilt, this engine stops at a batch of several where that happened.
+    """
 
     def __init__(self, model: nn.Module, plan: PrivacyPlan) -> None:
         self._plan = plan
@@ -184,11 +203,16 @@ class PerExample:
         parameters = list(into)
         rule = CLIPPING_RULES[self._plan.clipping]
         norms, non_finite = [], 0
-        for example in range(len(losses)):
-            gradients = _gradient(losses[example], parameters, keep_graph=True)
+        for loss in losses:
+            gradients = _gradient(loss, parameters, keep_graph=True)
             norm = _norm(gradients)
             norms.append(norm)
-            if not bool(torch.isfinite(norm)):
+            if len(losses) > 1 and not bool(torch.isfinite(norm)):
+                raise RuntimeError(
+                    "Expected finite gradients: engine 'per_example' cannot tell an infinite one "
+                    "from those it spreads to; use engine='book_keeping', or one example at a time."
+                )
+            if not bool(torch.isfinite(norm) & torch.isfinite(loss)):
                 non_finite += 1
                 continue
             coefficient = rule(norm[None], self._plan.max_grad_norm)[0] * scale
@@ -319,7 +343,7 @@ class Opacus:
         if not len(losses):
             return Clipped(losses.new_zeros(0), 0)
         losses.sum().backward()  # type: ignore[no-untyped-call]
-        parts: dict[nn.Parameter, list[Gradients]] = {}
+        parts: dict[nn.Parameter, Sequence[Gradients]] = {}
         for parameter in into:
             parameter.grad = None  # Opacus' gradients lie beside it
             found: Any = getattr(parameter, "grad_sample", None)
@@ -343,8 +367,30 @@ ENGINES: dict[str, Callable[..., Engine]] = {
 }
 
 
+def _tolerance(values: Tensor) -> float:
+    if any(torch.is_autocast_enabled(device) for device in {"cpu", values.device.type}):
+        return _LOW_PRECISION_TOLERANCE
+    return _CHECK_TOLERANCE.get(values.dtype, _LOW_PRECISION_TOLERANCE)
+
+
+def _weighted_sum(uses: Sequence[Gradients], weights: Tensor, like: Tensor) -> Tensor:
+    """Σ_i weights[i] · gradient i, in the shape of `like`."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    total = torch.zeros(like.shape, dtype=dtype, device=like.device)
+    for use in uses:
+        use.add_weighted_sum(weights, total)
+    return total
+
+
+def _norms(parts: Parts, losses: Tensor) -> Tensor:
+    """(B,) norms of the gradients of all parameters together."""
+    grams = GramCache()
+    squares = [squared_norms(uses, grams) for uses in parts.values() if uses]
+    return sum(squares, losses.new_zeros(len(losses))).sqrt()
+
+
 def _add_clipped(
-    parts: Mapping[nn.Parameter, Sequence[Gradients]],
+    parts: Parts,
     losses: Tensor,
     plan: PrivacyPlan,
     *,
@@ -352,9 +398,7 @@ def _add_clipped(
     scale: float,
 ) -> Clipped:
     """Clip each example's whole gradient, of all parameters together, and add them up."""
-    grams = GramCache()
-    squared = sum((squared_norms(uses, grams) for uses in parts.values()), losses.new_zeros(1))
-    norms = squared.sqrt().expand(len(losses))
+    norms = _norms(parts, losses)
     finite = torch.isfinite(norms) & torch.isfinite(losses)
     coefficients = CLIPPING_RULES[plan.clipping](norms, plan.max_grad_norm) * scale
     non_finite = len(losses) - int(finite.sum())
@@ -383,9 +427,3 @@ def _norm(gradients: list[Tensor]) -> Tensor:
     """L2 norm over several tensors together."""
     norm: Tensor = torch.stack(torch._foreach_norm(gradients)).norm()
     return norm
-
-
-def _finite_example(losses: Tensor) -> int | None:
-    """An example on which to check the engine; None: there is none."""
-    finite = torch.isfinite(losses).nonzero()
-    return int(finite[-1]) if len(finite) else None

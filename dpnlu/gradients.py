@@ -32,8 +32,8 @@ class Gradients(Protocol):
         """The gradients themselves, (B, *shape)."""
 
     def add_weighted_sum(self, coefficients: Tensor, out: Tensor) -> None:
-        """out += sum over i of coefficients[i] * gradient i; rows with coefficient 0 must be
-        finite."""
+        """out += sum over i of coefficients[i] * gradient i; `out` is contiguous, and what has
+        coefficient 0 is finite."""
 
     def finite_rows(self, finite: Tensor) -> Gradients:
         """The same with everything of the examples outside `finite`, (B,) bool, set to zero."""
@@ -95,6 +95,8 @@ class OuterProducts:
             left, right = _as_rows(self.left, self.right * weights)
         if self.transposed:
             left, right = right, left
+        if out.dtype != left.dtype:
+            left, right = left.to(out.dtype), right.to(out.dtype)
         add_product_(out.view(right.shape[1], left.shape[1]), right.mT, left)
 
     def finite_rows(self, finite: Tensor) -> OuterProducts:
@@ -169,8 +171,8 @@ class Dense:
         return self.values
 
     def add_weighted_sum(self, coefficients: Tensor, out: Tensor) -> None:
-        rows = self.values.flatten(1) if self.values.dim() > 1 else self.values[:, None]
-        out.view(-1).addmv_(rows.mT, coefficients)
+        rows = _flat(self.values).to(out.dtype)
+        out.view(-1).addmv_(rows.mT, coefficients.to(out.dtype))
 
     def finite_rows(self, finite: Tensor) -> Dense:
         return Dense(_zeroed(self.values, finite))
@@ -235,9 +237,14 @@ def _tied_inner_products(head: OuterProducts, table: Rows) -> Tensor:
 
 def _squared_sums(values: Tensor) -> Tensor:
     """(B, …) -> (B,) sums of squares."""
-    flat = values.reshape(values.shape[0], -1)
+    flat = _flat(values)
     squares: Tensor = torch.linalg.vecdot(flat, flat)
     return squares
+
+
+def _flat(values: Tensor) -> Tensor:
+    """(B, …) -> (B, n), for any B."""
+    return values.reshape(values.shape[0], values.shape[1:].numel())
 
 
 def _squared_sums_by_example(values: Tensor, example: Tensor, batch: int) -> Tensor:

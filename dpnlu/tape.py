@@ -15,16 +15,19 @@ Two kinds of tensors are told apart by where they come from:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from dpnlu.gradients import Gradients
 from dpnlu.trace import Finish, Lookup, Meeting, Record, Trace
 
 
@@ -52,9 +55,9 @@ class Operations:
     Attributes:
         rules: operations that apply weights to the examples.
         rewrites: computed anew, out of recorded pieces. A rewrite has the operation's signature,
-            after the tape as first argument.
-        broadcasting: unchanged if dimension 0 of an argument, being missing or of size 1, is
-            expanded to that of the others.
+            after the tape as first argument; it may return NotImplemented.
+        broadcasting: arguments are aligned by their last dimension, and one whose dimension 0 is
+            missing or of size 1 may as well be expanded to that of the others.
         row_wise: keep the entries of dimension 0 apart, if all arguments have one.
         fallback: (function, args, kwargs, batched, learned) -> `Finish`, for all others.
     """
@@ -64,6 +67,40 @@ class Operations:
     broadcasting: frozenset[Any]
     row_wise: frozenset[Any]
     fallback: Callable[..., Finish]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Copies of a free tensor, made by torch's `expand` or `repeat`.
+
+    That they are one per example cannot be seen before they meet the batch: there may be as many
+    positions as examples.
+    """
+
+    source: Tensor
+    copies: Tensor
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        """The source's shape with as many dimensions as the copies'."""
+        return (1,) * (self.copies.dim() - self.source.dim()) + tuple(self.source.shape)
+
+    def holds_a_copy_for_each(self, batch: int) -> bool:
+        """Whether the rows are `batch` copies of the source, one after the other."""
+        first, *inner = zip(self._shape, self.copies.shape, strict=True)
+        return first[0] in (1, first[1] // batch) and all(
+            known in (1, size) for known, size in inner
+        )
+
+    def per_example(self, batch: int) -> Callable[[Tensor], Tensor]:
+        """The gradient of the copies -> that of the source, (B, *shape)."""
+        shape = self._shape
+
+        def per_example(gradient: Tensor) -> Tensor:
+            apart = gradient.reshape(batch, -1, *gradient.shape[1:])
+            return apart.sum_to_size(batch, *shape).reshape(batch, *self.source.shape)
+
+        return per_example
 
 
 class Tape(TorchFunctionMode):
@@ -80,6 +117,7 @@ class Tape(TorchFunctionMode):
         self._constant = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self._free = dict(self._constant)
         self._data: dict[int, Tensor] = {}  # batched, and not differentiated: ids, masks
+        self._layouts: dict[int, _Layout] = {}  # by the id of the copies
         self._memory: dict[Any, Any] = {}
         self.trace = Trace()
         self._modules: list[tuple[str, tuple[Any, ...]]] = []
@@ -106,15 +144,26 @@ class Tape(TorchFunctionMode):
         self.trace = Trace()
         self._free = dict(self._constant)
         self._data = {}
+        self._layouts = {}
         self.batch_size = None
 
     def expect(self, batch_size: int | None) -> None:
-        """Announce how many examples the coming forward passes hold; None: look at the input."""
+        """Forget what was recorded; the coming forward passes hold so many examples (None: look at
+        the input)."""
+        self.clear()
         self._expected = batch_size
 
-    def record(self, edge: GradientEdge, finish: Finish) -> None:
-        """Have `finish` called with the gradient that arrives at `edge`; for rewrites."""
-        self.trace.records.append(Record(edge, finish))
+    def record(self, output: Tensor, finish: Finish, *, rows: int | None = None) -> None:
+        """Have `finish` called with the gradient of `output`.
+
+        Args:
+            rows: size of the dimension that holds the examples; None: dimension 0 does.
+        """
+        edge, base = get_gradient_edge(output), output._base
+        if base is not None and base.is_contiguous() and output.is_contiguous():
+            # A later operation in place gives a view a new past, but not what it is a view of.
+            edge, finish = get_gradient_edge(base), _reshaping(finish, output.shape)
+        self.trace.records.append(Record(edge, finish, rows or output.shape[0]))
 
     def meet(
         self,
@@ -179,20 +228,23 @@ class Tape(TorchFunctionMode):
         if tensor.requires_grad or id(tensor) in self._data or not self.batch_size:
             return True
         # Neither computed during this forward pass nor handed to it: a constant, or data?
-        return tensor.dim() > 0 and tensor.shape[0] % self.batch_size == 0
+        return self._may_hold_examples(tensor)
+
+    def _may_hold_examples(self, tensor: Tensor) -> bool:
+        return tensor.dim() > 0 and (not self.batch_size or tensor.shape[0] % self.batch_size == 0)
 
     def _apply_free(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], learned: list[Tensor]
     ) -> Any:
-        """An operation on free tensors: what it returns is free, unless it lays out the batch."""
+        """An operation on free tensors: what it returns is free."""
         output: Any = func(*args, **kwargs)
         if learned and any(tensor.requires_grad for tensor in _tensors(output)):
             if func is F.embedding:
                 self._look_up(output, *args, **kwargs)
             else:
                 self.trace.in_free |= {id(t): t for t in learned if id(t) in self._trainable}
-            if func in _LAYING_OUT and self._lay_out(args[0], output):
-                return output
+            if func in _LAYING_OUT:
+                self._layouts[id(output)] = _Layout(args[0], output)
         self._free |= {id(tensor): tensor for tensor in _tensors(output)}
         return output
 
@@ -210,23 +262,6 @@ class Tape(TorchFunctionMode):
         else:  # a short table: written out, its gradients are smaller than its rows
             self.trace.in_free[id(table)] = table
 
-    def _lay_out(self, source: Tensor, output: Tensor) -> bool:
-        """Whether `output` holds one copy of `source` per example; if so, they meet here."""
-        batch = self.batch_size
-        shape = (1,) * (output.dim() - source.dim()) + tuple(source.shape)
-        if not batch or batch == 1 or not shape or output.shape[0] != batch * shape[0]:
-            return False
-        inner = list(zip(output.shape[1:], shape[1:], strict=True))
-        if any(size != known and (known != 1 or size == batch) for size, known in inner):
-            return False  # repeated in other ways too, or the batch might lie in that dimension
-
-        def per_example(gradient: Tensor) -> Tensor:
-            apart = gradient.reshape(batch, shape[0], *gradient.shape[1:])
-            return apart.sum_to_size(batch, *shape).reshape(batch, *source.shape)
-
-        self.meet(source, output, per_example)
-        return True
-
     def _apply_learned(
         self,
         func: Any,
@@ -238,50 +273,72 @@ class Tape(TorchFunctionMode):
         """An operation in which free tensors that are learned meet the batch."""
         table = self._operations
         if func in table.rewrites:
-            return table.rewrites[func](self, *args, **kwargs)
+            output = self._naming(table.rewrites[func])(self, *args, **kwargs)
+            if output is not NotImplemented:
+                return output
         rule = table.rules.get(func)
-        if rule is not None and not self.is_free(args[rule.input]):
-            finish = self._prepared(rule.finish, *args, **kwargs)
-            return self._recorded(func(*args, **kwargs), finish)
+        if rule is not None and not self.is_free(_argument(rule, args, kwargs)):
+            finish = self._naming(rule.finish)(*args, **kwargs)
+            return self._recorded(func(*args, **kwargs), self._naming(finish))
         if func in table.broadcasting or func in table.row_wise:
-            stand_ins = {id(free): self._joining(func, free, batched) for free in learned}
+            stretches = func in table.broadcasting
+            stand_ins = {id(t): self._joined(t, batched, stretches=stretches) for t in learned}
             if None not in stand_ins.values():
                 args, kwargs = replaced((args, kwargs), stand_ins)
                 return func(*args, **kwargs)
-        finish = self._prepared(table.fallback, func, args, kwargs, batched, learned)
-        return self._recorded(func(*args, **kwargs), finish)
+        finish = self._naming(table.fallback)(func, args, kwargs, batched, learned)
+        return self._recorded(func(*args, **kwargs), self._naming(finish))
 
     def _recorded(self, output: Any, finish: Finish) -> Any:
         if not isinstance(output, Tensor):
             raise self._refusal("an operation with trainable weights returns several tensors")
         if output.requires_grad:
-            self.record(get_gradient_edge(output), finish)
+            self.record(output, finish)
         return output
 
-    def _prepared(self, rule: Callable[..., Finish], *args: Any, **kwargs: Any) -> Finish:
-        try:
-            return rule(*args, **kwargs)
-        except UnsupportedLayerError as error:
-            raise self._refusal(str(error)) from None
+    def _naming(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, whose refusals name the module that runs now."""
+
+        @functools.wraps(function)
+        def named(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except UnsupportedLayerError as error:
+                raise UnsupportedLayerError(f"Module {module}: {error}") from None
+
+        module = self._module
+        return named
 
     def _refusal(self, reason: str) -> UnsupportedLayerError:
-        module = self._modules[-1][0] or "(the model itself)"
-        return UnsupportedLayerError(f"Module {module}: {reason}")
+        return UnsupportedLayerError(f"Module {self._module}: {reason}")
 
-    def _joining(self, func: Any, free: Tensor, batched: list[Tensor]) -> Tensor | None:
-        """A stand-in for `free` whose gradient keeps the examples apart; None: not possible."""
+    @property
+    def _module(self) -> str:
+        return self._modules[-1][0] or "(the model itself)"
+
+    def _joined(self, free: Tensor, batched: list[Tensor], *, stretches: bool) -> Tensor | None:
+        """A stand-in for `free` whose gradient keeps the examples apart; None: not possible.
+
+        Args:
+            batched: what it meets, aligned by the last dimension.
+            stretches: the operation would expand `free` to as many rows as the others have.
+        """
         widest = max(batched, key=Tensor.dim)
         rows, dims = widest.shape[0], widest.dim()
-        batch = self.batch_size or rows
+        batch = rows if self.batch_size is None else self.batch_size
+        if not batch:
+            return free  # nobody's gradient is to be kept apart
         if rows % batch:
             return None
         if free.dim() == dims and free.shape[0] == rows:
             stand_in = free.view_as(free)
-            self.meet(free, stand_in, _rows_apart(batch), aligned=rows == batch)
+            layout = self._layouts.get(id(free))
+            if layout is not None and layout.holds_a_copy_for_each(batch):
+                self.meet(layout.source, stand_in, layout.per_example(batch))
+            else:
+                self.meet(free, stand_in, _rows_apart(batch), aligned=rows == batch)
             return stand_in
-        if func in self._operations.broadcasting and (
-            free.dim() < dims or (free.dim() == dims and free.shape[0] == 1)
-        ):
+        if stretches and (free.dim() < dims or (free.dim() == dims and free.shape[0] == 1)):
             inner = ((1,) * dims + tuple(free.shape))[-(dims - 1) :] if dims > 1 else ()
             stand_in = free.expand(rows, *inner)
             self.meet(free, stand_in, _copies_added(batch, free.shape))
@@ -295,7 +352,8 @@ class Tape(TorchFunctionMode):
             if not self._modules:
                 if self.batch_size is None:
                     self.batch_size = self._expected or _leading_size((args, kwargs))
-                self._data |= {id(t): t for t in _tensors((args, kwargs)) if not t.requires_grad}
+                given = (t for t in _tensors((args, kwargs)) if not t.requires_grad)
+                self._data |= {id(t): t for t in given if self._may_hold_examples(t)}
                 self.__enter__()  # type: ignore[no-untyped-call]
             self._modules.append((name, (*args, *kwargs.values())))
 
@@ -307,7 +365,7 @@ class Tape(TorchFunctionMode):
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
-# Operations that may copy a free tensor once per example.
+# Operations that copy a free tensor, perhaps once per example.
 _LAYING_OUT = frozenset(
     {
         Tensor.expand,
@@ -319,6 +377,23 @@ _LAYING_OUT = frozenset(
         torch.tile,
     }
 )
+
+
+def _argument(rule: Rule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The argument of an operation that a rule expects to be batched."""
+    if rule.input < len(args):
+        return args[rule.input]
+    return inspect.signature(rule.finish).bind(*args, **kwargs).args[rule.input]
+
+
+def _reshaping(finish: Finish, shape: torch.Size) -> Finish:
+    """The same for a gradient that arrives in another shape."""
+
+    @functools.wraps(finish)
+    def reshaping(gradient: Tensor, batch: int) -> Iterable[tuple[Tensor, Gradients]]:
+        return finish(gradient.reshape(shape), batch)
+
+    return reshaping
 
 
 def _rows_apart(batch: int) -> Callable[[Tensor], Tensor]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from dpnlu.course import Course, course_of
 from dpnlu.gradients import Dense, Gradients, Rows
 
 # (gradient w.r.t. a recorded output, number of examples) -> per-example gradients of the tensors
@@ -19,10 +20,16 @@ Finish = Callable[[Tensor, int], Iterable[tuple[Tensor, Gradients]]]
 
 @dataclass(frozen=True)
 class Record:
-    """A batched output of trainable weights."""
+    """A batched output of trainable weights.
+
+    Attributes:
+        edge: where its gradient arrives.
+        rows: size of its dimension 0.
+    """
 
     edge: GradientEdge
     finish: Finish
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Lookup:
         batch = gradient.shape[0]
         ids = self.ids if aligned else self.ids.expand(batch, *self.ids.shape)
         if self.padding_idx is not None:
-            ids = ids.masked_fill(ids == self.padding_idx, -1)
+            ids = ids.masked_fill(ids == self.padding_idx % self.table.shape[0], -1)
         values = gradient.reshape(batch, -1, self.table.shape[1])
         return self.table, Rows(ids.reshape(batch, -1), values, tuple(self.table.shape))
 
@@ -77,11 +84,17 @@ class Trace:
     lookups: dict[int, Lookup] = field(default_factory=dict)
     in_free: dict[int, Tensor] = field(default_factory=dict)
 
-    @property
-    def signature(self) -> tuple[Any, ...]:
-        """Equal for forward passes that used the parameters through the same operations."""
-        rules = (record.finish.__qualname__ for record in self.records)
-        return *rules, len(self.meetings), len(self.lookups)
+    def course(self, losses: Tensor) -> Course:
+        """The course that led to `losses` (B,), and how the tape understood it: which operation
+        used parameters, on how many rows per example."""
+        graph = course_of(losses)
+        records = (
+            f"{record.finish.__qualname__} {record.rows / max(len(losses), 1):g}"
+            for record in self.records
+        )
+        meetings = (meeting.per_example.__qualname__ for meeting in self.meetings)
+        understood = (*records, *meetings, f"{len(self.lookups)} lookups")
+        return replace(graph, steps=graph.steps + understood)
 
     def gradients(
         self, losses: Tensor, *, retain_graph: bool = False

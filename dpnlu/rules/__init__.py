@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dpnlu.rules import convolution, embedding, linear, normalization, recurrent
+from dpnlu.rules import (
+    cells,
+    convolution,
+    embedding,
+    indexing,
+    linear,
+    matmul,
+    normalization,
+    recurrent,
+)
 from dpnlu.rules.generic import vectorized
 from dpnlu.tape import Operations
 
@@ -41,11 +50,22 @@ _BROADCASTING = frozenset(
     }
 )
 
-_ROW_WISE = frozenset({torch.bmm, Tensor.bmm, torch.baddbmm})
+_ROW_WISE = frozenset(
+    {
+        torch.bmm,
+        Tensor.bmm,
+        torch.baddbmm,
+        torch.cat,
+        torch.concat,
+        torch.concatenate,
+        torch.stack,
+        torch.hstack,
+    }
+)
 
 OPERATIONS = Operations(
     rules={**linear.RULES, **embedding.RULES, **normalization.RULES, **convolution.RULES},
-    rewrites=recurrent.REWRITES,
+    rewrites={**recurrent.REWRITES, **cells.REWRITES, **matmul.REWRITES, **indexing.REWRITES},
     broadcasting=_BROADCASTING,
     row_wise=_ROW_WISE,
     fallback=vectorized,

@@ -30,7 +30,7 @@ def embedding(
         )
     ids = input.detach()
     if padding_idx is not None:
-        ids = ids.masked_fill(ids == padding_idx, -1)
+        ids = ids.masked_fill(ids == padding_idx % weight.shape[0], -1)
 
     def finish(gradient: Tensor, batch: int) -> Iterator[tuple[Tensor, Gradients]]:
         values = by_example(gradient, batch)

@@ -10,8 +10,13 @@ import torch
 from torch import Tensor
 
 from dpnlu.gradients import Dense, Gradients
-from dpnlu.tape import replaced
+from dpnlu.tape import UnsupportedLayerError, replaced
 from dpnlu.trace import Finish
+
+_REMEDY = (
+    "Expected the examples in dimension 0, each apart from the others: use a layer that is "
+    "supported, or engine='per_example'."
+)
 
 
 def vectorized(
@@ -38,13 +43,24 @@ def vectorized(
         return list(back(gradient.unsqueeze(0)))
 
     def finish(gradient: Tensor, batch: int) -> Iterator[tuple[Tensor, Gradients]]:
+        rows = gradient.shape[0] if gradient.dim() else 0
+        if rows % batch or any(tensor.shape[:1] != (rows,) for tensor in received):
+            raise UnsupportedLayerError(f"{name} meets {_shapes(received)}. {_REMEDY}")
         warnings.warn(
-            f"No rule for {getattr(func, '__name__', func)}: its per-example gradients are written "
-            "out one by one (exact, but slow and large).",
+            f"No rule for {name}: its per-example gradients are written out one by one (exact, but "
+            "slow and large).",
             stacklevel=2,
         )
-        found = torch.func.vmap(one_example)(received, gradient)
+        try:
+            found = torch.func.vmap(one_example)(received, gradient)
+        except RuntimeError as error:
+            raise UnsupportedLayerError(f"{name} cannot be vectorised: {error} {_REMEDY}") from None
         for tensor, values in zip(learned, found, strict=True):
-            yield tensor, Dense(values)
+            yield tensor, Dense(values.reshape(batch, -1, *values.shape[1:]).sum(1))
 
+    name = getattr(func, "__name__", func)
     return finish
+
+
+def _shapes(tensors: list[Tensor]) -> str:
+    return "inputs of shapes " + ", ".join(str(tuple(tensor.shape)) for tensor in tensors)

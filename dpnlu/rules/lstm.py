@@ -75,7 +75,7 @@ def lstm_direction(
             if bias.requires_grad:
                 yield bias, Dense(right.sum(1))
 
-    tape.record(get_gradient_edge(tap), finish)
+    tape.record(tap, finish, rows=batch)
     return hidden, cells
 
 
@@ -143,7 +143,10 @@ class _Direction(torch.autograd.Function):
         earlier = (doubled[1:], 2 * cell[None]) if backwards else (2 * cell[None], doubled[:-1])
         factors = _factors(gates, torch.cat(earlier).div_(2), after, squashed)
         ctx.backwards, ctx.prepared = backwards, prepared
-        ctx.edges = [get_gradient_edge(tensor) for tensor in (tap, *weights)]
+        ctx.edges = [
+            get_gradient_edge(tensor) if tensor.requires_grad else None
+            for tensor in (tap, *weights)
+        ]
         ctx.save_for_backward(inputs, before, *factors)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(before)
@@ -264,6 +267,6 @@ def _in_order(views: Iterable[Tensor], backwards: bool) -> list[tuple[Tensor, ..
     return steps[::-1] if backwards else steps
 
 
-def _is_wanted(edge: GradientEdge) -> bool:
+def _is_wanted(edge: GradientEdge | None) -> bool:
     """Whether the running backward pass will use the gradient that arrives at `edge`."""
-    return bool(torch._C._will_engine_execute_node(edge.node))
+    return edge is not None and bool(torch._C._will_engine_execute_node(edge.node))

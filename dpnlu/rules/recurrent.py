@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
@@ -202,15 +201,15 @@ def _lstm(tape: Tape, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _gru(tape: Tape, *args: Any) -> tuple[Tensor, ...]:
-    return _Network.of(tape, args).run(tape, _stepwise(_gru_cell))
+    return _Network.of(tape, args).run(tape, _stepwise(gru_cell))
 
 
 def _rnn_tanh(tape: Tape, *args: Any) -> tuple[Tensor, ...]:
-    return _Network.of(tape, args).run(tape, _stepwise(_elman_cell(torch.tanh)))
+    return _Network.of(tape, args).run(tape, _stepwise(elman_cell(torch.tanh)))
 
 
 def _rnn_relu(tape: Tape, *args: Any) -> tuple[Tensor, ...]:
-    return _Network.of(tape, args).run(tape, _stepwise(_elman_cell(torch.relu)))
+    return _Network.of(tape, args).run(tape, _stepwise(elman_cell(torch.relu)))
 
 
 def _stepwise(cell: Cell) -> Direction:
@@ -219,7 +218,7 @@ def _stepwise(cell: Cell) -> Direction:
     def run(
         tape: Tape, inputs: Tensor, states: States, weights: Weights, backwards: bool
     ) -> States:
-        share = _linear(tape, inputs.transpose(0, 1), weights[0], _bias(weights, 2))
+        share = recorded_linear(tape, inputs.transpose(0, 1), weights[0], _bias(weights, 2))
         steps = list(share.unbind(1))
         seen = []
         for step in reversed(steps) if backwards else steps:
@@ -231,16 +230,21 @@ def _stepwise(cell: Cell) -> Direction:
     return run
 
 
-def _elman_cell(activation: Callable[[Tensor], Tensor]) -> Cell:
+def elman_cell(activation: Callable[[Tensor], Tensor]) -> Cell:
+    """One step of a plain recurrent network."""
+
     def cell(tape: Tape, share: Tensor, states: States, weights: Weights) -> States:
-        return (activation(share + _linear(tape, states[0], weights[1], _bias(weights, 3))),)
+        return (
+            activation(share + recorded_linear(tape, states[0], weights[1], _bias(weights, 3))),
+        )
 
     return cell
 
 
-def _gru_cell(tape: Tape, share: Tensor, states: States, weights: Weights) -> States:
+def gru_cell(tape: Tape, share: Tensor, states: States, weights: Weights) -> States:
+    """One step of a GRU."""
     (h,) = states
-    recurrent = _linear(tape, h, weights[1], _bias(weights, 3))
+    recurrent = recorded_linear(tape, h, weights[1], _bias(weights, 3))
     reset_i, update_i, new_i = share.chunk(3, dim=1)
     reset_h, update_h, new_h = recurrent.chunk(3, dim=1)
     update = torch.sigmoid(update_i + update_h)
@@ -248,16 +252,24 @@ def _gru_cell(tape: Tape, share: Tensor, states: States, weights: Weights) -> St
     return (new + update * (h - new),)
 
 
-def _projected_lstm_cell(tape: Tape, share: Tensor, states: States, weights: Weights) -> States:
+def lstm_cell(tape: Tape, share: Tensor, states: States, weights: Weights) -> States:
+    """One step of an LSTM."""
     h, c = states
-    i, f, g, o = (share + _linear(tape, h, weights[1], _bias(weights[:-1], 3))).chunk(4, dim=1)
+    i, f, g, o = (share + recorded_linear(tape, h, weights[1], _bias(weights, 3))).chunk(4, dim=1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    return _linear(tape, torch.sigmoid(o) * torch.tanh(c), weights[-1], None), c
+    return torch.sigmoid(o) * torch.tanh(c), c
 
 
-def _linear(tape: Tape, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _projected_lstm_cell(tape: Tape, share: Tensor, states: States, weights: Weights) -> States:
+    h, c = lstm_cell(tape, share, states, weights[:-1])
+    return recorded_linear(tape, h, weights[-1], None), c
+
+
+def recorded_linear(tape: Tape, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`, recorded."""
     output = F.linear(inputs, weight, bias)
-    tape.record(get_gradient_edge(output), linear(inputs, weight, bias))
+    if output.requires_grad:
+        tape.record(output, linear(inputs, weight, bias))
     return output
 
 

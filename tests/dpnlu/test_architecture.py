@@ -20,6 +20,7 @@ ORDER = (
     "noise",
     "products",
     "gradients",
+    "course",
     "trace",
     "tape",
     "rules",

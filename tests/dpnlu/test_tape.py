@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
+from dpnlu.course import course_of
 from dpnlu.rules import OPERATIONS
 from dpnlu.tape import Tape, UnsupportedLayerError
 
@@ -276,16 +277,50 @@ def test_a_forward_pass_that_fails_leaves_the_tape_usable(tiny, assert_taped_exa
     tape.close()
 
 
-def test_the_signature_tells_courses_of_the_forward_pass_apart():
+def test_courses_of_the_forward_pass_are_told_apart():
     model = Parameters(lambda m, x: losses(m.layer(x) + (m.vector if x.shape[1] > 2 else 0)))
     tape = Tape(model, OPERATIONS)
-    signatures = []
+    courses = []
     for positions in (2, 3, 4, 2):
-        model(torch.randn(2, positions, WIDTH))
-        signatures.append(tape.trace.signature)
+        courses.append(tape.trace.course(model(torch.randn(2, positions, WIDTH))))
         tape.clear()
     tape.close()
-    assert signatures[1] == signatures[2] != signatures[0] == signatures[3]
+    assert courses[1] == courses[2] != courses[0] == courses[3]
+
+
+CHOICES = {
+    "mask": lambda h: h[h[:, :, 0] > 0],
+    "ids": lambda h: h[torch.tensor([1, 0])],
+    "masked_select": lambda h: h.masked_select(h > 0),
+    "index_select": lambda h: h.index_select(0, torch.tensor([1, 0])),
+    "index_add": lambda h: torch.zeros(4, 5, 3).index_add(0, torch.tensor([1, 0, 2, 3]), h),
+    "assignment": lambda h: h.clone().index_put((torch.tensor([1, 0]),), h[:2]),
+    "gather": lambda h: h.gather(0, torch.zeros(1, 5, 3, dtype=torch.long)),
+    "scatter": lambda h: h.scatter(0, torch.zeros(1, 5, 3, dtype=torch.long), h),
+    "sort": lambda h: h.sort(0)[0],
+    "repeat": lambda h: h.repeat_interleave(torch.tensor([1, 2, 0, 1]), 0),
+    "pack": lambda h: nn.utils.rnn.pack_padded_sequence(h, torch.tensor([5, 3, 3, 1]), True).data,
+}
+KEEPING = {
+    "first position": lambda h: h[:, 0],
+    "mask of positions": lambda h: h[:, torch.tensor([True, False, True, False, True])],
+    "one position each": lambda h: h[torch.arange(4), torch.tensor([1, 4, 0, 2])],
+    "gather": lambda h: h.gather(1, torch.zeros(4, 2, 3, dtype=torch.long)),
+    "gather, last": lambda h: h.gather(-1, torch.zeros(4, 5, 1, dtype=torch.long)),
+    "sort": lambda h: h.sort(1)[0],
+    "masked_fill": lambda h: h.masked_fill(h > 0, 0),
+    "where": lambda h: torch.where(h > 0, h, 0),
+    "embedding": lambda h: h + F.embedding(torch.zeros(4, 5, dtype=torch.long), h[0]),
+}
+
+
+@pytest.mark.parametrize("name", [*CHOICES, *KEEPING])
+@pytest.mark.parametrize("kind", ["choice", "keeping"])
+def test_rows_that_are_chosen_by_their_values_are_noticed(name, kind):
+    table = CHOICES if kind == "choice" else KEEPING
+    if name in table:
+        outputs = table[name](nn.Linear(3, 3)(torch.randn(4, 5, 3)))
+        assert course_of(outputs.sum()).chooses_rows is (kind == "choice")
 
 
 def test_closing_leaves_no_trace(tiny):
@@ -318,8 +353,12 @@ def test_two_tapes_do_not_disturb_each_other(tiny, assert_taped_exactly):
 
 
 def test_operations_that_return_several_tensors_are_refused_by_name():
-    model = nn.ModuleDict({"cell": nn.LSTMCell(WIDTH, 4)})
+    class Cutting(nn.Linear):
+        def forward(self, inputs):
+            return torch.broadcast_tensors(inputs, self.weight)
+
+    model = nn.ModuleDict({"cut": Cutting(WIDTH, WIDTH)})
     tape = Tape(model, OPERATIONS)
-    with pytest.raises(UnsupportedLayerError, match=r"Module cell: .* several tensors"):
-        model["cell"](torch.randn(2, WIDTH))
+    with pytest.raises(UnsupportedLayerError, match=r"Module cut: .* several tensors"):
+        model["cut"](torch.randn(2, WIDTH, WIDTH))
     tape.close()
