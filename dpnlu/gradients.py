@@ -179,7 +179,7 @@ class Dense:
 
 
 def combine(uses: Sequence[Gradients]) -> list[Gradients]:
-    """Several uses of one tensor as at most one of each form; their sum stays the same."""
+    """Several uses of one tensor as at most one of each form and shape; their sum stays."""
     outer = [use for use in uses if isinstance(use, OuterProducts)]
     rows = [use for use in uses if isinstance(use, Rows)]
     dense = [use for use in uses if isinstance(use, Dense)]
@@ -194,12 +194,13 @@ def combine(uses: Sequence[Gradients]) -> list[Gradients]:
                     transposed,
                 )
             )
-    if rows:
+    for shape in dict.fromkeys(use.shape for use in rows):
+        of_this = [use for use in rows if use.shape == shape]
         parts.append(
             Rows(
-                _joined([use.ids for use in rows]),
-                _joined([use.values for use in rows]),
-                rows[0].shape,
+                _joined([use.ids for use in of_this]),
+                _joined([use.values for use in of_this]),
+                shape,
             )
         )
     if dense:
@@ -219,16 +220,19 @@ def squared_norms(parts: Sequence[Gradients], grams: GramCache) -> Tensor:
 
 def _inner_products(one: Gradients, other: Gradients) -> Tensor:
     """(B,) inner product of the two gradients of each example."""
-    if isinstance(one, OuterProducts) and isinstance(other, Rows):
+    if isinstance(one, OuterProducts) and isinstance(other, Rows) and _is_tied(one, other):
         return _tied_inner_products(one, other)
     return (one.dense().flatten(1) * other.dense().flatten(1)).sum(1)
+
+
+def _is_tied(head: OuterProducts, table: Rows) -> bool:
+    """Whether the table's rows are those of the head's matrix."""
+    return not head.transposed and table.values.shape[2] == head.left.shape[2]
 
 
 def _tied_inner_products(head: OuterProducts, table: Rows) -> Tensor:
     """An embedding tied to an output layer (Ding et al. 2024): ⟨Σ_s b_s a_sᵀ, Σ_t e_t v_tᵀ⟩ is
     Σ_st b_s[id_t] (a_s · v_t), so only the looked-up entries of b are needed."""
-    if head.transposed:
-        return (head.dense().flatten(1) * table.dense().flatten(1)).sum(1)
     kept = table.ids >= 0
     index = table.ids.clamp(min=0)[:, None, :].expand(-1, head.right.shape[1], -1)
     looked_up = head.right.gather(2, index) * kept[:, None, :]

@@ -1,8 +1,9 @@
 """Matrix products with the fastest kernel at hand.
 
-torch multiplies float32 matrices on a CPU with MKL, which on some processors reaches half the speed
-of oneDNN, the library behind torch's own recurrent kernels. Where torch carries oneDNN's product,
-it is used; elsewhere, and for other types, the ordinary one. Both round alike, in float32.
+torch multiplies float32 matrices on a CPU with MKL. On processors with AVX-512 that are not the
+library maker's own, MKL reaches half the speed of oneDNN, the library behind torch's recurrent
+kernels there; with AVX2 alone it is the faster one. Where torch carries oneDNN's product, it is
+used on the former; elsewhere, and for other types, the ordinary one. Both round alike, in float32.
 
 oneDNN compiles a kernel for every shape it meets and keeps working memory for it. So it is given
 few shapes: blocks of fixed size, and small batches.
@@ -17,10 +18,13 @@ import torch
 from torch import Tensor
 
 # torch's operator for x Wᵀ + b through oneDNN, and the one that lays W out for it; None where
-# torch was built without them.
+# they are missing or not the faster ones.
 _product: Any = None
 _lay_out: Any = None
-if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+if (
+    torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+):
     _product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     _lay_out = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dpnlu.rules import (
+    attention,
     cells,
     convolution,
     embedding,
@@ -65,7 +66,13 @@ _ROW_WISE = frozenset(
 
 OPERATIONS = Operations(
     rules={**linear.RULES, **embedding.RULES, **normalization.RULES, **convolution.RULES},
-    rewrites={**recurrent.REWRITES, **cells.REWRITES, **matmul.REWRITES, **indexing.REWRITES},
+    rewrites={
+        **attention.REWRITES,
+        **recurrent.REWRITES,
+        **cells.REWRITES,
+        **matmul.REWRITES,
+        **indexing.REWRITES,
+    },
     broadcasting=_BROADCASTING,
     row_wise=_ROW_WISE,
     fallback=vectorized,

@@ -348,6 +348,111 @@ def test_a_table_looked_up_and_used_as_a_whole(assert_taped_exactly):
     assert_taped_exactly(model, lambda model: model(torch.randint(0, 7, (3, 5))))
 
 
+# ---- attention -------------------------------------------------------------------------------
+
+
+ATTENTIONS = {
+    "plain": {},
+    "without bias": {"bias": False},
+    "time-major": {"batch_first": False},
+    "keys and values of other widths": {"kdim": 3, "vdim": 3},
+    "other widths without bias": {"kdim": 3, "vdim": 3, "bias": False},
+    "learned key and value": {"add_bias_kv": True},
+    "zero key and value": {"add_zero_attn": True},
+    "both": {"add_bias_kv": True, "add_zero_attn": True},
+}
+MASKS = {
+    "none": lambda b, t: {},
+    "padding": lambda b, t: {"key_padding_mask": torch.arange(t).expand(b, t) > 1},
+    "causal": lambda b, t: {"attn_mask": torch.ones(t, t).triu(1).bool()},
+    "additive": lambda b, t: {
+        "attn_mask": torch.randn(t, t),
+        "key_padding_mask": torch.randn(b, t),
+    },
+    "by head": lambda b, t: {"attn_mask": torch.randn(2 * b, t, t)},
+    "no weights": lambda b, t: {"need_weights": False},
+}
+
+
+@every_size
+@pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("options", ATTENTIONS.values(), ids=ATTENTIONS)
+def test_attention(assert_taped_exactly, options, masks, size):
+    """… to other states and to themselves, with what torch says of outputs and weights."""
+    options = {"batch_first": True, **options}
+    layer = random_affine(nn.MultiheadAttention(4, 2, **options))
+
+    def apply(layer: nn.MultiheadAttention, h: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        other = h[..., :3].tanh() if "kdim" in options else h.tanh()
+        turn = (lambda x: x) if options["batch_first"] else (lambda x: x.transpose(0, 1))
+        found, weights = layer(*map(turn, (h, other, other)), **masks(*size))
+        return turn(found) if weights is None else turn(found) + weights.sum((1, 2))[:, None, None]
+
+    inputs = torch.randn(*size, 3)
+    assert_taped_exactly(Around(layer, 4, apply), lambda model: model(inputs))
+
+
+def test_attention_layers_of_torch(assert_taped_exactly):
+    layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True)
+    model = Around(
+        nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), 4, lambda m, h: m(h)
+    )
+    inputs = torch.randn(3, 5, 3)
+    assert_taped_exactly(model, lambda model: model(inputs), same_pass=True)
+
+
+CELLS = [
+    nn.LSTMCell(4, 4),
+    nn.GRUCell(4, 4),
+    nn.RNNCell(4, 4),
+    nn.RNNCell(4, 4, nonlinearity="relu"),
+    nn.LSTMCell(4, 4, bias=False),
+    nn.GRUCell(4, 4, bias=False),
+]
+
+
+@every_size
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_single_cells(assert_taped_exactly, cell, size):
+    def apply(cell, h):
+        state = None
+        for step in h.unbind(1):
+            state = cell(step, state)
+        return state[0] * state[1] if isinstance(state, tuple) else state
+
+    inputs = torch.randn(*size, 3)
+    assert_taped_exactly(Around(cell.double(), 4, apply), lambda model: model(inputs))
+
+
+INDICES = {
+    "vector": lambda p, ids: p["vector"][ids],
+    "rows": lambda p, ids: p["matrix"][ids].sin().sum(-1),
+    "entries": lambda p, ids: p["matrix"][ids, ids.flip(1)],
+    "negative": lambda p, ids: p["matrix"][ids - 4, ids],
+    "entries of a cube": lambda p, ids: p["cube"][ids % 2, ids].cos().sum(-1),
+    "all entries": lambda p, ids: p["cube"][ids % 2, ids, ids.flip(1)],
+    "twice": lambda p, ids: p["matrix"][ids, ids] * p["matrix"][ids].exp().sum(-1),
+    "picked and as a whole": lambda p, ids: p["matrix"][ids, ids] * p["matrix"].exp().sum(),
+    "looked up too": lambda p, ids: p["matrix"][ids, ids] * F.embedding(ids, p["matrix"]).sum(-1),
+}
+
+
+@every_size
+@pytest.mark.parametrize("pick", INDICES.values(), ids=INDICES)
+def test_entries_picked_by_ids(assert_taped_exactly, pick, size):
+    class Picking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.values = _free_parameters()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return losses(pick(self.values, ids))
+
+    ids = torch.randint(0, 4, size)
+    assert_taped_exactly(Picking(), lambda model: model(ids))
+
+
 # ---- operations without a rule ---------------------------------------------------------------
 
 FALLBACKS = {
