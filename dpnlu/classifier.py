@@ -22,7 +22,8 @@ class Architecture:
     Attributes:
         name: "lstm", or "encoder:NAME_OR_PATH" for a Hugging Face encoder.
         embedding_size, hidden_size, num_layers, character_filters: of the BiLSTM.
-        dropout: around the BiLSTM, or on the encoder's output.
+        dropout: around the BiLSTM, or in the encoder and on its output.
+        freeze_encoder: train the heads on the encoder only.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Architecture:
     num_layers: int = 1
     character_filters: int = 0
     dropout: float = 0.0
+    freeze_encoder: bool = False
 
     def __post_init__(self) -> None:
         is_named_encoder = self.name.startswith(_ENCODER) and self.encoder_name.strip()
@@ -87,7 +89,12 @@ def assemble(
     """Put a classifier together: a BiLSTM over a vocabulary, or heads on an encoder."""
     sizes = {"num_intents": len(labels.intents), "num_tags": len(labels.tags)}
     if encoder is not None:
-        model = EncoderClassifier(encoder, dropout=architecture.dropout, **sizes)
+        model = EncoderClassifier(
+            encoder,
+            dropout=architecture.dropout,
+            freeze_encoder=architecture.freeze_encoder,
+            **sizes,
+        )
         return Classifier(model, SubwordEncoding(labels, tokenizer), architecture)
     assert vocabulary is not None
     lstm = BiLSTMClassifier(

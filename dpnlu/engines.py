@@ -28,8 +28,9 @@ from dpnlu.plan import PrivacyPlan
 from dpnlu.rules import OPERATIONS
 from dpnlu.tape import Tape, UnsupportedLayerError
 
-# Largest error of a weighted sum of gradients, relative to its norm, that passes as rounding.
-_CHECK_TOLERANCE = {torch.float64: 1e-8, torch.float32: 5e-3}
+# Largest error of a weighted sum of gradients that passes as rounding; models in float64 may take
+# norms and softmaxes in float32.
+_CHECK_TOLERANCE = {torch.float64: 1e-5, torch.float32: 5e-3}
 _LOW_PRECISION_TOLERANCE = 0.2
 
 # Parameter -> its uses, whose gradients add up.

@@ -97,19 +97,32 @@ class BiLSTMClassifier(nn.Module):
 
 
 class EncoderClassifier(nn.Module):
-    """Any Hugging Face encoder, as it comes, with an intent head and a slot head."""
+    """Any Hugging Face encoder, as it comes, with an intent head and a slot head.
+
+    The heads read the last layer and the middle one, which says more of the words: the intent from
+    the mean over the sub-words, a slot from the first sub-word of its word. Both are standardised
+    and the heads start at zero, so that noise has little to spoil before there is something learnt.
+    """
 
     def __init__(
-        self, encoder: nn.Module, *, num_intents: int, num_tags: int, dropout: float = 0.0
+        self,
+        encoder: nn.Module,
+        *,
+        num_intents: int,
+        num_tags: int,
+        dropout: float = 0.0,
+        freeze_encoder: bool = False,
     ) -> None:
-        """Take over `encoder` with its weights; the heads are random.
+        """Take over `encoder` with its weights.
 
         Its pooler, if it has one, is not used, and frozen so as not to be trained by noise alone.
 
         Args:
-            encoder: called with `input_ids` and `attention_mask`, returns `last_hidden_state`.
+            encoder: called with `input_ids`, `attention_mask` and `output_hidden_states`, returns
+                `hidden_states`.
             num_tags: 0 for a model without slots.
             dropout: everywhere in the encoder and on its output, in [0, 1).
+            freeze_encoder: train the heads only.
         """
         super().__init__()
         self.encoder = encoder
@@ -118,21 +131,27 @@ class EncoderClassifier(nn.Module):
                 module.p = dropout
             if name == "pooler":
                 module.requires_grad_(False)
+        if freeze_encoder:
+            encoder.requires_grad_(False)
         config: Any = encoder.config
         self.dropout = nn.Dropout(dropout)
-        self.intent_head = nn.Linear(config.hidden_size, num_intents)
-        self.slot_head = nn.Linear(config.hidden_size, num_tags) if num_tags else None
+        self.intent_head = _zero_linear(2 * config.hidden_size, num_intents)
+        self.slot_head = _zero_linear(2 * config.hidden_size, num_tags) if num_tags else None
 
     def forward(self, batch: Batch) -> Outputs:
         attention = batch["attention"]
-        states = self.encoder(input_ids=batch["subwords"], attention_mask=attention)
-        states = self.dropout(states.last_hidden_state)
-        weights = attention.to(states.dtype)[:, :, None]
-        pooled = (states * weights).sum(1) / weights.sum(1)
+        layers = self.encoder(
+            input_ids=batch["subwords"], attention_mask=attention, output_hidden_states=True
+        ).hidden_states
+        read = (layers[-1], layers[len(layers) // 2])
+        weights = attention.to(read[0].dtype)[:, :, None]
+        pooled = [(states * weights).sum(1) / weights.sum(1) for states in read]
+        intents = self.intent_head(self.dropout(_standardized(pooled)))
         if self.slot_head is None:
-            return Outputs(self.intent_head(pooled), None)
-        first = batch["first"][:, :, None].expand(-1, -1, states.shape[2])
-        return Outputs(self.intent_head(pooled), self.slot_head(states.gather(1, first)))
+            return Outputs(intents, None)
+        first = batch["first"][:, :, None].expand(-1, -1, read[0].shape[2])
+        words = _standardized([states.gather(1, first) for states in read])
+        return Outputs(intents, self.slot_head(self.dropout(words)))
 
     def per_example_loss(self, batch: Batch) -> Tensor:
         """(B,) losses; see `intent_slot_loss`."""
@@ -188,6 +207,18 @@ class _CharacterCNN(nn.Module):
         found = torch.relu(self.convolution(embedded.mT))
         found = found.masked_fill((characters.view(batch * words, 1, length) == 0), 0.0)
         return found.amax(2).view(batch, words, -1)
+
+
+def _zero_linear(width: int, classes: int) -> nn.Linear:
+    head = nn.Linear(width, classes)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def _standardized(states: list[Tensor]) -> Tensor:
+    """Each (…, d) with mean 0 and variance 1, side by side."""
+    return torch.cat([F.layer_norm(part, part.shape[-1:]) for part in states], dim=-1)
 
 
 def _present(lengths: Tensor, steps: int) -> Tensor:

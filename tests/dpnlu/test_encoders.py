@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dpnlu.engines import ENGINES
+from dpnlu.plan import PrivacyPlan
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -92,9 +96,9 @@ SIZES = [(4, 7), (5, 5), (2, 8), (1, 3), (3, 2)]
 class Classifier(nn.Module):
     """An encoder with a head for the text and one for its tokens."""
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, config: hf.PretrainedConfig | None = None) -> None:
         super().__init__()
-        self.encoder = encoder.model(encoder.config())
+        self.encoder = encoder.model(config or encoder.config())
         self.intent, self.slots = nn.Linear(WIDTH, CLASSES), nn.Linear(WIDTH, CLASSES)
 
     def hidden(self, ids: Tensor, **inputs: Tensor) -> Tensor:
@@ -177,3 +181,86 @@ def test_gradient_checkpointing(assert_taped_exactly, encoder):
     model, ids = Classifier(encoder).train(), _ids((3, 4))
     model.encoder.gradient_checkpointing_enable({"use_reentrant": False})
     assert_taped_exactly(model, lambda model: model.sequence_losses(ids))
+
+
+# ---- the table of the README -----------------------------------------------------------------
+
+README = Path(__file__).parents[2] / "README.md"
+FAMILIES = [e for e in ENCODERS if "," not in e.name]
+TASKS = {
+    "texts": hf.AutoModelForSequenceClassification,
+    "tokens": hf.AutoModelForTokenClassification,
+}
+
+
+class Ready(nn.Module):
+    """A ready-made classifier of the library: ids -> losses (B,)."""
+
+    def __init__(self, encoder: Encoder, task: str) -> None:
+        super().__init__()
+        config = encoder.config()
+        config.num_labels = CLASSES
+        config.pad_token_id = 0
+        if encoder.name == "T5 encoder":  # the library has it for tokens only
+            self.model = Classifier(encoder, config) if task == "texts" else None
+            self.model = self.model or hf.T5ForTokenClassification(config)
+        else:
+            self.model = TASKS[task].from_config(config)
+        for module in self.modules():  # Opacus works in training mode only
+            for name in vars(module):
+                if "drop" in name and isinstance(getattr(module, name), float):
+                    setattr(module, name, 0.0)
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if isinstance(self.model, Classifier):
+            return self.model.sequence_losses(ids)
+        logits = self.model(input_ids=ids).logits
+        labels = ids[:, 0] if logits.dim() == 2 else ids
+        losses = F.cross_entropy(logits.movedim(-1, 1), labels % CLASSES, reduction="none")
+        return losses.reshape(len(ids), -1).mean(1)
+
+
+def _support(engine: str, encoder: Encoder, task: str) -> str:
+    """How an engine does with a whole model: "exact", "refused", or "wrong"."""
+    torch.manual_seed(0)
+    model, ids = Ready(encoder, task).train(), _ids((4, 7))
+    parameters = list(model.parameters())
+    plan = PrivacyPlan(
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        sample_rate=0.5,
+        steps=1,
+        target_delta=1e-5,
+        num_examples=8,
+    )
+    found = []
+    for name in (engine, "per_example"):
+        into = {parameter: torch.zeros_like(parameter) for parameter in parameters}
+        try:
+            made = ENGINES[name](model, plan)
+            try:
+                made.add_clipped(model(ids), into=into, scale=1.0, closes_unit=True)
+            finally:
+                made.close()
+        except Exception:
+            return "refused"
+        found.append(torch.cat([total.flatten() for total in into.values()]))
+    return "exact" if float((found[0] - found[1]).norm()) < 1e-9 else "wrong"
+
+
+@pytest.mark.filterwarnings("ignore")  # the engines' opinions are in the table
+def test_the_table_of_the_readme_says_what_is_so():
+    """Everything trainable, default inputs, float64, against the loop over examples."""
+    lines = [
+        "| Hugging Face family | texts | tokens | Opacus 1.6, texts |",
+        "| --- | --- | --- | --- |",
+    ]
+    for encoder in FAMILIES:
+        results = [_support("book_keeping", encoder, task) for task in TASKS]
+        results.append(_support("opacus", encoder, "texts"))
+        lines.append(f"| {encoder.name} | {' | '.join(results)} |")
+    table = "\n".join(lines)
+    assert all(row.split(" | ")[1:3] == ["exact", "exact"] for row in lines[2:]), table
+    assert table in README.read_text(encoding="utf-8"), f"expected in README.md:\n{table}"

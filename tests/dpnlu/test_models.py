@@ -44,6 +44,9 @@ def _classifier(name: str, encoder: Path) -> Classifier:
     torch.manual_seed(0)
     built = build(names[name], LABELS, HashedVocabulary(50))
     built.model.double().eval()
+    for head in (built.model.intent_head, built.model.slot_head):
+        assert head is not None
+        nn.init.normal_(head.weight)  # an encoder's heads start at zero, which hides mistakes
     return built
 
 
@@ -129,9 +132,11 @@ def test_a_model_without_slots_has_no_tag_logits(name: str, tiny_encoder: Path) 
 def test_the_tag_of_a_word_is_read_at_its_first_sub_word(tiny_encoder: Path) -> None:
     classifier = _classifier("encoder", tiny_encoder)
     batch = classifier.encoding.collate(encode_all(classifier.encoding, EXAMPLES))
-    states = classifier.model.get_submodule("encoder")(
-        input_ids=batch["subwords"], attention_mask=batch["attention"]
-    ).last_hidden_state
+    layers = classifier.model.get_submodule("encoder")(
+        input_ids=batch["subwords"], attention_mask=batch["attention"], output_hidden_states=True
+    ).hidden_states
+    read = (layers[-1], layers[len(layers) // 2])
+    states = torch.cat([F.layer_norm(layer, layer.shape[-1:]) for layer in read], dim=-1)
     head = classifier.model.get_submodule("slot_head")
     tags = classifier.model(batch).tags
     for row, example in enumerate(EXAMPLES):
@@ -145,3 +150,10 @@ def test_an_encoders_pooler_is_not_trained_by_noise(tiny_encoder: Path) -> None:
     model = _classifier("encoder", tiny_encoder).model
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert frozen == ["encoder.pooler.dense.weight", "encoder.pooler.dense.bias"]
+
+
+def test_a_frozen_encoder_is_trained_in_its_heads_only(tiny_encoder: Path) -> None:
+    architecture = Architecture(name=f"encoder:{tiny_encoder}", freeze_encoder=True)
+    model = build(architecture, LABELS, HashedVocabulary(50)).model
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"intent_head", "slot_head"}
