@@ -68,7 +68,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> int:
             {name.removeprefix(_MODEL): t for name, t in tensors.items() if name.startswith(_MODEL)}
         )
         optimizer.load_state_dict(_optimizer_state(optimizer, tensors))
-    except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"Expected a checkpoint of this model at {path}: {error}") from None
     return steps
 

@@ -248,7 +248,8 @@ class Microbatch:
         self._unit = _Unit()
 
     def expect(self, batch_size: int | None) -> None:
-        pass
+        if batch_size is None:
+            self._unit = _Unit()  # the one before was broken off
 
     def add_clipped(
         self,
@@ -328,7 +329,7 @@ class Opacus:
             self._hooks = GradSampleHooks(model, batch_first=True, loss_reduction="sum")
         except NotImplementedError as error:
             raise UnsupportedLayerError(f"Opacus refuses this model: {error}") from None
-        self._plan = plan
+        self._model, self._plan = model, plan
 
     def expect(self, batch_size: int | None) -> None:
         pass
@@ -358,6 +359,8 @@ class Opacus:
 
     def close(self) -> None:
         self._hooks.cleanup()
+        for module in self._model.modules():
+            vars(module).pop("activations", None)  # Opacus leaves its empty lists behind
 
 
 ENGINES: dict[str, Callable[..., Engine]] = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dpnlu.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
+from dpnlu.checkpoint import CheckpointError, Checkpoints, load_checkpoint, save_checkpoint
 from dpnlu.engines import ENGINES
 from dpnlu.ledger import Ledger
 from dpnlu.plan import PrivacyPlan
@@ -153,6 +153,11 @@ def fit(
         noise=randomness.noise,
         sampling_rng=randomness.order,
     ) as private:
+        if first > len(private.ledger):
+            raise CheckpointError(
+                f"Expected a ledger with the {first} releases of the checkpoint at least, got "
+                f"{len(private.ledger)}: what they spent would be forgotten; resume their ledger."
+            )
         for batch in private.loader(
             examples, collate_fn=collate, physical_batch_size=compute.physical_batch_size
         ):

@@ -12,7 +12,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from dpnlu.accounting import SampledGaussian, calibrate_noise_multiplier, epsilon
+from dpnlu.accounting import (
+    SMALLEST_DELTA,
+    SampledGaussian,
+    calibrate_noise_multiplier,
+    epsilon,
+)
 from dpnlu.clipping import CLIPPING_RULES
 
 SAMPLINGS = ("poisson", "truncated_poisson")
@@ -32,7 +37,7 @@ class PrivacyPlan:
         max_grad_norm: bound C > 0 on the gradient norm of one clipping unit.
         sample_rate: probability in (0, 1] with which each example enters a logical batch.
         steps: number of releases, >= 1; empty logical batches count.
-        target_delta: the δ at which ε is stated, in (0, 1); should be below 1 / num_examples.
+        target_delta: the δ at which ε is stated, in [1e-12, 1); should be below 1 / num_examples.
         num_examples: size of the training set, treated as public.
         clipping: key of `dpnlu.clipping.CLIPPING_RULES`.
         clipping_unit: "example", or "microbatch": the mean gradient of each of `microbatches`
@@ -176,9 +181,17 @@ class PrivacyPlan:
         """Standard deviation of the noise on each coordinate of the released sum."""
         return self.noise_multiplier_at(step) * self.sensitivity
 
-    def event_at(self, step: int) -> SampledGaussian:
-        """What the release with index `step` tells an accountant."""
-        return self._event(self.noise_multiplier_at(step), 1)
+    def event_at(self, step: int, *, sampled: bool = True) -> SampledGaussian:
+        """What the release with index `step` tells an accountant.
+
+        Args:
+            sampled: False: its examples were handed over instead of drawn. Neither sampling nor
+                truncation, which also draws, hides who is among them: a plain Gaussian release.
+        """
+        event = self._event(self.noise_multiplier_at(step), 1)
+        if sampled:
+            return event
+        return replace(event, sample_rate=1.0, max_batch_size=None, num_examples=None)
 
     def events(self, *, steps: int | None = None) -> list[SampledGaussian]:
         """What the first `steps` releases (default: all) tell an accountant, epoch by epoch."""
@@ -292,8 +305,8 @@ def _check_sample_rate(value: float) -> None:
 
 
 def _check_delta(value: float, num_examples: int) -> None:
-    if not 0 < value < 1:
-        raise ValueError(f"Expected `target_delta` in (0, 1), got {value}.")
+    if not SMALLEST_DELTA <= value < 1:
+        raise ValueError(f"Expected `target_delta` in [{SMALLEST_DELTA:g}, 1), got {value}.")
     if value >= 1 / num_examples:
         warnings.warn(
             f"δ = {value:g} is not below 1 / {num_examples} examples: at this δ, publishing a few "

@@ -82,6 +82,8 @@ def release(
     plan = _plan(settings, experiment, corpus)
     classifier = new_classifier(experiment, seed=settings.seed)
     ledger = _claimed(directory, settings, plan, resume=resume)
+    if ledger is not None:
+        plan = ledger.plan  # of a training that is gone on with: as it was calibrated then
     steps_per_epoch = plan.steps_per_epoch if plan else _steps_per_epoch(experiment, corpus)
     trained = train(
         classifier,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -23,8 +22,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from dpnlu.engines import ENGINES, Clipped, Engine
-from dpnlu.ledger import Ledger
+from dpnlu.engines import ENGINES, Engine
+from dpnlu.ledger import Ledger, LedgerError
 from dpnlu.noise import entropy_generators, fill_gaussian
 from dpnlu.plan import PrivacyPlan
 from dpnlu.sampling import PhysicalBatch, logical_batches, physical_batches
@@ -34,7 +33,11 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class NonFiniteBatchError(RuntimeError):
-    """Every gradient of a logical batch was infinite or not a number."""
+    """Every gradient of a logical batch was infinite or not a number.
+
+    Nothing of the batch is released. That training stopped there is itself a word about the data,
+    which ε does not cover: it is for whoever holds the data.
+    """
 
 
 def privatize(
@@ -59,7 +62,9 @@ def privatize(
         plan: the mechanism.
         engine: "book_keeping", "per_example", "microbatch" or "opacus"; None: what suits the plan's
             clipping unit. All per-example engines give the same result.
-        ledger: where releases are recorded; a path starts a new file. None: in memory only.
+        ledger: where releases are recorded; a path starts a new file. None: in memory only. One
+            that holds releases is continued; its plan must be `plan`, but for the steps. It knows
+            of this training alone: a model trained before has spent what that one's ledger says.
         noise: where the noise comes from. None: a generator whose whole state is fresh entropy;
             "system": the operating system's entropy for every draw, cryptographically secure and
             slow; a generator of your own, to repeat an experiment: never for a model that is
@@ -71,24 +76,31 @@ def privatize(
     Raises:
         UnsupportedLayerError: the model has a layer that mixes examples or modifies weights by
             itself; the message names it.
-        ValueError: the optimizer's parameters are not the model's, or the engine does not fit the
-            plan.
+        ValueError: the optimizer's parameters are not the model's, or the engine or the ledger does
+            not fit the plan.
+        LedgerError: there is a file at the ledger's path.
     """
     name = engine or {"example": "book_keeping", "microbatch": "microbatch"}[plan.clipping_unit]
     _check_engine(name, plan)
+    if isinstance(ledger, Ledger):
+        _check_ledger(ledger, plan)
     parameters = check_trainable(model, optimizer)
-    chosen = ENGINES[name]
-    if ledger is None or isinstance(ledger, Path):
-        ledger = Ledger(plan, path=ledger)
+    generators = _generators(noise, parameters[0].device)
+    options = {"verify": verify} if name == "book_keeping" else {}
+    made = ENGINES[name](model, plan, **options)
+    try:
+        # Last: a file that holds nothing would still have to be resumed.
+        ledger = ledger if isinstance(ledger, Ledger) else Ledger(plan, path=ledger)
+    except (LedgerError, OSError):
+        made.close()
+        raise
     return PrivateTraining(
         plan=plan,
         parameters=parameters,
         optimizer=optimizer,
-        engine=chosen(model, plan, verify=verify)
-        if name == "book_keeping"
-        else chosen(model, plan),
+        engine=made,
         ledger=ledger,
-        generators=_generators(noise, parameters[0].device),
+        generators=generators,
         sampling_rng=sampling_rng or np.random.default_rng(),
     )
 
@@ -122,6 +134,8 @@ class PrivateTraining:
         self.sampling_rng = sampling_rng
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._is_open = False
+        self._is_closed = False
+        self._loop: object | None = None
         self._pending: PhysicalBatch | None = None
         self._warned = False
         self._units = self._non_finite = 0
@@ -175,8 +189,8 @@ class PrivateTraining:
     def step(self, losses: Tensor) -> bool:
         """Clip and add up the gradients of these examples; release at the end of a logical batch.
 
-        Outside the loader the examples count as one whole logical batch. As they were not sampled,
-        that release is accounted without amplification.
+        Outside a loop over the loader the examples count as one whole logical batch. As they were
+        not sampled, that release is accounted without amplification.
 
         Args:
             losses: (B,), the loss of each example of the batch, depending on that example alone.
@@ -187,22 +201,16 @@ class PrivateTraining:
         Raises:
             ValueError, TypeError: `losses` is not such a vector, or is not connected to the model.
             NonFiniteBatchError: no example of the logical batch has a finite gradient.
-            RuntimeError: all planned steps are taken, or a gradient was left by a call of backward.
+            RuntimeError: the loader's batch was stepped already, all planned steps are taken, the
+                training is closed, or a gradient was left by a call of backward.
         """
         batch = self._pending
         _check_losses(losses, None if batch is None else len(batch.ids))
         if batch is None:
-            self._warn_unsampled()
+            self._check_unsampled()
         if not self._is_open:
             self._open()
-        clipped = self._engine.add_clipped(
-            losses,
-            into=self._sums,
-            scale=1 / self.plan.divisor,
-            closes_unit=None if batch is None else batch.closes_unit,
-        )
-        self._pending = None
-        self._count(clipped)
+        self._add(losses, closes_unit=None if batch is None else batch.closes_unit)
         if batch is not None and not batch.closes_step:
             return False
         self._release(sampled=batch is not None)
@@ -212,7 +220,7 @@ class PrivateTraining:
         """Detach from the model and close the ledger; `epsilon()` keeps answering."""
         self._engine.close()
         self.ledger.close()
-        self._is_open = False
+        self._is_open, self._is_closed = False, True
 
     def __enter__(self) -> PrivateTraining:
         return self
@@ -227,40 +235,59 @@ class PrivateTraining:
 
     # ---- for the loader ----------------------------------------------------------------------
 
+    def begin_loop(self) -> object:
+        """Begin anew, with a loop that alone may hand out batches; returned is what stands for it.
+
+        What was begun and not completed is forgotten: nothing of it was released.
+        """
+        self._forget()
+        self._loop = object()
+        return self._loop
+
     def begin(self, batch: PhysicalBatch) -> None:
         """A physical batch is about to be computed."""
+        self._pending = batch
+        self._engine.expect(len(batch.ids))
+
+    def check_answered(self, loop: object) -> None:
+        """Refuse to go on with a loop that has been replaced, or whose last batch has no step."""
+        if self._loop is not loop:
+            raise RuntimeError(
+                "Expected the loop over the loader that was begun last, and in which no step "
+                "failed: begin a new one, `for batch in private.loader(...)`."
+            )
         if self._pending is not None:
             raise RuntimeError(
                 "Expected private.step(losses) once for every batch of the loader, but the last "
                 "batch was left without."
             )
-        self._pending = batch
-        self._engine.expect(len(batch.ids))
 
     def release_empty(self) -> None:
         """An empty logical batch: noise alone is released, and accounted."""
         self._open()
         self._release(sampled=True)
 
-    def discard(self) -> None:
-        """Forget a logical batch that was begun and not completed: nothing of it was released."""
-        self._pending = None
-        self._is_open = False
-        self._engine.expect(None)
+    def end_loop(self, loop: object) -> None:
+        """The loop is over, or was broken off."""
+        if self._loop is loop:
+            self._forget()
 
     # ---- one logical batch -------------------------------------------------------------------
 
+    def _forget(self) -> None:
+        self._loop = self._pending = None
+        self._is_open = False
+        self._engine.expect(None)
+
     def _open(self) -> None:
         """Begin a logical batch: the buffers hold its noise, before anything is added."""
+        if self._is_closed:
+            raise RuntimeError("Expected an open training, got a closed one: call privatize anew.")
         if not self.remaining_steps:
             raise RuntimeError(
                 f"All {self.plan.steps} planned steps are taken; to train on, plan more steps."
             )
-        if any(parameter.grad is not None for parameter in self._parameters):
-            raise RuntimeError(
-                "Found gradients that the engine did not make: call neither backward() nor a "
-                "scaler on the losses, and optimizer.zero_grad() if they are old."
-            )
+        self._check_no_gradients()
         if not self._sums:
             self._sums = {p: _buffer(p) for p in self._parameters}
         std = self.plan.noise_std_at(len(self.ledger)) / self.plan.divisor
@@ -268,7 +295,16 @@ class PrivateTraining:
         self._is_open = True
         self._units = self._non_finite = 0
 
-    def _count(self, clipped: Clipped | None) -> None:
+    def _add(self, losses: Tensor, *, closes_unit: bool | None) -> None:
+        """Add clipped gradients to the sums, once."""
+        try:
+            clipped = self._engine.add_clipped(
+                losses, into=self._sums, scale=1 / self.plan.divisor, closes_unit=closes_unit
+            )
+        except BaseException:
+            self._forget()  # some may be in the sums already: to try again would add them twice
+            raise
+        self._pending = None
         if clipped is not None:
             self._units += len(clipped.norms)
             self._non_finite += clipped.non_finite
@@ -282,8 +318,8 @@ class PrivateTraining:
                 f"None of the {self._units} gradients of a logical batch is finite: training has "
                 "diverged, or the loss overflows. Lower the learning rate, or compute in float32."
             )
-        event = self.plan.event_at(len(self.ledger))
-        self.ledger.append(event if sampled else replace(event, sample_rate=1.0))
+        self._check_no_gradients()
+        self.ledger.append(self.plan.event_at(len(self.ledger), sampled=sampled))
         for parameter, total in self._sums.items():
             parameter.grad = total.to(parameter.dtype)
         try:
@@ -294,7 +330,21 @@ class PrivateTraining:
             self._engine.weights_changed()
         self.steps_taken += 1
 
-    def _warn_unsampled(self) -> None:
+    def _check_no_gradients(self) -> None:
+        """The optimizer must meet no gradient but what is released: it would act on it too."""
+        groups = self._optimizer.param_groups
+        if any(parameter.grad is not None for group in groups for parameter in group["params"]):
+            raise RuntimeError(
+                "Found gradients that the engine did not make: call neither backward() nor a "
+                "scaler on the losses, and optimizer.zero_grad() if they are old."
+            )
+
+    def _check_unsampled(self) -> None:
+        if self._loop is not None:
+            raise RuntimeError(
+                "Expected one private.step(losses) for each batch of the loader, got a second: its "
+                "examples would count twice. Sum up an example's losses, or leave the loop first."
+            )
         if not self._warned:
             warnings.warn(
                 "private.step was called outside private.loader: no sampling took place, so these "
@@ -336,7 +386,7 @@ class PrivateLoader:
 
     def __iter__(self) -> Iterator[Any]:
         private = self._private
-        private.discard()
+        loop = private.begin_loop()
         plan: deque[list[PhysicalBatch]] = deque()
         data = iter(
             DataLoader(
@@ -347,9 +397,11 @@ class PrivateLoader:
             )
         )
         try:
-            yield from self._batches(plan, data)
+            for batch in self._batches(plan, data):
+                yield batch
+                private.check_answered(loop)
         finally:
-            private.discard()
+            private.end_loop(loop)
 
     def _batches(self, plan: deque[list[PhysicalBatch]], data: Iterator[Any]) -> Iterator[Any]:
         """Data in the order in which `plan` announces it, empty logical batches included."""
@@ -395,6 +447,16 @@ def _check_engine(name: str, plan: PrivacyPlan) -> None:
             f"Expected an engine for the plan's clipping unit, {plan.clipping_unit!r}, got "
             f"{name!r}: what is clipped is the plan's business. Micro-batches are planned by "
             "PrivacyPlan(clipping_unit='microbatch', microbatches=K)."
+        )
+
+
+def _check_ledger(ledger: Ledger, plan: PrivacyPlan) -> None:
+    """The steps alone may differ, so that training can go on; the ledger tells what was spent."""
+    begun, planned = ledger.plan.to_dict(), plan.to_dict()
+    if other := [name for name in planned if name != "steps" and begun[name] != planned[name]]:
+        raise ValueError(
+            f"Expected a ledger of this plan, got one of a plan with other {', '.join(other)}: go "
+            "on with the plan that it names, ledger.plan."
         )
 
 

@@ -137,6 +137,15 @@ def test_a_private_training_goes_on_where_it_stopped_and_never_exceeds_its_budge
     assert result.epsilon == pytest.approx(plan.epsilon())
 
 
+def test_a_checkpoint_without_the_ledger_of_its_releases_is_refused(tmp_path: Path) -> None:
+    """What they spent would be forgotten."""
+    plan, checkpoints = _plan(), Checkpoints(path=tmp_path / "c", every=4)
+    with pytest.raises(_Interrupted):
+        _fit(_model(), plan=plan, checkpoints=checkpoints, stop_after=10)
+    with pytest.raises(CheckpointError, match="at least, got 0"):
+        _fit(_model(), plan=plan, ledger=tmp_path / "new.jsonl", checkpoints=checkpoints)
+
+
 def test_an_ordinary_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
     checkpoints = Checkpoints(path=tmp_path / "c", every=4)
     with pytest.raises(_Interrupted):

@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from io import FileIO
 
 import pytest
 
+from dpnlu.accounting import epsilon
 from dpnlu.ledger import Ledger, LedgerError
 
 
@@ -113,6 +115,29 @@ def test_a_torn_line_is_accounted_as_no_less_than_any_release_it_may_have_been(m
         assert ledger.epsilon() >= spent
 
 
+def test_a_torn_line_of_truncated_batches_is_accounted_as_the_costlier_release(make_plan, path):
+    """With nearly all examples in every batch, truncation costs more than no sampling at all."""
+    truncated = {"sampling": "truncated_poisson", "max_batch_size": 7}
+    for sample_rate in (0.1, 1.0):
+        path.unlink(missing_ok=True)
+        plan = make_plan(sample_rate=sample_rate, **truncated)
+        _write(path, plan, 1)
+        path.write_bytes(path.read_bytes()[:-20])
+        for sampled in (True, False):
+            event = plan.event_at(0, sampled=sampled)
+            assert Ledger.read(path).epsilon() >= epsilon([event], delta=1e-5)
+
+
+def test_a_torn_line_is_not_forgotten_by_a_resuming_that_fails(make_plan, path, monkeypatch):
+    _write(path, make_plan(), 3)
+    path.write_bytes(path.read_bytes()[:-5])
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", _full)
+        with pytest.raises(OSError, match="No space"):
+            Ledger.resume(path)
+    assert len(Ledger.read(path)) >= 3
+
+
 def test_an_existing_file_is_never_overwritten(make_plan, path):
     _write(path, make_plan(), 2)
     before = path.read_bytes()
@@ -203,21 +228,71 @@ def test_a_line_that_went_missing_is_noticed(make_plan, path):
         Ledger.read(path)
 
 
+def test_two_that_continue_one_ledger_are_noticed(make_plan, path):
+    """Each would take the steps that the plan has left."""
+    plan = make_plan()
+    _write(path, plan, 1)
+    with Ledger.resume(path) as one, Ledger.resume(path) as other:
+        one.append(plan.event_at(1))
+        other.append(plan.event_at(1))
+    with pytest.raises(LedgerError, match="line 4 "):
+        Ledger.read(path)
+
+
+def _full(file):
+    raise OSError(28, "No space left on device")
+
+
 def test_what_could_not_be_written_raises_and_is_not_counted(make_plan, path, monkeypatch):
+    """… nor left in the file, where the next entry would be appended to half a line."""
     plan = make_plan()
     ledger = Ledger(plan, path=path)
-
-    def full(file):
-        raise OSError(28, "No space left on device")
-
+    before = path.read_bytes()
     with monkeypatch.context() as broken:
-        broken.setattr(os, "fsync", full)
+        broken.setattr(os, "fsync", _full)
         with pytest.raises(OSError, match="No space"):
             ledger.append(plan.event_at(0))
-    assert len(ledger) == 0
+    assert len(ledger) == 0 and path.read_bytes() == before
     ledger.append(plan.event_at(0))
     ledger.close()
-    assert len(Ledger.read(path)) >= 1, "the file stays readable, and may only over-report"
+    assert len(Ledger.read(path)) == 1
+
+
+def test_half_a_line_is_taken_back(make_plan, path):
+    """A disk that is full may take the beginning of a line, and say so only at the next."""
+
+    class NearlyFull(FileIO):
+        def write(self, line):
+            return super().write(line[:10])
+
+    plan = make_plan()
+    ledger = Ledger(plan, path=path)
+    before, whole = path.read_bytes(), ledger._file
+    with NearlyFull(path, "ab") as ledger._file, pytest.raises(OSError, match="No space"):
+        ledger.append(plan.event_at(0))
+    ledger._file = whole
+    assert len(ledger) == 0 and path.read_bytes() == before
+    ledger.close()
+
+
+@pytest.mark.parametrize("opening", ["closed", "read"])
+def test_a_ledger_that_is_not_open_takes_no_release(make_plan, path, opening):
+    """It would be counted in memory, and missing on disk."""
+    plan = make_plan()
+    ledger = Ledger(plan, path=path)
+    ledger.close()
+    if opening == "read":
+        ledger = Ledger.read(path)
+    with pytest.raises(LedgerError, match=r"continue it by Ledger\.resume"):
+        ledger.append(plan.event_at(0))
+    assert len(ledger) == 0
+
+
+def test_an_entry_is_one_release(make_plan):
+    ledger = Ledger(make_plan())
+    with pytest.raises(ValueError, match="one step, got 3"):
+        ledger.append(replace(make_plan().event_at(0), steps=3))
+    assert len(ledger) == 0
 
 
 def test_a_closed_ledger_keeps_answering(make_plan, path):

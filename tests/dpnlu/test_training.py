@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpnlu.accounting import epsilon
+from dpnlu.accounting import SampledGaussian, epsilon
 from dpnlu.ledger import Ledger, LedgerError
 from dpnlu.tape import UnsupportedLayerError
 from dpnlu.training import NonFiniteBatchError, privatize
@@ -276,12 +276,13 @@ def test_loading_in_other_processes_changes_nothing(make, data):
 
 @pytest.mark.usefixtures("double")
 def test_the_loader_says_how_many_examples_there_are(make, data):
-    """Though the first thing that the model is given is not the batch."""
+    """Though the first thing that the model is given is not the batch: five positions, which no
+    batch of two or three could be taken for."""
 
     class Located(Small):
         def __init__(self) -> None:
             super().__init__()
-            self.table = nn.Parameter(torch.randn(4, 3))
+            self.table = nn.Parameter(torch.randn(5, 3))
 
         def forward(self, positions: Tensor, inputs: Tensor) -> Tensor:
             return super().forward(inputs[:, None] * self.table[positions]).sum(1)
@@ -292,7 +293,7 @@ def test_the_loader_says_how_many_examples_there_are(make, data):
         fields = {"engine": engine, "steps": 3, "sample_rate": 0.6, "noise_multiplier": 0.0}
         _, private = make(model, lr=0.0, **fields)
         for batch in private.loader(data, physical_batch_size=3):
-            private.step((model(torch.arange(4), batch) + 1).square().sum(1))
+            private.step((model(torch.arange(5), batch) + 1).square().sum(1))
         released.append(_flat(private.gradients.values()))
         private.close()
     torch.testing.assert_close(released[0], released[1])
@@ -300,7 +301,7 @@ def test_the_loader_says_how_many_examples_there_are(make, data):
 
 def test_batches_are_collated_as_asked(make, data):
     _, private = make(sample_rate=1.0, steps=1)
-    (batch,) = private.loader(data, collate_fn=lambda rows: {"x": torch.stack(rows) * 2})
+    batch = next(iter(private.loader(data, collate_fn=lambda rows: {"x": torch.stack(rows) * 2})))
     torch.testing.assert_close(batch["x"], torch.stack(data) * 2)
 
 
@@ -407,16 +408,34 @@ def test_resuming_from_a_ledger_leaves_fewer_steps(make, data, tmp_path):
     assert len(Ledger.read(path)) == 5
 
 
-def test_epsilon_is_stated_at_the_delta_of_the_plan_that_is_trained_by(make, make_plan):
-    """A ledger of another plan is refused, or at least does not decide δ."""
+def test_a_ledger_of_another_plan_is_refused(make, make_plan):
+    """It would decide δ, or tell of another mechanism than the model's."""
+    model = Small()
     stranger = Ledger(make_plan(target_delta=1e-2, num_examples=9))
-    stranger.append(stranger.plan.event_at(0))
-    try:
-        _, private = make(ledger=stranger)
-    except ValueError:
-        return
-    expected = epsilon([stranger.plan.event_at(0)], delta=private.plan.target_delta)
-    assert private.epsilon() == pytest.approx(expected)
+    with pytest.raises(ValueError, match="with other target_delta, num_examples: go on"):
+        make(model, ledger=stranger)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.usefixtures("unsampled")
+def test_a_ledger_may_be_continued_for_more_steps(make, make_plan):
+    ledger = Ledger(make_plan(steps=1))
+    ledger.append(ledger.plan.event_at(0))
+    model, private = make(steps=2, ledger=ledger)
+    private.step(losses_of(model, torch.randn(2, 3)))
+    assert len(ledger) == 2 and private.remaining_steps == 0
+    assert private.epsilon() > private.plan.epsilon(steps=1)
+
+
+@pytest.mark.usefixtures("unsampled")
+def test_a_ledger_that_was_only_read_cannot_be_trained_with(make, make_plan, tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    Ledger(make_plan(), path=path).close()
+    model, private = make(ledger=Ledger.read(path))
+    before = _flat(model.parameters())
+    with pytest.raises(LedgerError, match="opened for reading"):
+        private.step(losses_of(model, torch.randn(2, 3)))
+    assert torch.equal(_flat(model.parameters()), before)
 
 
 # ---- broken off, repeated, left out ----------------------------------------------------------
@@ -473,6 +492,8 @@ def test_a_batch_without_a_step_is_an_error(make, data):
     with pytest.raises(RuntimeError, match="once for every batch"):
         next(loader)
     assert len(private.ledger) == 0
+    with pytest.raises(RuntimeError, match="once for every batch"):
+        list(private.loader(data))
 
 
 @pytest.mark.parametrize("engine", ["book_keeping", "per_example"])
@@ -487,6 +508,57 @@ def test_a_batch_cannot_be_stepped_twice(make, engine):
             private.step(losses)
         break
     assert len(private.ledger) == 0
+
+
+@pytest.mark.parametrize("engine", ["book_keeping", "per_example"])
+def test_a_step_that_failed_cannot_be_repeated(make, data, monkeypatch, engine):
+    """Part of it may be in the sum already, say when memory ran out: it would be there twice."""
+    model, private = make(sample_rate=1.0, steps=3, noise_multiplier=0.0, lr=0.0, engine=engine)
+    really = private._engine.add_clipped
+
+    def fails(losses, **options):
+        really(losses, **options)
+        raise MemoryError
+
+    loop = iter(private.loader([100 * row for row in data], physical_batch_size=4))
+    batch = next(loop)
+    with monkeypatch.context() as broken, pytest.raises(MemoryError):
+        broken.setattr(private._engine, "add_clipped", fails)
+        private.step(losses_of(model, batch))
+    with pytest.raises(RuntimeError, match="in which no step failed"):
+        next(loop)
+    for batch in private.loader([100 * row for row in data]):
+        private.step(losses_of(model, batch))
+        break
+    assert float(_flat(private.gradients.values()).norm()) <= 8 + 1e-3
+    assert len(private.ledger) == 1
+
+
+def test_a_loop_that_was_replaced_is_over(make, data):
+    """Its examples would be added to a logical batch that they were not drawn for."""
+    model, private = make(sample_rate=1.0, steps=2, noise_multiplier=0.0, lr=0.0)
+    old = iter(private.loader(data, physical_batch_size=4))
+    private.step(losses_of(model, next(old)))
+    new = iter(private.loader(data, physical_batch_size=4))
+    private.step(losses_of(model, next(new)))
+    with pytest.raises(RuntimeError, match="begun last"):
+        next(old)
+    assert private.step(losses_of(model, next(new))), "the end of the old loop changes nothing"
+
+
+@pytest.mark.usefixtures("double")
+def test_a_micro_batch_that_was_broken_off_is_forgotten(make):
+    """Else the next loop would add to it, and an example could be in two micro-batches: 4C."""
+    data = [1e3 * torch.eye(8)[i] for i in range(8)]
+    fields = {"clipping_unit": "microbatch", "microbatches": 1, "noise_multiplier": 0.0}
+    model, private = make(nn.Linear(8, 1, bias=False), lr=0.0, sample_rate=1.0, steps=1, **fields)
+    for batch in private.loader(data, physical_batch_size=6):
+        private.step(model(batch).flatten())
+        break
+    for batch in private.loader(data):
+        private.step(model(batch).flatten())
+    expected = torch.full((8,), 1 / math.sqrt(8))
+    torch.testing.assert_close(private.gradients[model.weight][0], expected)
 
 
 def test_a_step_outside_the_loader_warns_once_and_is_accounted_without_amplification(make):
@@ -505,8 +577,8 @@ def test_a_step_outside_the_loader_is_not_amplified_by_truncation_either(make):
     fields = {"sampling": "truncated_poisson", "max_batch_size": 20, "num_examples": 1000}
     model, private = make(sample_rate=0.01, **fields)
     private.step(losses_of(model, torch.randn(3, 3)))
-    event = replace(private.plan.event_at(0), sample_rate=1.0, max_batch_size=None)
-    assert private.epsilon() >= epsilon([replace(event, num_examples=None)], delta=1e-5) - 1e-3
+    gaussian = SampledGaussian(noise_multiplier=1.0, sample_rate=1.0, steps=1)
+    assert private.epsilon() >= epsilon([gaussian], delta=1e-5) - 1e-3
 
 
 @pytest.mark.usefixtures("unsampled")
@@ -592,6 +664,19 @@ def test_gradients_of_somebody_else_are_refused(make):
     assert len(private.ledger) == 0
     model.zero_grad()
     assert private.step(losses_of(model, torch.randn(2, 3)))
+
+
+@pytest.mark.usefixtures("unsampled")
+def test_parameters_that_were_unfrozen_meanwhile_are_not_trained(make):
+    """The optimizer would act on their gradients as they are: neither clipped nor noised."""
+    model = Small()
+    model[2].requires_grad_(False)
+    model, private = make(model, engine="opacus")
+    model[2].requires_grad_(True)
+    before = _flat(model.parameters())
+    with pytest.raises(RuntimeError, match="did not make"):
+        private.step(losses_of(model, torch.randn(2, 3)))
+    assert torch.equal(_flat(model.parameters()), before) and len(private.ledger) == 0
 
 
 # ---- what is not finite ----------------------------------------------------------------------
@@ -699,6 +784,19 @@ def test_time_major_recurrent_layers_are_noticed(make):
 
 
 # ---- after and beside ------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("unsampled")
+def test_a_closed_training_takes_no_step(make, tmp_path):
+    """It would be missing in the ledger's file."""
+    path = tmp_path / "ledger.jsonl"
+    model, private = make(engine="per_example", ledger=path)
+    private.close()
+    before = _flat(model.parameters())
+    with pytest.raises(RuntimeError, match="call privatize anew"):
+        private.step(losses_of(model, torch.randn(2, 3)))
+    assert torch.equal(_flat(model.parameters()), before)
+    assert len(private.ledger) == len(Ledger.read(path)) == 0
 
 
 @pytest.mark.parametrize("engine", PER_EXAMPLE)

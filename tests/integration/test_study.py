@@ -1,22 +1,37 @@
 """A whole study at toy size: train, attack, report, interrupt, go on."""
 
 import json
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from attacks.canaries import parse_canary
+from attacks.farm import load_arrays
 from attacks.report import validate
 from dpnlu.cli import main
 from dpnlu.compare.study import Study
 from dpnlu.data import drop_repeated, synthetic_corpus
+
+# With `--dist loadgroup`, one worker makes the study for all.
+pytestmark = pytest.mark.xdist_group("study")
 
 COMPARE = [
     *("compare", "--data", "synthetic:300", "--epsilons", "inf", "8", "--epochs", "2"),
     *("--batch-size", "60", "--references", "3", "--audit-examples", "120"),
     *("--canaries", "pin:2:R=5", "--quiet"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_core() -> Iterator[None]:
+    """References are trained in this process: to start others takes longer than to train."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "cpu_count", lambda: 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +43,13 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _report(folder: Path) -> dict[str, object]:
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def _assert_same_signals(found: Mapping[str, NDArray], expected: Mapping[str, NDArray]) -> None:
+    """… of a model trained twice, which takes another time."""
+    assert set(found) == set(expected)
+    for name in set(found) - {"train_seconds"}:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_the_report_keeps_its_contract(out: Path) -> None:
@@ -77,13 +99,25 @@ def test_another_study_is_refused(out: Path, capsys: pytest.CaptureFixture[str])
 def test_a_lost_reference_alone_is_trained_again(out: Path) -> None:
     references = out / "runs" / "eps-inf" / "references"
     lost = references / "model-0001.npz"
-    before = {name: values.copy() for name, values in np.load(lost).items()}
+    before = load_arrays(lost)
     kept = (references / "model-0000.npz").stat().st_mtime_ns
     lost.unlink()
     assert main([*COMPARE, "--out", str(out)]) == 0
-    for name, values in np.load(lost).items():
-        np.testing.assert_allclose(values, before[name], rtol=1e-4, atol=1e-5)
+    _assert_same_signals(load_arrays(lost), before)
     assert (references / "model-0000.npz").stat().st_mtime_ns == kept
+
+
+@pytest.mark.slow
+def test_references_are_the_same_from_other_processes(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    again = tmp_path / "again"
+    assert main([*COMPARE, "--epsilons", "8", "--out", str(again)]) == 0
+    references = sorted(again.glob("runs/eps-8/references/*.npz"))
+    assert len(references) == 3
+    for path in references:
+        _assert_same_signals(load_arrays(path), load_arrays(out / path.relative_to(again)))
 
 
 def test_a_trained_model_can_be_attacked(
