@@ -14,6 +14,7 @@ gradient is not finite adds exactly nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -171,8 +172,8 @@ class BookKeeping:
         """Compare the norm of one example's gradient with that of the gradient written out."""
         chosen = torch.zeros_like(norms)
         chosen[example] = 1
-        written_out = [_weighted_sum(uses, chosen, p) for p, uses in parts.items()]
-        expected, found = float(_norm(written_out)), float(norms[example])
+        sizes = [float(_weighted_sum(uses, chosen, p).norm()) for p, uses in parts.items()]
+        expected, found = math.hypot(*sizes), float(norms[example])
         if abs(found - expected) > _tolerance(norms) * expected:
             raise UnsupportedLayerError(
                 f"Expected the norm {expected:g} of an example's gradient, got {found:g}: a defect "

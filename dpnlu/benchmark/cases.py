@@ -159,3 +159,8 @@ CASES = (
         target=1.6,
     ),
 )
+
+
+def named(name: str) -> Case:
+    """The case of this name."""
+    return next(case for case in CASES if case.name == name)

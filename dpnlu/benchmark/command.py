@@ -50,11 +50,12 @@ def run(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     rows: list[Any] = []
     with bars(quiet=options.quiet) as told:
-        for case in chosen:
+        for done, case in enumerate(chosen, start=1):
             if options.what == "memory":
-                rows.append(memory.measure(case, told=told))
+                rows.append(memory.measure(case))
             else:
-                rows.append(overhead.measure(case, pairs=options.pairs, told=told))
+                rows.append(overhead.measure(case, pairs=options.pairs))
+            told(options.what, done, len(chosen))
     table = (memory if options.what == "memory" else overhead).table(rows)
     print(table)
     if options.out is not None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dpnlu.benchmark.cases import CASES, Case
-from dpnlu.progress import Told
+from dpnlu.benchmark.cases import Case, named
+from dpnlu.benchmark.process import result_of
 
 _STEPS = 3
 
@@ -30,20 +29,16 @@ class Memory:
     target: float = 1.20
 
 
-def measure(case: Case, *, told: Told) -> Memory:
+def measure(case: Case) -> Memory:
     """Run a few steps of each kind in a fresh process and read its peak (Linux).
 
     Raises:
         RuntimeError: the process failed.
     """
-    peaks = {}
-    for number, kind in enumerate(("ordinary", "private"), start=1):
-        command = [sys.executable, "-m", "dpnlu.benchmark.memory", case.name, kind]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        if run.returncode:
-            raise RuntimeError(f"measuring {case.name} failed: {run.stderr.strip()[-500:]}")
-        peaks[kind] = float(json.loads(run.stdout))
-        told(case.name, number, 2)
+    peaks = {
+        kind: float(result_of("dpnlu.benchmark.memory", case.name, kind))
+        for kind in ("ordinary", "private")
+    }
     return Memory(
         case=case.name,
         ordinary_mib=peaks["ordinary"],
@@ -77,9 +72,9 @@ def _peak(case: Case, kind: str) -> float:
     reset_peak_memory()
     before = current_memory()
     torch.manual_seed(0)
-    step = {"ordinary": ordinary, "private": private}[kind](case, case.build().train())
-    for _ in range(_STEPS):
-        step()
+    with {"ordinary": ordinary, "private": private}[kind](case, case.build().train()) as step:
+        for _ in range(_STEPS):
+            step()
     peak = peak_memory()
     if peak is None or before is None:
         raise RuntimeError("peak memory can be read on Linux only")
@@ -88,4 +83,4 @@ def _peak(case: Case, kind: str) -> float:
 
 if __name__ == "__main__":
     name, kind = sys.argv[1:]
-    print(json.dumps(_peak(next(case for case in CASES if case.name == name), kind)))
+    print(json.dumps(_peak(named(name), kind)))

@@ -1,18 +1,23 @@
-"""Time of a private step over that of an ordinary one: interleaved pairs, median of ratios."""
+"""Time of a private step over that of an ordinary one: interleaved pairs, median of ratios.
+
+Each case has a process of its own, so that none inherits another's memory.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
 import statistics
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
-from dpnlu.benchmark.cases import Case
+from dpnlu.benchmark.cases import Case, named
+from dpnlu.benchmark.process import result_of
 from dpnlu.benchmark.steps import Step, ordinary, private
-from dpnlu.progress import Told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,17 +39,25 @@ class Overhead:
     target: float | None
 
 
-def measure(case: Case, *, pairs: int, told: Told) -> Overhead:
-    """Time a case: ordinary and private steps in turn, in one process, after two of each."""
+def measure(case: Case, *, pairs: int) -> Overhead:
+    """Time a case in a fresh process with as many threads as this one.
+
+    Raises:
+        RuntimeError: the process failed.
+    """
+    module = "dpnlu.benchmark.overhead"
+    found = result_of(module, case.name, str(pairs), str(torch.get_num_threads()))
+    return Overhead(**found | {"ratios": tuple(found["ratios"])})
+
+
+def _measure(case: Case, *, pairs: int) -> Overhead:
+    """Ordinary and private steps in turn, after two of each."""
     torch.manual_seed(0)
     model = case.build().train()
-    steps = (ordinary(case, copy.deepcopy(model)), private(case, model))
-    for step in steps * 2:
-        step()
-    times = []
-    for pair in range(pairs):
-        times.append(tuple(_time(step) for step in steps))
-        told(case.name, pair + 1, pairs)
+    with ordinary(case, copy.deepcopy(model)) as one, private(case, model) as other:
+        for step in (one, other) * 2:
+            step()
+        times = [(_time(one), _time(other)) for _ in range(pairs)]
     ratios = [b / a for a, b in times]
     quartiles = statistics.quantiles(ratios, n=4)
     return Overhead(
@@ -76,3 +89,9 @@ def _time(step: Step) -> float:
     started = time.perf_counter()
     step()
     return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    name, pairs, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    print(json.dumps(asdict(_measure(named(name), pairs=int(pairs)))))

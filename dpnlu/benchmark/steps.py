@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from dpnlu.training import privatize
 Step = Callable[[], None]
 
 
-def ordinary(case: Case, model: nn.Module) -> Step:
+@contextmanager
+def ordinary(case: Case, model: nn.Module) -> Iterator[Step]:
     """Backward pass per physical batch, then the optimizer."""
     optimizer = _optimizer(model)
     batches = case.inputs()
@@ -29,10 +31,11 @@ def ordinary(case: Case, model: nn.Module) -> Step:
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    yield step
 
 
-def private(case: Case, model: nn.Module, *, engine: str = "book_keeping") -> Step:
+@contextmanager
+def private(case: Case, model: nn.Module, *, engine: str = "book_keeping") -> Iterator[Step]:
     """The same with clipping, noise, and a ledger on disk."""
     plan = PrivacyPlan(
         noise_multiplier=1.0,
@@ -42,8 +45,6 @@ def private(case: Case, model: nn.Module, *, engine: str = "book_keeping") -> St
         target_delta=1e-6,
         num_examples=100 * case.logical,
     )
-    folder = Path(tempfile.mkdtemp(prefix="dpnlu-benchmark-"))
-    handle = privatize(model, _optimizer(model), plan, engine=engine, ledger=folder / "ledger")
     batches = case.inputs()
 
     def step() -> None:
@@ -52,7 +53,10 @@ def private(case: Case, model: nn.Module, *, engine: str = "book_keeping") -> St
             handle.begin(PhysicalBatch(_ids(inputs), closes_unit=last, closes_step=last))
             handle.step(losses(model, inputs))
 
-    return step
+    with tempfile.TemporaryDirectory(prefix="dpnlu-benchmark-") as folder:
+        ledger = Path(folder) / "ledger"
+        with privatize(model, _optimizer(model), plan, engine=engine, ledger=ledger) as handle:
+            yield step
 
 
 def _ids(inputs: Inputs) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

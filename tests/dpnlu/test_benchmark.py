@@ -1,0 +1,75 @@
+"""The benchmarks run, and what they compare is comparable. How fast it is, is not asked here."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpnlu.benchmark import memory, overhead
+from dpnlu.benchmark.cases import CASES, RecurrentClassifier, losses, named
+from dpnlu.benchmark.steps import ordinary, private
+from dpnlu.cli import main
+
+SMALL = replace(
+    named("BiLSTM 100/100"),
+    build=lambda: RecurrentClassifier(6, 5, vocabulary=50),
+    physical=4,
+    logical=12,
+    vocabulary=50,
+)
+
+
+def test_steps_train_on_the_same_data_with_the_same_accumulation() -> None:
+    batches = SMALL.inputs()
+    assert [len(ids) for ids, *_ in batches] == [4, 4, 4]
+    for make in (ordinary, private):
+        torch.manual_seed(0)
+        model = SMALL.build().train()
+        before = [parameter.clone() for parameter in model.parameters()]
+        with make(SMALL, model) as step:
+            step()
+        changed = [
+            not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)
+        ]
+        assert all(changed)
+        assert losses(model, batches[0]).shape == (4,)
+
+
+def test_every_case_is_there_with_its_target() -> None:
+    assert {case.name: case.target for case in CASES} == {
+        "MiniLM-L6, logical 256": 1.10,
+        "MiniLM-L6, logical 32": 1.22,
+        "MiniLM-L6, LoRA rank 8": 1.10,
+        "BiLSTM 300/256": 1.35,
+        "BiLSTM 100/100": 1.60,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["overhead", "memory"])
+def test_the_command_keeps_its_table(tmp_path: Path, what: str) -> None:
+    command = ["benchmark", what, "--cases", "100/100", "--pairs", "3", "--quiet"]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    (table,) = tmp_path.glob("*.md")
+    (data,) = tmp_path.glob("*.json")
+    content = json.loads(data.read_text(encoding="utf-8"))
+    (row,) = content["rows"]
+    assert row["case"] == "BiLSTM 100/100" and row["ratio"] > 0
+    assert "BiLSTM 100/100" in table.read_text(encoding="utf-8")
+    assert content["machine"]["torch"] == torch.__version__
+
+
+def test_a_case_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["benchmark", "overhead", "--cases", "nonsense"]) == 2
+    assert "BiLSTM 300/256" in capsys.readouterr().err
+
+
+def test_tables_say_what_was_measured() -> None:
+    row = overhead.Overhead(
+        case="x", ordinary_ms=10, private_ms=11, ratio=1.1, ratios=(1.05, 1.15), target=1.2
+    )
+    assert "| x | 10.0 | 11.0 | **1.100** | 1.050 – 1.150 | 1.20 |" in overhead.table([row])
+    row = memory.Memory(case="x", ordinary_mib=10, private_mib=11, ratio=1.1)
+    assert "| x | 10 | 11 | **1.10** | 1.20 |" in memory.table([row])
