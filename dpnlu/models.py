@@ -99,9 +99,10 @@ class BiLSTMClassifier(nn.Module):
 class EncoderClassifier(nn.Module):
     """Any Hugging Face encoder, as it comes, with an intent head and a slot head.
 
-    The heads read the last layer and the middle one, which says more of the words: the intent from
-    the mean over the sub-words, a slot from the first sub-word of its word. Both are standardised
-    and the heads start at zero, so that noise has little to spoil before there is something learnt.
+    The intent is read from the mean over the sub-words, in the last layer and in the middle one,
+    which says more of the words; a slot from the first sub-word of its word, in the last layer.
+    Both are standardised and the heads start at zero, so that noise has little to spoil before
+    there is something learnt.
     """
 
     def __init__(
@@ -136,21 +137,22 @@ class EncoderClassifier(nn.Module):
         config: Any = encoder.config
         self.dropout = nn.Dropout(dropout)
         self.intent_head = _zero_linear(2 * config.hidden_size, num_intents)
-        self.slot_head = _zero_linear(2 * config.hidden_size, num_tags) if num_tags else None
+        self.slot_head = _zero_linear(config.hidden_size, num_tags) if num_tags else None
 
     def forward(self, batch: Batch) -> Outputs:
         attention = batch["attention"]
         layers = self.encoder(
             input_ids=batch["subwords"], attention_mask=attention, output_hidden_states=True
         ).hidden_states
-        read = (layers[-1], layers[len(layers) // 2])
-        weights = attention.to(read[0].dtype)[:, :, None]
-        pooled = [(states * weights).sum(1) / weights.sum(1) for states in read]
-        intents = self.intent_head(self.dropout(_standardized(pooled)))
+        last, middle = layers[-1], layers[len(layers) // 2]
+        weights = attention.to(last.dtype)[:, :, None]
+        means = [(states * weights).sum(1) / weights.sum(1) for states in (last, middle)]
+        pooled = torch.cat([_standardized(mean) for mean in means], dim=1)
+        intents = self.intent_head(self.dropout(pooled))
         if self.slot_head is None:
             return Outputs(intents, None)
-        first = batch["first"][:, :, None].expand(-1, -1, read[0].shape[2])
-        words = _standardized([states.gather(1, first) for states in read])
+        first = batch["first"][:, :, None].expand(-1, -1, last.shape[2])
+        words = _standardized(last.gather(1, first))
         return Outputs(intents, self.slot_head(self.dropout(words)))
 
     def per_example_loss(self, batch: Batch) -> Tensor:
@@ -216,9 +218,9 @@ def _zero_linear(width: int, classes: int) -> nn.Linear:
     return head
 
 
-def _standardized(states: list[Tensor]) -> Tensor:
-    """Each (…, d) with mean 0 and variance 1, side by side."""
-    return torch.cat([F.layer_norm(part, part.shape[-1:]) for part in states], dim=-1)
+def _standardized(states: Tensor) -> Tensor:
+    """(…, d), each vector with mean 0 and variance 1."""
+    return F.layer_norm(states, states.shape[-1:])
 
 
 def _present(lengths: Tensor, steps: int) -> Tensor:

@@ -132,11 +132,10 @@ def test_a_model_without_slots_has_no_tag_logits(name: str, tiny_encoder: Path) 
 def test_the_tag_of_a_word_is_read_at_its_first_sub_word(tiny_encoder: Path) -> None:
     classifier = _classifier("encoder", tiny_encoder)
     batch = classifier.encoding.collate(encode_all(classifier.encoding, EXAMPLES))
-    layers = classifier.model.get_submodule("encoder")(
-        input_ids=batch["subwords"], attention_mask=batch["attention"], output_hidden_states=True
-    ).hidden_states
-    read = (layers[-1], layers[len(layers) // 2])
-    states = torch.cat([F.layer_norm(layer, layer.shape[-1:]) for layer in read], dim=-1)
+    states = classifier.model.get_submodule("encoder")(
+        input_ids=batch["subwords"], attention_mask=batch["attention"]
+    ).last_hidden_state
+    states = F.layer_norm(states, states.shape[-1:])
     head = classifier.model.get_submodule("slot_head")
     tags = classifier.model(batch).tags
     for row, example in enumerate(EXAMPLES):
