@@ -24,12 +24,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from dpnlu.engines import ENGINES, Engine
 from dpnlu.ledger import Ledger, LedgerError
-from dpnlu.noise import entropy_generators, fill_gaussian
+from dpnlu.noise import entropy_generators
 from dpnlu.plan import PrivacyPlan
 from dpnlu.sampling import PhysicalBatch, logical_batches, physical_batches
+from dpnlu.sums import NoisySums
 from dpnlu.validation import check_trainable
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class NonFiniteBatchError(RuntimeError):
@@ -132,7 +131,7 @@ class PrivateTraining:
         self._engine = engine
         self._generators = generators
         self.sampling_rng = sampling_rng
-        self._sums: dict[nn.Parameter, Tensor] = {}
+        self._sums: Mapping[nn.Parameter, Tensor] = {}
         self._is_open = False
         self._is_closed = False
         self._loop: object | None = None
@@ -153,7 +152,12 @@ class PrivateTraining:
 
     @property
     def gradients(self) -> Mapping[nn.Parameter, Tensor]:
-        """Parameter -> the released sum of the last logical batch: clipped, noised, not divided."""
+        """Parameter -> the released sum of the last logical batch: clipped, noised, not divided.
+
+        Empty from the moment the next one begins.
+        """
+        if self._is_open:
+            return {}
         return {p: total * self.plan.divisor for p, total in self._sums.items()}
 
     def loader(
@@ -246,6 +250,8 @@ class PrivateTraining:
 
     def begin(self, batch: PhysicalBatch) -> None:
         """A physical batch is about to be computed."""
+        if not self._is_open:
+            self._sums = {}  # room for its activations
         self._pending = batch
         self._engine.expect(len(batch.ids))
 
@@ -280,7 +286,7 @@ class PrivateTraining:
         self._engine.expect(None)
 
     def _open(self) -> None:
-        """Begin a logical batch: the buffers hold its noise, before anything is added."""
+        """Begin a logical batch, whose sums start from its noise."""
         if self._is_closed:
             raise RuntimeError("Expected an open training, got a closed one: call privatize anew.")
         if not self.remaining_steps:
@@ -288,10 +294,8 @@ class PrivateTraining:
                 f"All {self.plan.steps} planned steps are taken; to train on, plan more steps."
             )
         self._check_no_gradients()
-        if not self._sums:
-            self._sums = {p: _buffer(p) for p in self._parameters}
         std = self.plan.noise_std_at(len(self.ledger)) / self.plan.divisor
-        fill_gaussian(self._sums.values(), std=std, generators=self._generators)
+        self._sums = NoisySums(self._parameters, std=std, generators=self._generators)
         self._is_open = True
         self._units = self._non_finite = 0
 
@@ -480,9 +484,3 @@ def _check_losses(losses: Tensor, expected: int | None) -> None:
             "Expected losses that depend on the model's parameters, got some without a gradient: "
             "compute them outside torch.no_grad() and do not detach them."
         )
-
-
-def _buffer(parameter: nn.Parameter) -> Tensor:
-    """Room for a parameter's sum and noise, which are kept in float32 at least."""
-    dtype = torch.float32 if parameter.dtype in _HALF else parameter.dtype
-    return torch.empty(parameter.shape, dtype=dtype, device=parameter.device)

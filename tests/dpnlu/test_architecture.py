@@ -26,6 +26,7 @@ ORDER = (
     "rules",
     "validation",
     "engines",
+    "sums",
     "training",
     "progress",
     "resources",
