@@ -23,10 +23,10 @@ check: $(READY)
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/pytest -m "not slow and not gpu and not network"
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadgroup -m "not slow and not gpu and not network"
 
 test-all: check
-	$(BIN)/pytest -m "not gpu and not network"
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadgroup -m "not gpu and not network"
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info
