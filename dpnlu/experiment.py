@@ -84,6 +84,8 @@ def train(
         progress: told of every step.
     """
     encoded = encode_all(classifier.encoding, examples)
+    # Private physical batches are of neighbours; those of like length need little padding.
+    encoded.sort(key=lambda example: int(example["lengths"]))
     reset_peak_memory()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_entropy(seed, _DROPOUT))
