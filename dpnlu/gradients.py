@@ -70,17 +70,27 @@ class OuterProducts:
     transposed: bool = False
 
     def squared_norms(self, grams: GramCache) -> Tensor:
-        """By Gram matrices, ‖Σ b aᵀ‖² = Σ_st (a_s·a_t)(b_s·b_t) (Li et al. 2022), or by
-        writing the gradients out, whichever takes fewer multiplications."""
+        """By whichever way takes fewer multiplications."""
+        if self.left.shape[1] == 1:
+            return _squared_sums(self.left) * _squared_sums(self.right)
+        return self.norms_by_gram(grams) if self.takes_gram else self.norms_written_out()
+
+    @property
+    def takes_gram(self) -> bool:
+        """Whether Gram matrices, 2T² (d + p), take fewer multiplications than gradients, 2T d p."""
         _, positions, d = self.left.shape
         p = self.right.shape[2]
-        if positions == 1:
-            return _squared_sums(self.left) * _squared_sums(self.right)
-        if positions * (d + p) > d * p:
-            return _squared_sums(self.dense())
+        return positions * (d + p) <= d * p
+
+    def norms_by_gram(self, grams: GramCache) -> Tensor:
+        """‖Σ b aᵀ‖² = Σ_st (a_s·a_t)(b_s·b_t) (Li et al. 2022)."""
         products = grams(self.left) * grams(self.right)
         # Rounding may leave a vanishing norm slightly negative.
         return products.flatten(1).sum(1).clamp_(min=0)
+
+    def norms_written_out(self) -> Tensor:
+        """From the gradients themselves."""
+        return _squared_sums(self.dense())
 
     def dense(self) -> Tensor:
         if self.transposed:

@@ -6,16 +6,18 @@ import argparse
 import datetime
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from dpnlu.progress import Told
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser("benchmark", help="what private training costs here")
-    parser.add_argument("what", choices=["overhead", "memory"])
+    parser.add_argument("what", choices=sorted(_MEASUREMENTS))
     parser.add_argument("--cases", nargs="+", default=[], help="only cases whose name has this")
     parser.add_argument("--pairs", type=int, default=9, help="timed pairs of steps per case")
     parser.add_argument("--threads", type=int, help="of torch; None: as it is")
@@ -32,7 +34,6 @@ def run(options: argparse.Namespace) -> None:
     """
     import torch
 
-    from dpnlu.benchmark import memory, overhead
     from dpnlu.benchmark.cases import CASES
     from dpnlu.progress import bars
 
@@ -48,21 +49,52 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"Expected --pairs >= 3, got {options.pairs}.")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    rows: list[Any] = []
     with bars(quiet=options.quiet) as told:
-        for done, case in enumerate(chosen, start=1):
-            if options.what == "memory":
-                rows.append(memory.measure(case))
-            else:
-                rows.append(overhead.measure(case, pairs=options.pairs))
-            told(options.what, done, len(chosen))
-    table = (memory if options.what == "memory" else overhead).table(rows)
-    print(table)
+        rows, text = _MEASUREMENTS[options.what](chosen, options, told)
+    print(text)
     if options.out is not None:
-        _keep(options, rows, table)
+        path = _keep(options, rows, text)
+        if options.what == "sweep":
+            from dpnlu.benchmark.sweep import plot
+
+            plot(rows, path.with_suffix(".svg"))
 
 
-def _keep(options: argparse.Namespace, rows: Sequence[Any], table: str) -> None:
+def _overhead(cases: Sequence[Any], options: Any, told: Told) -> tuple[list[Any], str]:
+    from dpnlu.benchmark import overhead
+
+    rows = [overhead.measure(case, pairs=options.pairs) for case in _counted(cases, told)]
+    return rows, overhead.table(rows)
+
+
+def _memory(cases: Sequence[Any], options: Any, told: Told) -> tuple[list[Any], str]:
+    from dpnlu.benchmark import memory
+
+    rows = [memory.measure(case) for case in _counted(cases, told)]
+    return rows, memory.table(rows)
+
+
+def _sweep(cases: Sequence[Any], options: Any, told: Told) -> tuple[list[Any], str]:
+    from dpnlu.benchmark import sweep
+
+    points = sweep.measure(told)
+    return points, sweep.table(points)
+
+
+def _counted(cases: Sequence[Any], told: Told) -> Iterator[Any]:
+    for done, case in enumerate(cases, start=1):
+        yield case
+        told("benchmark", done, len(cases))
+
+
+_MEASUREMENTS: dict[str, Callable[..., tuple[list[Any], str]]] = {
+    "overhead": _overhead,
+    "memory": _memory,
+    "sweep": _sweep,
+}
+
+
+def _keep(options: argparse.Namespace, rows: Sequence[Any], table: str) -> Path:
     import torch
 
     day = datetime.date.today().isoformat()
@@ -79,13 +111,14 @@ def _keep(options: argparse.Namespace, rows: Sequence[Any], table: str) -> None:
         "machine": machine,
         "rows": [asdict(row) for row in rows],
     }
-    path = options.out / f"{day}-{options.what}"
+    path: Path = options.out / f"{day}-{options.what}"
     path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     facts = ", ".join(f"{name} {value}" for name, value in machine.items())
     text = (
         f"# {options.what.capitalize()}, {day}\n\n`{options.command_line}`\n\n{facts}\n\n{table}\n"
     )
     path.with_suffix(".md").write_text(text, encoding="utf-8")
+    return path
 
 
 def processor() -> str:

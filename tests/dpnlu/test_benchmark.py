@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpnlu.benchmark import memory, overhead
+from dpnlu.benchmark import memory, overhead, sweep
 from dpnlu.benchmark.cases import CASES, RecurrentClassifier, losses, named
 from dpnlu.benchmark.steps import ordinary, private
 from dpnlu.cli import main
@@ -73,3 +73,18 @@ def test_tables_say_what_was_measured() -> None:
     assert "| x | 10.0 | 11.0 | **1.100** | 1.050 – 1.150 | 1.20 |" in overhead.table([row])
     row = memory.Memory(case="x", ordinary_mib=10, private_mib=11, ratio=1.1)
     assert "| x | 10 | 11 | **1.10** | 1.20 |" in memory.table([row])
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # torch, of Opacus' hooks
+def test_a_sweep_measures_both_engines_and_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "_AXES", {"examples": (2, 3), "positions": (2, 40), "width": (8,)})
+    monkeypatch.setattr(sweep, "_BASE", {"examples": 2, "positions": 3, "width": 8})
+    points = sweep.measure(lambda what, done, total: None)
+    assert [point.axis for point in points] == ["examples"] * 2 + ["positions"] * 2 + ["width"]
+    assert [point.takes_gram for point in points] == [True, True, True, False, True]
+    assert all(point.ratio > 0 and point.opacus_ratio > 0 for point in points)
+    sweep.plot(points, tmp_path / "sweep.svg")
+    assert (tmp_path / "sweep.svg").read_text(encoding="utf-8").startswith("<?xml")
+    assert sweep.table(points).count("\n") == 1 + len(points)
