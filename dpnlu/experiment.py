@@ -15,7 +15,9 @@ from dpnlu.data import Example, Vocabulary
 from dpnlu.encoding import Labels, encode_all
 from dpnlu.evaluation import Metrics, evaluate
 from dpnlu.fitting import ComputeConfig, FitResult, Progress, Randomness, Recipe, fit
+from dpnlu.frozen import read_once
 from dpnlu.ledger import Ledger
+from dpnlu.models import EncoderClassifier
 from dpnlu.plan import PrivacyPlan
 from dpnlu.resources import peak_memory, reset_peak_memory
 
@@ -86,6 +88,9 @@ def train(
     encoded = encode_all(classifier.encoding, examples)
     # Private physical batches are of neighbours; those of like length need little padding.
     encoded.sort(key=lambda example: int(example["lengths"]))
+    model = classifier.model
+    if isinstance(model, EncoderClassifier) and classifier.architecture.freeze_encoder:
+        encoded = read_once(model, classifier.encoding, encoded)
     reset_peak_memory()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_entropy(seed, _DROPOUT))

@@ -6,6 +6,7 @@ sub-words, C characters, K intents, L tags.
     words (B, T)         word ids, 0 past the end        [BiLSTM]
     characters (B, T, C) bytes + 1, 0 past the end       [BiLSTM with characters]
     subwords (B, S), attention (B, S), first (B, T)      [encoder: first sub-word of each word]
+    pooled (B, 2d), states (B, T, d)                     [or what a frozen encoder said of these]
     lengths (B,)         words of each example
     intents (B,)         labels
     tags (B, T)          labels, -100 where there is none
@@ -140,6 +141,14 @@ class EncoderClassifier(nn.Module):
         self.slot_head = _zero_linear(config.hidden_size, num_tags) if num_tags else None
 
     def forward(self, batch: Batch) -> Outputs:
+        read = batch if "pooled" in batch else self.read(batch)
+        intents = self.intent_head(self.dropout(read["pooled"]))
+        if self.slot_head is None:
+            return Outputs(intents, None)
+        return Outputs(intents, self.slot_head(self.dropout(read["states"])))
+
+    def read(self, batch: Batch) -> Batch:
+        """What the heads read of the encoder: pooled (B, 2d) and, with slots, states (B, T, d)."""
         attention = batch["attention"]
         layers = self.encoder(
             input_ids=batch["subwords"], attention_mask=attention, output_hidden_states=True
@@ -147,13 +156,11 @@ class EncoderClassifier(nn.Module):
         last, middle = layers[-1], layers[len(layers) // 2]
         weights = attention.to(last.dtype)[:, :, None]
         means = [(states * weights).sum(1) / weights.sum(1) for states in (last, middle)]
-        pooled = torch.cat([_standardized(mean) for mean in means], dim=1)
-        intents = self.intent_head(self.dropout(pooled))
-        if self.slot_head is None:
-            return Outputs(intents, None)
-        first = batch["first"][:, :, None].expand(-1, -1, last.shape[2])
-        words = _standardized(last.gather(1, first))
-        return Outputs(intents, self.slot_head(self.dropout(words)))
+        read = {"pooled": torch.cat([_standardized(mean) for mean in means], dim=1)}
+        if self.slot_head is not None:
+            first = batch["first"][:, :, None].expand(-1, -1, last.shape[2])
+            read["states"] = _standardized(last.gather(1, first))
+        return read
 
     def per_example_loss(self, batch: Batch) -> Tensor:
         """(B,) losses; see `intent_slot_loss`."""

@@ -33,6 +33,7 @@ ORDER = (
     "data",
     "models",
     "encoding",
+    "frozen",
     "classifier",
     "evaluation",
     "checkpoint",

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from dpnlu.classifier import Architecture, Classifier, build
 from dpnlu.data import Example, HashedVocabulary
 from dpnlu.encoding import Labels, encode_all
-from dpnlu.models import IGNORED_TAG, Outputs, intent_slot_loss
+from dpnlu.frozen import read_once
+from dpnlu.models import IGNORED_TAG, EncoderClassifier, Outputs, intent_slot_loss
 
 LABELS = Labels(("ask", "tell"), ("B-x", "I-x", "O"))
 TEXTS = ("call 4 7 1", "wake me up at noon please", "no", "a rather long request with many words")
@@ -156,3 +157,14 @@ def test_a_frozen_encoder_is_trained_in_its_heads_only(tiny_encoder: Path) -> No
     model = build(architecture, LABELS, HashedVocabulary(50)).model
     trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"intent_head", "slot_head"}
+
+
+def test_what_a_frozen_encoder_says_once_is_what_it_always_says(tiny_encoder: Path) -> None:
+    classifier = _classifier("encoder", tiny_encoder)
+    model, encoding = classifier.model, classifier.encoding
+    assert isinstance(model, EncoderClassifier)
+    encoded = encode_all(encoding, EXAMPLES)
+    expected = model.per_example_loss(encoding.collate(encoded))
+    once = read_once(model.train(), encoding, encoded)
+    assert model.training and "subwords" not in once[0]
+    torch.testing.assert_close(model.eval().per_example_loss(encoding.collate(once)), expected)
