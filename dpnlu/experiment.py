@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -88,9 +89,10 @@ def train(
     encoded = encode_all(classifier.encoding, examples)
     # Private physical batches are of neighbours; those of like length need little padding.
     encoded.sort(key=lambda example: int(example["lengths"]))
-    model = classifier.model
+    started, model = time.perf_counter(), classifier.model
     if isinstance(model, EncoderClassifier) and classifier.architecture.freeze_encoder:
         encoded = read_once(model, classifier.encoding, encoded)
+    prepared = time.perf_counter() - started
     reset_peak_memory()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_entropy(seed, _DROPOUT))
@@ -107,6 +109,7 @@ def train(
             checkpoints=checkpoints,
             progress=progress,
         )
+    result = replace(result, seconds=prepared + result.seconds)
     return Trained(classifier=classifier, result=result, peak_memory_mib=peak_memory())
 
 
