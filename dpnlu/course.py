@@ -22,6 +22,13 @@ _CHOOSE_ALONG = frozenset(
 )
 _CHOOSE = frozenset("MaskedSelect MaskedScatter Take Put PackPaddedSequence SegmentReduce".split())
 _INDEX = frozenset({"Index", "IndexPut"})
+# Nodes that cut dimension 0 at places that a course must agree in, and what holds the places.
+_CUT = {
+    "Slice": ("_saved_start", "_saved_end", "_saved_step"),
+    "Select": ("_saved_index",),
+    "Split": ("_saved_split_size",),
+    "SplitWithSizes": ("_saved_split_sizes",),
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,8 @@ class Course:
     """Equal for forward passes that did the same things in the same order.
 
     Attributes:
-        steps: names of the nodes of the autograd graph, from the losses on.
+        steps: names of the nodes of the autograd graph, from the losses on, and where they cut the
+            batch.
         chooses_rows: rows were chosen by their values, which equal names do not tell.
     """
 
@@ -48,10 +56,18 @@ def course_of(losses: Tensor) -> Course:
         if node is None or node in seen:
             continue
         seen.add(node)
-        steps.append(node.name())
+        steps.append(_described(node))
         chooses_rows = chooses_rows or _chooses_rows(node)
         waiting.extend(following for following, _ in node.next_functions)
     return Course(tuple(steps), chooses_rows)
+
+
+def _described(node: Any) -> str:
+    name: str = node.name()
+    places = _CUT.get(name.partition("Backward")[0], ())
+    if not places or int(node._saved_dim) != 0:
+        return name
+    return f"{name} {[getattr(node, place) for place in places]}"
 
 
 def _chooses_rows(node: Any) -> bool:

@@ -288,6 +288,22 @@ def test_courses_of_the_forward_pass_are_told_apart():
     assert courses[1] == courses[2] != courses[0] == courses[3]
 
 
+CUTS = {
+    "slice": lambda h, place: h[:place],
+    "select": lambda h, place: h[place],
+    "split": lambda h, place: sum(part.sum() for part in h.split(place)[:1]),
+    "split with sizes": lambda h, place: h.split([place, 4 - place])[0].sum(),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_courses_agree_in_where_they_cut_the_batch(cut):
+    def course(place: int):
+        return course_of(cut(nn.Linear(3, 3)(torch.randn(4, 5, 3)), place).sum())
+
+    assert course(1) == course(1) != course(2)
+
+
 CHOICES = {
     "mask": lambda h: h[h[:, :, 0] > 0],
     "ids": lambda h: h[torch.tensor([1, 0])],
