@@ -14,8 +14,8 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/dpnlu compare --data synthetic:5000 --model lstm --epsilons inf 8 2 --epochs 8 \
-		--batch-size 1024 --references 2 --audit-examples 1000 --canaries pin:3:R=50 --out runs/demo
+	$(BIN)/dpnlu compare --data synthetic:4000 --model lstm --epsilons inf 8 2 --epochs 10 \
+		--batch-size 512 --references 2 --audit-examples 1000 --canaries pin:3:R=50 --out runs/demo
 
 check: $(READY)
 	$(BIN)/ruff format --check .
