@@ -22,12 +22,15 @@ _CHOOSE_ALONG = frozenset(
 )
 _CHOOSE = frozenset("MaskedSelect MaskedScatter Take Put PackPaddedSequence SegmentReduce".split())
 _INDEX = frozenset({"Index", "IndexPut"})
-# Nodes that cut dimension 0 at places that a course must agree in, and what holds the places.
+_OF_A_PARAMETER = "torch::autograd::AccumulateGrad"
+# Nodes that cut or turn dimension 0 at places that a course must agree in, and what holds them.
 _CUT = {
     "Slice": ("_saved_start", "_saved_end", "_saved_step"),
     "Select": ("_saved_index",),
     "Split": ("_saved_split_size",),
     "SplitWithSizes": ("_saved_split_sizes",),
+    "Roll": ("_saved_dims", "_saved_shifts"),
+    "AsStrided": ("_saved_storage_offset",),
 }
 
 
@@ -36,8 +39,8 @@ class Course:
     """Equal for forward passes that did the same things in the same order.
 
     Attributes:
-        steps: names of the nodes of the autograd graph, from the losses on, and where they cut the
-            batch.
+        steps: the autograd graph, from the losses on: its nodes by name and by where they cut the
+            batch, and which output of which node each of them used.
         chooses_rows: rows were chosen by their values, which equal names do not tell.
     """
 
@@ -47,37 +50,60 @@ class Course:
 
 def course_of(losses: Tensor) -> Course:
     """Follow `losses` (B,) back through the autograd graph."""
-    seen: set[Node] = set()
-    waiting = [losses.grad_fn]
+    places: dict[Node, int] = {}
+    waiting: list[tuple[Node | None, int]] = [(losses.grad_fn, 0)]
     steps: list[str] = []
     chooses_rows = False
     while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
+        node, output = waiting.pop()
+        if node is None:
             continue
-        seen.add(node)
-        steps.append(_described(node))
+        if node in places:
+            steps.append(f"{output} of {places[node]}")
+            continue
+        places[node] = len(places)
+        steps.append(f"{output} of {_described(node)}")
         chooses_rows = chooses_rows or _chooses_rows(node)
-        waiting.extend(following for following, _ in node.next_functions)
+        waiting.extend(node.next_functions)
     return Course(tuple(steps), chooses_rows)
 
 
 def _described(node: Any) -> str:
     name: str = node.name()
-    places = _CUT.get(name.partition("Backward")[0], ())
-    if not places or int(node._saved_dim) != 0:
+    places = _CUT.get(_kind(node), ())
+    if not places or (hasattr(node, "_saved_dim") and _dimension(node) != 0):
         return name
     return f"{name} {[getattr(node, place) for place in places]}"
 
 
+def _kind(node: Node) -> str:
+    kind: str = node.name().partition("Backward")[0]
+    return kind
+
+
+def _dimension(node: Any) -> int:
+    """The dimension along which the node acts, counted from the first.
+
+    Torch keeps a negative one as it was given, in 64 bits without a sign.
+    """
+    dimension = int(node._saved_dim)
+    if dimension < 2**63:
+        return dimension
+    # Most nodes keep the number of dimensions; those that do not have noted their input's.
+    sizes = getattr(node, "_saved_self_sym_sizes", node._input_metadata[0].shape)
+    return dimension - 2**64 + len(sizes)
+
+
 def _chooses_rows(node: Any) -> bool:
     """Whether the node may have put other examples, or other numbers of rows, into dimension 0."""
-    kind = node.name().partition("Backward")[0]
+    kind = _kind(node)
     if kind in _CHOOSE_ALONG:
-        return int(node._saved_dim) == 0 or len(node._input_metadata[0].shape) == 1
+        return _dimension(node) == 0
     if kind in _INDEX:
         first: Tensor | None = node._saved_indices[0]
         return first is not None and not _is_every_row(first, node)
+    if kind == "Embedding":  # of a table that is no parameter, perhaps made from the examples
+        return bool(node.next_functions[0][0].name() != _OF_A_PARAMETER)
     return kind in _CHOOSE
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,6 +164,7 @@ class Tape(TorchFunctionMode):
         if base is not None and base.is_contiguous() and output.is_contiguous():
             # A later operation in place gives a view a new past, but not what it is a view of.
             edge, finish = get_gradient_edge(base), _reshaping(finish, output.shape)
+        finish = _with_refusals_named(finish, self._module)
         self.trace.records.append(Record(edge, finish, rows or output.shape[0]))
 
     def meet(
@@ -216,7 +218,8 @@ class Tape(TorchFunctionMode):
         if not batched:
             return self._apply_free(func, args, kwargs, learned)
         if learned:
-            output = self._apply_learned(func, args, kwargs, batched, learned)
+            with _naming_refusals(self._module):
+                output = self._apply_learned(func, args, kwargs, batched, learned)
         else:
             output = func(*args, **kwargs)
         self._data |= {id(t): t for t in _tensors(output) if not t.requires_grad}
@@ -273,44 +276,29 @@ class Tape(TorchFunctionMode):
         """An operation in which free tensors that are learned meet the batch."""
         table = self._operations
         if func in table.rewrites:
-            output = self._naming(table.rewrites[func])(self, *args, **kwargs)
+            output = table.rewrites[func](self, *args, **kwargs)
             if output is not NotImplemented:
                 return output
         rule = table.rules.get(func)
         if rule is not None and not self.is_free(_argument(rule, args, kwargs)):
-            finish = self._naming(rule.finish)(*args, **kwargs)
-            return self._recorded(func(*args, **kwargs), self._naming(finish))
+            return self._recorded(func(*args, **kwargs), rule.finish(*args, **kwargs))
         if func in table.broadcasting or func in table.row_wise:
             stretches = func in table.broadcasting
             stand_ins = {id(t): self._joined(t, batched, stretches=stretches) for t in learned}
             if None not in stand_ins.values():
                 args, kwargs = replaced((args, kwargs), stand_ins)
                 return func(*args, **kwargs)
-        finish = self._naming(table.fallback)(func, args, kwargs, batched, learned)
-        return self._recorded(func(*args, **kwargs), self._naming(finish))
+        finish = table.fallback(func, args, kwargs, batched, learned)
+        return self._recorded(func(*args, **kwargs), finish)
 
     def _recorded(self, output: Any, finish: Finish) -> Any:
         if not isinstance(output, Tensor):
-            raise self._refusal("an operation with trainable weights returns several tensors")
+            raise UnsupportedLayerError(
+                "an operation with trainable weights returns several tensors"
+            )
         if output.requires_grad:
             self.record(output, finish)
         return output
-
-    def _naming(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, whose refusals name the module that runs now."""
-
-        @functools.wraps(function)
-        def named(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return function(*args, **kwargs)
-            except UnsupportedLayerError as error:
-                raise UnsupportedLayerError(f"Module {module}: {error}") from None
-
-        module = self._module
-        return named
-
-    def _refusal(self, reason: str) -> UnsupportedLayerError:
-        return UnsupportedLayerError(f"Module {self._module}: {reason}")
 
     @property
     def _module(self) -> str:
@@ -384,6 +372,26 @@ def _argument(rule: Rule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> A
     if rule.input < len(args):
         return args[rule.input]
     return inspect.signature(rule.finish).bind(*args, **kwargs).args[rule.input]
+
+
+@contextmanager
+def _naming_refusals(module: str) -> Iterator[None]:
+    """Name the module in what is refused here."""
+    try:
+        yield
+    except UnsupportedLayerError as error:
+        raise UnsupportedLayerError(f"Module {module}: {error}") from None
+
+
+def _with_refusals_named(finish: Finish, module: str) -> Finish:
+    """The same, though it runs when the module no longer does."""
+
+    @functools.wraps(finish)
+    def named(gradient: Tensor, batch: int) -> list[tuple[Tensor, Gradients]]:
+        with _naming_refusals(module):
+            return list(finish(gradient, batch))
+
+    return named
 
 
 def _reshaping(finish: Finish, shape: torch.Size) -> Finish:

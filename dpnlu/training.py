@@ -69,8 +69,11 @@ def privatize(
             slow; a generator of your own, to repeat an experiment: never for a model that is
             released.
         sampling_rng: the coins of Poisson sampling; None: fresh entropy.
-        verify: compare one example's gradient with plain automatic differentiation whenever the
-            forward pass takes a course not seen before (book_keeping only).
+        verify: compare with plain automatic differentiation, before it is released, a randomly
+            weighted sum of all gradients of a physical batch and one example's norm, whenever the
+            forward pass takes a course not seen before or picks rows by their values
+            (book_keeping only). A batch of one example, or with a gradient that is not finite,
+            cannot be checked so: the next batch of that course is.
 
     Raises:
         UnsupportedLayerError: the model has a layer that mixes examples or modifies weights by
@@ -131,8 +134,9 @@ class PrivateTraining:
         self._engine = engine
         self._generators = generators
         self.sampling_rng = sampling_rng
-        self._sums: Mapping[nn.Parameter, Tensor] = {}
-        self._is_open = False
+        #: Of the logical batch that is open: noise, and the gradients clipped so far.
+        self._sums: NoisySums | None = None
+        self._released: Mapping[nn.Parameter, Tensor] = {}
         self._is_closed = False
         self._loop: object | None = None
         self._pending: PhysicalBatch | None = None
@@ -155,10 +159,10 @@ class PrivateTraining:
         """Parameter -> the released sum of the last logical batch: clipped, noised, not divided.
 
         Empty from the moment the next one begins.
+
+        Guarantee: nothing is here that the ledger does not hold.
         """
-        if self._is_open:
-            return {}
-        return {p: total * self.plan.divisor for p, total in self._sums.items()}
+        return {p: total * self.plan.divisor for p, total in self._released.items()}
 
     def loader(
         self,
@@ -212,19 +216,18 @@ class PrivateTraining:
         _check_losses(losses, None if batch is None else len(batch.ids))
         if batch is None:
             self._check_unsampled()
-        if not self._is_open:
-            self._open()
-        self._add(losses, closes_unit=None if batch is None else batch.closes_unit)
+        sums = self._open() if self._sums is None else self._sums
+        self._add(losses, sums, closes_unit=None if batch is None else batch.closes_unit)
         if batch is not None and not batch.closes_step:
             return False
-        self._release(sampled=batch is not None)
+        self._release(sums, sampled=batch is not None)
         return True
 
     def close(self) -> None:
         """Detach from the model and close the ledger; `epsilon()` keeps answering."""
         self._engine.close()
         self.ledger.close()
-        self._is_open, self._is_closed = False, True
+        self._sums, self._is_closed = None, True
 
     def __enter__(self) -> PrivateTraining:
         return self
@@ -250,8 +253,8 @@ class PrivateTraining:
 
     def begin(self, batch: PhysicalBatch) -> None:
         """A physical batch is about to be computed."""
-        if not self._is_open:
-            self._sums = {}  # room for its activations
+        if self._sums is None:
+            self._released = {}  # room for its activations
         self._pending = batch
         self._engine.expect(len(batch.ids))
 
@@ -270,8 +273,7 @@ class PrivateTraining:
 
     def release_empty(self) -> None:
         """An empty logical batch: noise alone is released, and accounted."""
-        self._open()
-        self._release(sampled=True)
+        self._release(self._open(), sampled=True)
 
     def end_loop(self, loop: object) -> None:
         """The loop is over, or was broken off."""
@@ -281,11 +283,10 @@ class PrivateTraining:
     # ---- one logical batch -------------------------------------------------------------------
 
     def _forget(self) -> None:
-        self._loop = self._pending = None
-        self._is_open = False
+        self._loop = self._pending = self._sums = None
         self._engine.expect(None)
 
-    def _open(self) -> None:
+    def _open(self) -> NoisySums:
         """Begin a logical batch, whose sums start from its noise."""
         if self._is_closed:
             raise RuntimeError("Expected an open training, got a closed one: call privatize anew.")
@@ -295,15 +296,16 @@ class PrivateTraining:
             )
         self._check_no_gradients()
         std = self.plan.noise_std_at(len(self.ledger)) / self.plan.divisor
+        self._released = {}
         self._sums = NoisySums(self._parameters, std=std, generators=self._generators)
-        self._is_open = True
         self._units = self._non_finite = 0
+        return self._sums
 
-    def _add(self, losses: Tensor, *, closes_unit: bool | None) -> None:
+    def _add(self, losses: Tensor, sums: NoisySums, *, closes_unit: bool | None) -> None:
         """Add clipped gradients to the sums, once."""
         try:
             clipped = self._engine.add_clipped(
-                losses, into=self._sums, scale=1 / self.plan.divisor, closes_unit=closes_unit
+                losses, into=sums, scale=1 / self.plan.divisor, closes_unit=closes_unit
             )
         except BaseException:
             self._forget()  # some may be in the sums already: to try again would add them twice
@@ -313,9 +315,9 @@ class PrivateTraining:
             self._units += len(clipped.norms)
             self._non_finite += clipped.non_finite
 
-    def _release(self, *, sampled: bool) -> None:
+    def _release(self, sums: NoisySums, *, sampled: bool) -> None:
         """Record the release, then let the optimizer act on it."""
-        self._is_open = False
+        self._sums = None  # whatever happens now, they are not added to again
         self.non_finite_units += self._non_finite
         if self._units > 1 and self._non_finite == self._units:
             raise NonFiniteBatchError(
@@ -324,7 +326,8 @@ class PrivateTraining:
             )
         self._check_no_gradients()
         self.ledger.append(self.plan.event_at(len(self.ledger), sampled=sampled))
-        for parameter, total in self._sums.items():
+        self._released = sums
+        for parameter, total in sums.items():
             parameter.grad = total.to(parameter.dtype)
         try:
             self._optimizer.step()

@@ -77,7 +77,9 @@ def _memory(cases: Sequence[Any], options: Any, told: Told) -> tuple[list[Any], 
 def _sweep(cases: Sequence[Any], options: Any, told: Told) -> tuple[list[Any], str]:
     from dpnlu.benchmark import sweep
 
-    points = sweep.measure(told)
+    if options.cases:
+        raise ValueError("Expected no --cases for a sweep, which has a model of its own: drop it.")
+    points = sweep.measure(told, pairs=options.pairs)
     return points, sweep.table(points)
 
 

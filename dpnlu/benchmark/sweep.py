@@ -30,7 +30,6 @@ _AXES = {
     "width": (64, 128, 256, 512),
 }
 _BASE = {"examples": 32, "positions": 32, "width": 128}
-_PAIRS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,18 +84,18 @@ def sizes() -> Iterator[tuple[str, dict[str, int]]]:
             yield axis, _BASE | {axis: value}
 
 
-def measure(told: Told) -> list[Point]:
+def measure(told: Told, *, pairs: int) -> list[Point]:
     """All points, in this process."""
     points = []
     places = list(sizes())
     for done, (axis, size) in enumerate(places, start=1):
-        points.append(_point(axis, **size))
+        points.append(_point(axis, pairs=pairs, **size))
         told("sweep", done, len(places))
         gc.collect()
     return points
 
 
-def _point(axis: str, *, examples: int, positions: int, width: int) -> Point:
+def _point(axis: str, *, pairs: int, examples: int, positions: int, width: int) -> Point:
     case = Case(
         name=f"feed-forward {width}",
         build=lambda: Feedforward(width),
@@ -116,8 +115,8 @@ def _point(axis: str, *, examples: int, positions: int, width: int) -> Point:
         steps: Sequence[Step] = (plain, ours, theirs)
         for step in steps:
             step()
-        times = [[_time(step) for step in steps] for _ in range(_PAIRS)]
-    gram, written_out, takes_gram = _norms(examples, positions, width)
+        times = [[_time(step) for step in steps] for _ in range(pairs)]
+    gram, written_out, takes_gram = _norms(examples, positions, width, pairs=pairs)
     return Point(
         axis=axis,
         examples=examples,
@@ -132,7 +131,7 @@ def _point(axis: str, *, examples: int, positions: int, width: int) -> Point:
     )
 
 
-def _norms(examples: int, positions: int, width: int) -> tuple[float, float, bool]:
+def _norms(examples: int, positions: int, width: int, *, pairs: int) -> tuple[float, float, bool]:
     """Median ms of Gram matrices and of gradients written out; whether the former are taken."""
     use = OuterProducts(
         torch.randn(examples, positions, width), torch.randn(examples, positions, 4 * width)
@@ -141,7 +140,7 @@ def _norms(examples: int, positions: int, width: int) -> tuple[float, float, boo
         lambda: use.norms_by_gram(GramCache()),
         use.norms_written_out,
     )
-    times = [statistics.median(_time(way) for _ in range(_PAIRS)) for way in ways]
+    times = [statistics.median(_time(way) for _ in range(pairs)) for way in ways]
     return 1e3 * times[0], 1e3 * times[1], use.takes_gram
 
 

@@ -71,7 +71,7 @@ def multi_head_attention(
         k, v = torch.cat((k, added[0]), dim=1), torch.cat((v, added[1]), dim=1)
     if add_zero_attn:
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-    q, k, v = (states.unflatten(2, (num_heads, -1)).transpose(1, 2) for states in (q, k, v))  # type: ignore[no-untyped-call]
+    q, k, v = (torch.unflatten(states, 2, (num_heads, -1)).transpose(1, 2) for states in (q, k, v))
     scores = q @ k.mT * q.shape[3] ** -0.5
     scores = _masked(scores, key.shape[0], attn_mask, key_padding_mask)
     attention = F.dropout(scores.softmax(3), dropout_p, training)

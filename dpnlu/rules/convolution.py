@@ -51,7 +51,7 @@ def _products(left: Tensor, right: Tensor, groups: int) -> Gradients:
     """The weight's gradient (p, d / groups, …): each group of channels has its own block."""
     if groups == 1:
         return OuterProducts(left, right)
-    blocks = (values.unflatten(2, (groups, -1)) for values in (right, left))  # type: ignore[no-untyped-call]
+    blocks = (torch.unflatten(values, 2, (groups, -1)) for values in (right, left))
     return Dense(torch.einsum("btgo,btgi->bgoi", *blocks).flatten(1, 2))
 
 

@@ -31,7 +31,10 @@ def measure(number: int) -> dict[str, np.ndarray]:
 
 def test_results_come_in_the_order_of_the_models(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
-    progress = lambda done, total: told.append((done, total))  # noqa: E731
+
+    def progress(done: int, total: int) -> None:
+        told.append((done, total))
+
     found = grow(Counting(), count=3, directory=tmp_path, key=KEY, workers=1, progress=progress)
     assert [float(arrays["loss"][0]) for arrays in found] == [0, 1, 2]
     assert told == [(1, 3), (2, 3), (3, 3)]

@@ -63,6 +63,7 @@ def test_the_command_keeps_its_table(tmp_path: Path, what: str) -> None:
 
 def test_a_case_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["benchmark", "overhead", "--cases", "nonsense"]) == 2
+    assert main(["benchmark", "sweep", "--cases", "100/100"]) == 2
     assert "BiLSTM 300/256" in capsys.readouterr().err
 
 
@@ -81,7 +82,7 @@ def test_a_sweep_measures_both_engines_and_draws(
 ) -> None:
     monkeypatch.setattr(sweep, "_AXES", {"examples": (2, 3), "positions": (2, 40), "width": (8,)})
     monkeypatch.setattr(sweep, "_BASE", {"examples": 2, "positions": 3, "width": 8})
-    points = sweep.measure(lambda what, done, total: None)
+    points = sweep.measure(lambda what, done, total: None, pairs=3)
     assert [point.axis for point in points] == ["examples"] * 2 + ["positions"] * 2 + ["width"]
     assert [point.takes_gram for point in points] == [True, True, True, False, True]
     assert all(point.ratio > 0 and point.opacus_ratio > 0 for point in points)

@@ -10,6 +10,7 @@ from dpnlu.products import Multiplier, add_product_
 SHAPES = [(1, 1, 1), (3, 4, 5), (64, 65, 70), (40, 300, 257), (9, 1900, 33), (0, 4, 5), (4, 0, 5)]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 3e-2}
 
+both_kernels = pytest.mark.usefixtures("kernel")
 every_case = pytest.mark.parametrize(
     ("shape", "dtype"), [(shape, dtype) for shape in SHAPES for dtype in TOLERANCE], ids=str
 )
@@ -22,6 +23,7 @@ def _operands(shape, dtype):
     return left, right, left.double() @ right.double(), close
 
 
+@both_kernels
 @every_case
 @pytest.mark.parametrize("biased", [True, False])
 def test_a_multiplier_multiplies(shape, dtype, biased):
@@ -35,6 +37,7 @@ def test_a_multiplier_multiplies(shape, dtype, biased):
     torch.testing.assert_close(found.double(), expected, **close)
 
 
+@both_kernels
 def test_a_multiplier_takes_other_numbers_of_rows_than_announced():
     weight, bias = torch.randn(400, 300), torch.randn(400)
     multiply = Multiplier.of(weight, bias, 64)
@@ -44,6 +47,7 @@ def test_a_multiplier_takes_other_numbers_of_rows_than_announced():
         torch.testing.assert_close(multiply(values), expected, rtol=1e-4, atol=1e-4)
 
 
+@both_kernels
 @every_case
 def test_a_product_is_added_in_place(shape, dtype):
     left, right, expected, close = _operands(shape, dtype)
@@ -54,26 +58,31 @@ def test_a_product_is_added_in_place(shape, dtype):
         torch.testing.assert_close(out.double(), total, **close)
 
 
-@pytest.fixture(autouse=True, params=["as here", "oneDNN"])
-def kernel(request, monkeypatch):
-    """Both kernels give the same, whichever is the faster one on this machine."""
+@pytest.fixture
+def one_dnn(monkeypatch):
+    """oneDNN's products, whichever kernel is the faster one on this machine."""
+    found = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if found is None or not torch.backends.mkldnn.is_available():
+        pytest.skip("torch was built without oneDNN")
+    monkeypatch.setattr(products, "_product", found)
+    monkeypatch.setattr(products, "_lay_out", torch.ops.mkldnn._reorder_linear_weight)
+
+
+@pytest.fixture(params=["as here", "oneDNN"])
+def kernel(request):
+    """Both kernels give the same."""
     if request.param == "oneDNN":
-        found = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-        if found is None or not torch.backends.mkldnn.is_available():
-            pytest.skip("torch was built without oneDNN")
-        monkeypatch.setattr(products, "_product", found)
-        monkeypatch.setattr(products, "_lay_out", torch.ops.mkldnn._reorder_linear_weight)
-    return request.param
+        request.getfixturevalue("one_dnn")
 
 
-def test_what_is_tested_here_takes_the_fast_kernel_where_there_is_one(kernel):
-    if kernel != "oneDNN":
-        pytest.skip("decided by the processor")
+@pytest.mark.usefixtures("one_dnn")
+def test_what_is_tested_here_takes_the_fast_kernel():
     assert Multiplier.of(torch.randn(400, 300), None, 64).fast
     assert not Multiplier.of(torch.randn(4, 3), None, 64).fast
     assert not Multiplier.of(torch.randn(400, 300).double(), None, 64).fast
 
 
+@both_kernels
 def test_autocast_decides_by_itself():
     left, weight = torch.randn(300, 400), torch.randn(500, 400)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -293,6 +293,12 @@ CUTS = {
     "select": lambda h, place: h[place],
     "split": lambda h, place: sum(part.sum() for part in h.split(place)[:1]),
     "split with sizes": lambda h, place: h.split([place, 4 - place])[0].sum(),
+    "one of the parts": lambda h, place: h.chunk(4)[place],
+    "one of all rows": lambda h, place: h.unbind()[place],
+    "negative dimension": lambda h, place: h.select(-3, place),
+    "negative dimension, narrow": lambda h, place: h.narrow(-3, place, 1),
+    "roll": lambda h, place: h.roll(place, 0)[:3],
+    "strides": lambda h, place: h.as_strided((2, 5, 3), (15, 3, 1), 15 * place),
 }
 
 
@@ -312,6 +318,10 @@ CHOICES = {
     "index_add": lambda h: torch.zeros(4, 5, 3).index_add(0, torch.tensor([1, 0, 2, 3]), h),
     "assignment": lambda h: h.clone().index_put((torch.tensor([1, 0]),), h[:2]),
     "gather": lambda h: h.gather(0, torch.zeros(1, 5, 3, dtype=torch.long)),
+    "gather, counted from the last": lambda h: h.gather(-3, torch.zeros(1, 5, 3).long()),
+    "index_select, counted from the last": lambda h: h.index_select(-3, torch.tensor([1, 0])),
+    "sort of a vector": lambda h: h[:, 0, 0].sort(-1)[0],
+    "rows of an example": lambda h: h + F.embedding(torch.zeros(4, 5, dtype=torch.long), h[0]),
     "scatter": lambda h: h.scatter(0, torch.zeros(1, 5, 3, dtype=torch.long), h),
     "sort": lambda h: h.sort(0)[0],
     "repeat": lambda h: h.repeat_interleave(torch.tensor([1, 2, 0, 1]), 0),
@@ -326,17 +336,47 @@ KEEPING = {
     "sort": lambda h: h.sort(1)[0],
     "masked_fill": lambda h: h.masked_fill(h > 0, 0),
     "where": lambda h: torch.where(h > 0, h, 0),
-    "embedding": lambda h: h + F.embedding(torch.zeros(4, 5, dtype=torch.long), h[0]),
+    "embedding": lambda h: h + nn.Embedding(2, 3)(torch.zeros(4, 5, dtype=torch.long)),
 }
 
 
-@pytest.mark.parametrize("name", [*CHOICES, *KEEPING])
-@pytest.mark.parametrize("kind", ["choice", "keeping"])
-def test_rows_that_are_chosen_by_their_values_are_noticed(name, kind):
-    table = CHOICES if kind == "choice" else KEEPING
-    if name in table:
-        outputs = table[name](nn.Linear(3, 3)(torch.randn(4, 5, 3)))
-        assert course_of(outputs.sum()).chooses_rows is (kind == "choice")
+@pytest.mark.parametrize("choose", CHOICES.values(), ids=CHOICES)
+def test_rows_that_are_chosen_by_their_values_are_noticed(choose):
+    outputs = choose(nn.Linear(3, 3)(torch.randn(4, 5, 3)))
+    assert course_of(outputs.sum()).chooses_rows
+
+
+@pytest.mark.parametrize("keep", KEEPING.values(), ids=KEEPING)
+def test_rows_that_stay_where_they_are_need_no_check(keep):
+    outputs = keep(nn.Linear(3, 3)(torch.randn(4, 5, 3)))
+    assert not course_of(outputs.sum()).chooses_rows
+
+
+def test_courses_agree_in_how_their_steps_are_joined():
+    """The same operations in the same order, between other tensors."""
+    h = nn.Linear(3, 3)(torch.randn(4, 3))
+    once, twice = torch.sigmoid(h), torch.sigmoid(h)
+    assert course_of((once + once).sum()) != course_of((once + twice).sum())
+    assert course_of((h * once).sum()) != course_of((once * h).sum())
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda m, h: F.linear(h.transpose(0, 1)[:3], m.square),
+        lambda m, h: h.transpose(0, 1)[:3] @ m.square,
+    ],
+    ids=["recorded by a rule", "recorded by a rewrite"],
+)
+def test_what_the_way_back_refuses_is_named_as_well(mix):
+    """Three positions stand where four examples should; the module has long returned."""
+    model = nn.Sequential()
+    model.add_module("turned", Parameters(lambda m, h: mix(m, h).sum((0, 2))))
+    tape = Tape(model, OPERATIONS)
+    tape.expect(4)
+    outputs = model(torch.randn(4, 5, WIDTH).requires_grad_())[:4]
+    with pytest.raises(UnsupportedLayerError, match=r"^Module turned: expected dimension 0"):
+        tape.trace.gradients(outputs)
 
 
 def test_closing_leaves_no_trace(tiny):

@@ -703,6 +703,7 @@ def test_a_batch_without_any_finite_gradient_stops_training_and_is_not_released(
     assert len(private.ledger) == private.steps_taken == 0
     assert torch.equal(_flat(model.parameters()), before)
     assert all(p.grad is None for p in model.parameters())
+    assert private.gradients == {}
 
 
 @pytest.mark.usefixtures("unsampled")
@@ -713,6 +714,33 @@ def test_a_single_example_that_is_not_finite_is_a_step_of_noise(make):
     assert private.step(losses_of(model, torch.full((1, 3), math.inf)))
     assert torch.equal(_flat(model.parameters()), before)
     assert private.non_finite_units == len(private.ledger) == 1
+
+
+@pytest.mark.parametrize("earlier", [0, 2])
+def test_a_batch_that_was_broken_off_shows_nothing(make, data, earlier):
+    """Its noisy sum was not released, and no ledger holds it."""
+    model, private = make(sample_rate=1.0, steps=4)
+    for done, batch in enumerate(private.loader(data, physical_batch_size=4)):
+        private.step(losses_of(model, batch))
+        if done == 2 * earlier:
+            break
+    assert len(private.ledger) == earlier
+    assert private.gradients == {}
+
+
+def test_a_release_that_the_ledger_refuses_shows_nothing(make, data, monkeypatch):
+    model, private = make(sample_rate=1.0, steps=4)
+    before = _flat(model.parameters())
+
+    def full(event):
+        raise LedgerError("Expected room for a line.")
+
+    monkeypatch.setattr(private.ledger, "append", full)
+    with pytest.raises(LedgerError):
+        for batch in private.loader(data):
+            private.step(losses_of(model, batch))
+    assert private.gradients == {}
+    assert torch.equal(_flat(model.parameters()), before)
 
 
 # ---- refusals and set-up ---------------------------------------------------------------------
