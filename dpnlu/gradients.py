@@ -40,7 +40,8 @@ class Gradients(Protocol):
 
 
 class GramCache:
-    """Gram matrices of the tensors met last: query, key and value share one input."""
+    """Gram matrices of the tensors met last: query, key and value share one input; the embeddings
+    of words, positions and types one gradient."""
 
     def __init__(self) -> None:
         self._last: list[tuple[Tensor, Tensor]] = []
@@ -48,7 +49,7 @@ class GramCache:
     def __call__(self, rows: Tensor) -> Tensor:
         """(B, T, d) -> (B, T, T) inner products of the rows of each example."""
         for known, gram in self._last:
-            if known is rows:
+            if _is_same(known, rows):
                 return gram
         gram = torch.bmm(rows, rows.mT)
         self._last = [*self._last[-3:], (rows, gram)]
@@ -247,6 +248,16 @@ def _tied_inner_products(head: OuterProducts, table: Rows) -> Tensor:
     index = table.ids.clamp(min=0)[:, None, :].expand(-1, head.right.shape[1], -1)
     looked_up = head.right.gather(2, index) * kept[:, None, :]
     return (looked_up * torch.bmm(head.left, table.values.mT)).flatten(1).sum(1)
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors, both alive, are the same numbers in the same memory."""
+    return one is other or (
+        one.data_ptr() == other.data_ptr()
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+        and one.dtype == other.dtype
+    )
 
 
 def _squared_sums(values: Tensor) -> Tensor:

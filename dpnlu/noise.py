@@ -17,6 +17,8 @@ from torch import Tensor
 
 # Drawing is bound by memory from a few threads on, and not worth a thread for few entries.
 _THREADS, _WORTH_A_THREAD = 4, 10**6
+# Entries that stay near the processor: a draw writes uniform numbers before it makes them normal.
+_NEAR = 2**18
 
 # Where the state of torch's CPU generator keeps the 624 words of its Mersenne twister, in bytes.
 # `torch.Generator.get_state` returns: seed (8), left (4), seeded (4), next (8), words (8 each), ….
@@ -54,7 +56,8 @@ def _fill_side_by_side(
 
     def fill(pieces: list[Tensor], generator: torch.Generator) -> None:
         for piece in pieces:
-            piece.normal_(0.0, std, generator=generator)
+            for near in torch.split(piece.view(-1), _NEAR):
+                near.normal_(0.0, std, generator=generator)
 
     if sum(tensor.numel() for tensor in tensors) < _WORTH_A_THREAD:
         generators = generators[:1]

@@ -212,7 +212,7 @@ class Tape(TorchFunctionMode):
         kwargs = kwargs or {}
         if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
             return func(*args, **kwargs)  # evaluation, or recomputation in a backward pass
-        tensors = list(_tensors((args, kwargs)))
+        tensors = _tensors((args, kwargs) if kwargs else args)
         batched = [tensor for tensor in tensors if self._is_batched(tensor)]
         learned = [t for t in tensors if t.requires_grad and id(t) in self._free]
         if not batched:
@@ -260,9 +260,10 @@ class Tape(TorchFunctionMode):
         *_: Any,
         **__: Any,
     ) -> None:
-        if id(table) in self._trainable and ids.numel() < table.shape[0]:
-            self.trace.lookups[id(output)] = Lookup(output, ids, table, padding_idx)
-        else:  # a short table: written out, its gradients are smaller than its rows
+        if id(table) not in self._trainable:
+            return
+        self.trace.lookups[id(output)] = Lookup(output, ids, table, padding_idx)
+        if ids.numel() >= table.shape[0]:  # a short table's gradients are smaller than its rows
             self.trace.in_free[id(table)] = table
 
     def _apply_learned(
@@ -428,16 +429,21 @@ def _copies_added(batch: int, shape: torch.Size) -> Callable[[Tensor], Tensor]:
     return per_example
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
+def _tensors(tree: Any) -> list[Tensor]:
     """The tensors in nested tuples, lists and dictionaries."""
     if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for branch in tree:
-            yield from _tensors(branch)
-    elif isinstance(tree, dict):
-        for branch in tree.values():
-            yield from _tensors(branch)
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tuple(tree.values())
+    if not isinstance(tree, (tuple, list)):
+        return []
+    found = []
+    for branch in tree:
+        if isinstance(branch, Tensor):  # most of them are; every operation passes here
+            found.append(branch)
+        elif isinstance(branch, (tuple, list, dict)):
+            found += _tensors(branch)
+    return found
 
 
 def replaced(tree: Any, stand_ins: Mapping[int, Tensor | None]) -> Any:

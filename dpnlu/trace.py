@@ -129,11 +129,12 @@ class Trace:
     def _arrival(self, meeting: Meeting, gradient: Tensor) -> tuple[Tensor, Gradients]:
         """What arrived at a meeting, as per-example gradients of the table or tensor behind it."""
         lookup = self.lookups.get(id(meeting.target))
-        if lookup is None:
-            return meeting.target, Dense(meeting.per_example(gradient))
-        if meeting.aligned:
+        if lookup is not None and meeting.aligned:
             return lookup.rows(gradient, aligned=True)
-        return lookup.rows(meeting.per_example(gradient), aligned=False)
+        apart = meeting.per_example(gradient)
+        if lookup is None or id(lookup.table) in self.in_free:
+            return meeting.target, Dense(apart)
+        return lookup.rows(apart, aligned=False)
 
     def _by_parameter(
         self, pairs: Iterable[tuple[Tensor, Gradients]]
