@@ -28,6 +28,7 @@ from dpnlu.gradients import Dense, Gradients, GramCache, combine, squared_norms
 from dpnlu.plan import PrivacyPlan
 from dpnlu.rules import OPERATIONS
 from dpnlu.tape import Tape, UnsupportedLayerError
+from dpnlu.validation import check_visible
 
 # Largest error of a weighted sum of gradients that passes as rounding; models in float64 may take
 # norms and softmaxes in float32.
@@ -92,6 +93,7 @@ class BookKeeping:
     """
 
     def __init__(self, model: nn.Module, plan: PrivacyPlan, *, verify: bool = True) -> None:
+        check_visible(model)
         self._plan = plan
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._tape = Tape(model, OPERATIONS)

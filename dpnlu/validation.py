@@ -42,6 +42,22 @@ def check_trainable(model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter
     return list(named)
 
 
+def check_visible(model: nn.Module) -> None:
+    """Whether every operation of the model can be seen as it runs.
+
+    Raises:
+        UnsupportedLayerError: a module is compiled.
+    """
+    for name, module in model.named_modules():
+        # What `torch.compile` returns holds the module; what `Module.compile` leaves is its call.
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            raise UnsupportedLayerError(
+                f"Module {name or '(the model itself)'} ({type(module).__name__}) is compiled, so "
+                "that its operations cannot be seen: train the module that was compiled, and "
+                "compile it for evaluation, or use engine='per_example'."
+            )
+
+
 def _updates_weights(module: nn.Module) -> bool:
     return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
 

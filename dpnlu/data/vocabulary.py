@@ -21,7 +21,7 @@ PADDING_ID = 0
 DIGIT_IDS = {digit: 1 + value for value, digit in enumerate("0123456789")}
 RESERVED = 1 + len(DIGIT_IDS)
 UNKNOWN_ID = RESERVED
-DEFAULT_BUCKETS = 16_384
+DEFAULT_BUCKETS = 32_768
 
 
 class Vocabulary(Protocol):

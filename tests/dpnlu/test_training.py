@@ -764,6 +764,30 @@ def test_unsuitable_models_and_optimizers_are_refused(make):
         make(Small(), optimizer=torch.optim.SGD(Small().parameters(), lr=0.1))
 
 
+def _compiled(model: nn.Module, *, in_place: bool) -> nn.Module:
+    if not in_place:
+        return torch.compile(model, backend="eager")
+    model.compile(backend="eager")
+    return model
+
+
+@pytest.mark.usefixtures("unsampled")
+@pytest.mark.parametrize("in_place", [True, False])
+def test_compiled_models_are_refused_where_operations_must_be_seen(make, in_place):
+    inputs = torch.randn(4, 3)
+    with pytest.raises(UnsupportedLayerError, match=r"Module .* is compiled.*engine='per_example'"):
+        make(nn.Sequential(_compiled(Small(), in_place=in_place)))
+    expected, plain = make(engine="per_example", noise_multiplier=0.0)
+    model = Small()
+    model.load_state_dict(expected.state_dict())
+    model, private = make(
+        _compiled(model, in_place=in_place), engine="per_example", noise_multiplier=0.0
+    )
+    private.step(losses_of(model, inputs))
+    plain.step(losses_of(expected, inputs))
+    torch.testing.assert_close(_flat(model.parameters()), _flat(expected.parameters()))
+
+
 def test_a_refusal_leaves_nothing_behind(make, tmp_path):
     """No ledger file that would have to be resumed, no hooks."""
     model, path = Small(), tmp_path / "ledger.jsonl"
