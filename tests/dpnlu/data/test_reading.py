@@ -31,7 +31,9 @@ def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [b"plain", gzip.compress(b"x" * 99)[:-9], b"\x1f\x8b\x08\x00" + b"\xff" * 20]
+    "damage",
+    [b"plain", gzip.compress(b"x" * 99)[:-9], b"\x1f\x8b\x08\x00" + b"\xff" * 20],
+    ids=["plain", "cut off", "nonsense"],  # compressed bytes hold the time, workers' must agree
 )
 def test_damaged_compression(tmp_path: Path, damage: bytes) -> None:
     path = tmp_path / "a.gz"
