@@ -36,31 +36,48 @@ _SMALL = 2**16
 
 @dataclass(frozen=True)
 class Multiplier:
-    """rows -> rows Wᵀ + b, for many products of few rows with one matrix.
+    """rows -> rows Wᵀ + b with several matrices side by side, for many products of few rows.
 
     Attributes:
-        weight: (N, K), laid out for the kernel.
-        bias: (N,), or None.
-        fast: whether it is.
+        weights: (D, K, N), transposed.
+        biases: (D, 1, N), or None.
+        laid_out: the matrices as the fast kernel wants them; empty where it is not taken.
     """
 
-    weight: Tensor
-    bias: Tensor | None
-    fast: bool
+    weights: Tensor
+    biases: Tensor | None
+    laid_out: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, rows: int) -> Multiplier:
-        """Prepare for products of about `rows` rows."""
-        fast = _suits(weight) and rows * weight.numel() >= _SMALL
-        if fast:
-            return cls(_lay_out(weight.contiguous(), rows), bias, fast)
-        return cls(weight, bias, fast)
+    def of(cls, weights: Tensor, biases: Tensor | None, rows: int) -> Multiplier:
+        """Prepare for products of about `rows` rows with weights (D, N, K), biases (D, N)."""
+        laid_out: tuple[Tensor, ...] = ()
+        if _suits(weights) and rows * weights[0].numel() >= _SMALL:
+            laid_out = tuple(_lay_out(weight.contiguous(), rows) for weight in weights)
+        # The long way of an operand in memory is the fast one for the ordinary kernel.
+        columns = weights.contiguous().mT
+        return cls(columns, None if biases is None else biases[:, None], laid_out)
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """(M, K) -> (M, N), a new tensor."""
-        if self.fast:
-            return _product(rows, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
-        return torch.nn.functional.linear(rows, self.weight, self.bias)
+    @property
+    def outputs(self) -> int:
+        """N."""
+        return self.weights.shape[2]
+
+    def __call__(self, rows: Tensor, *, out: Tensor) -> Tensor:
+        """(D, M, K) -> (D, M, N), written to `out`."""
+        if self.laid_out:
+            for place, weight in enumerate(self.laid_out):
+                bias = None if self.biases is None else self.biases[place, 0]
+                out[place] = _product(rows[place], weight, bias, "none", [], "")
+        elif len(out) == 1 and self.biases is not None:
+            torch.addmm(self.biases[0], rows[0], self.weights[0], out=out[0])
+        elif len(out) == 1:
+            torch.mm(rows[0], self.weights[0], out=out[0])
+        elif self.biases is not None:
+            torch.baddbmm(self.biases, rows, self.weights, out=out)
+        else:
+            torch.bmm(rows, self.weights, out=out)
+        return out
 
 
 def add_product_(out: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
-"""One direction of one LSTM layer, which leaves the gradient of its gates on the tape.
+"""One LSTM layer, its directions side by side, which leaves the gradient of its gates on the tape.
 
-All weights of the layer see the same output gradient: δ, that of the gates before their
+All weights of a direction see the same output gradient: δ, that of the gates before their
 non-linearities. The layer records δ once, with what each weight was multiplied by. torch's own
 kernels never show δ; this one makes the same products, and as many: one per step and way, of the
 input and the hidden state side by side.
 
-On a CPU the rest of a step is as dear as its few small operations are many, and tanh is several
-times as dear as the logistic function σ. With tanh(x) = 2σ(2x) - 1, the state kept as C = 2c and
--h, and the factors 2 and -1 put into the weights, a step forward is
+On a CPU the rest of a step is as dear as its small operations are many, and tanh is several times
+as dear as the logistic function σ. So both directions take a step in one operation, the second on
+the input turned round. And with tanh(x) = 2σ(2x) - 1, the state kept as C = 2c and -h, and the
+factors 2 and -1 put into the weights, a step forward is
 
     s = σ(W [x, -h] + b)        C ← f C + 4 i s_g - 2 i        -h = o - 2 o σ(C)
 
@@ -19,12 +20,13 @@ computed for all steps at once (c' is the cell state before),
 
 so that a step back is a product and five small operations.
 
-Shapes: T steps, B sequences, I inputs, H hidden units; gates in torch's order i, f, g, o.
+Shapes: D directions, T steps, B sequences, I inputs, H hidden units; gates in torch's order i, f,
+g, o. Steps of the second direction are counted as it takes them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,42 +40,49 @@ from dpnlu.products import Multiplier
 from dpnlu.rules.shapes import by_example
 from dpnlu.tape import Tape
 
+Turn = Callable[[Tensor], Tensor]
 
-def lstm_direction(
+
+def lstm_layer(
     tape: Tape,
     inputs: Tensor,
     state: tuple[Tensor, ...],
-    weights: tuple[Tensor, ...],
-    backwards: bool,
+    weights: Sequence[tuple[Tensor, ...]],
+    turn: Turn,
 ) -> tuple[Tensor, Tensor]:
-    """Run the direction and record its weights.
+    """Run the directions of a layer and record their weights.
 
     Args:
         inputs: (T, B, I).
-        state: hidden and cell state to start from, (B, H) each.
-        weights: W_ih (4H, I), W_hh (4H, H), and biases b_ih, b_hh (4H,) if there are any.
-        backwards: start with the last step.
+        state: hidden and cell state to start from, (D, B, H) each.
+        weights: of each direction W_ih (4H, I), W_hh (4H, H), and biases b_ih, b_hh (4H,) if there
+            are any.
+        turn: puts (T, B, …) into the order in which the second direction reads it; its own inverse.
 
     Returns:
-        hidden states (T, B, H) and cell states (T, B, H), in the order of the input.
+        hidden states and cell states, (T, B, D H) each, in the order of the input.
     """
     steps, batch, _ = inputs.shape
-    tap = inputs.new_zeros(()).requires_grad_().expand(steps, batch, weights[0].shape[0])
-    prepared = tape.remembered(weights, lambda: _Prepared.of(weights, batch))
-    used = [weight.view_as(weight) for weight in weights]
-    hidden, cells, before = _Direction.apply(  # type: ignore[no-untyped-call]
-        tap, inputs, *state, backwards, prepared, *used
+    first = weights[0][0]
+    tap = first.new_zeros(()).requires_grad_().expand(len(weights), steps, batch, first.shape[0])
+    every = tuple(weight for of_one in weights for weight in of_one)
+    prepared = tape.remembered(every, lambda: _Prepared.of(weights, batch))
+    used = [weight.view_as(weight) for weight in every]
+    hidden, cells, before = _Layer.apply(  # type: ignore[no-untyped-call]
+        tap, inputs, *state, turn, prepared, *used
     )
     received = inputs.detach()
 
     def finish(delta: Tensor, batch: int) -> Iterator[tuple[Tensor, Gradients]]:
-        right = by_example(delta.transpose(0, 1), batch)
-        for weight, left in zip(weights, (received, before), strict=False):
-            if weight.requires_grad:
-                yield weight, OuterProducts(by_example(left.transpose(0, 1), batch), right)
-        for bias in weights[2:]:
-            if bias.requires_grad:
-                yield bias, Dense(right.sum(1))
+        for place, of_one in enumerate(weights):
+            right = by_example(delta[place].transpose(0, 1), batch)
+            read = turn(received) if place else received
+            for weight, left in zip(of_one, (read, before[place]), strict=False):
+                if weight.requires_grad:
+                    yield weight, OuterProducts(by_example(left.transpose(0, 1), batch), right)
+            for bias in of_one[2:]:
+                if bias.requires_grad:
+                    yield bias, Dense(right.sum(1))
 
     tape.record(tap, finish, rows=batch)
     return hidden, cells
@@ -81,7 +90,7 @@ def lstm_direction(
 
 @dataclass(frozen=True)
 class _Prepared:
-    """The weights as the steps use them.
+    """The weights as the steps use them, those of each direction side by side.
 
     Attributes:
         ahead: [x, -h] -> gates before their non-linearities, those of g doubled.
@@ -94,28 +103,30 @@ class _Prepared:
     back_to_state: Multiplier
 
     @classmethod
-    def of(cls, weights: tuple[Tensor, ...], rows: int) -> _Prepared:
+    def of(cls, weights: Sequence[tuple[Tensor, ...]], rows: int) -> _Prepared:
         with torch.no_grad():
-            units = weights[1].shape[1]
-            joined = torch.cat((weights[0], -weights[1]), dim=1)
-            joined[2 * units : 3 * units] *= 2
+            into, recurrent = (torch.stack([w[kind] for w in weights]) for kind in (0, 1))
+            units = recurrent.shape[2]
+            joined = torch.cat((into, -recurrent), dim=2)
+            joined[:, 2 * units : 3 * units] *= 2
             bias = None
-            if len(weights) == 4:
-                bias = weights[2] + weights[3]
-                bias[2 * units : 3 * units] *= 2
+            if len(weights[0]) == 4:
+                bias = torch.stack([w[2] + w[3] for w in weights])
+                bias[:, 2 * units : 3 * units] *= 2
             return cls(
                 Multiplier.of(joined, bias, rows),
-                Multiplier.of(torch.cat(weights[:2], dim=1).mT, None, rows),
-                Multiplier.of(weights[1].detach().mT, None, rows),
+                Multiplier.of(torch.cat((into, recurrent), dim=2).mT, None, rows),
+                Multiplier.of(recurrent.mT, None, rows),
             )
 
 
-class _Direction(torch.autograd.Function):
-    """(tap, inputs, hidden, cell, backwards, prepared, *weights) -> hidden states, cell states,
-    hidden states before each step.
+class _Layer(torch.autograd.Function):
+    """(tap, inputs, hidden, cell, turn, prepared, *weights) -> hidden states, cell states, hidden
+    states before each step (D, T, B, H).
 
     `tap` has the gates' shape and no influence; its gradient is δ. Gradients that nobody asked
-    for, such as the weights' sums when only δ is wanted, are not computed.
+    for, such as the weights' sums when only δ is wanted, are not computed. Everything is computed
+    in the weights' type.
     """
 
     @staticmethod
@@ -125,24 +136,24 @@ class _Direction(torch.autograd.Function):
         inputs: Tensor,
         hidden: Tensor,
         cell: Tensor,
-        backwards: bool,
+        turn: Turn,
         prepared: _Prepared,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        steps, batch, size = inputs.shape
+        directions, steps, batch, _ = tap.shape
+        size, units = inputs.shape[2], hidden.shape[2]
         # One slot more than steps: the state after the last step has no step to enter.
-        slots = inputs.new_empty(steps + 1, batch, size + hidden.shape[1])
-        entering, leaving = (slots[1:], slots[:-1]) if backwards else (slots[:-1], slots[1:])
-        entering[..., :size] = inputs
-        first = entering[-1 if backwards else 0]
-        torch.neg(hidden, out=first[:, size:])
-        minus_h = leaving[..., size:]
-        doubled, squashed, gates = _scan(prepared.ahead, entering, minus_h, 2 * cell, backwards)
+        slots = tap.new_empty(directions, steps + 1, batch, size + units)
+        slots[0, :-1, :, :size] = inputs
+        if directions == 2:
+            slots[1, :-1, :, :size] = turn(inputs)
+        slots[:, 0, :, size:] = -hidden
+        doubled, squashed, gates = _scan(prepared.ahead, slots, 2 * cell.to(slots.dtype))
         states = slots[..., size:].neg()
-        before, after = (states[1:], states[:-1]) if backwards else (states[:-1], states[1:])
-        earlier = (doubled[1:], 2 * cell[None]) if backwards else (2 * cell[None], doubled[:-1])
-        factors = _factors(gates, torch.cat(earlier).div_(2), after, squashed)
-        ctx.backwards, ctx.prepared = backwards, prepared
+        before, after = states[:, :-1], states[:, 1:]
+        earlier = torch.cat((2 * cell[:, None], doubled[:, :-1]), dim=1).div_(2)
+        factors = _factors(gates, earlier, after, squashed)
+        ctx.turn, ctx.prepared, ctx.kind = turn, prepared, inputs.dtype
         ctx.edges = [
             get_gradient_edge(tensor) if tensor.requires_grad else None
             for tensor in (tap, *weights)
@@ -150,47 +161,52 @@ class _Direction(torch.autograd.Function):
         ctx.save_for_backward(inputs, before, *factors)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(before)
-        return after, doubled / 2, before
+        outputs, cells = (_joined(values, turn) for values in (after, doubled / 2))
+        return outputs.to(inputs.dtype), cells.to(inputs.dtype), before
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs, before, *factors = ctx.saved_tensors
-        onward = ctx.needs_input_grad[1]
+        directions, onward = len(before), ctx.needs_input_grad[1]
         delta, found, cell = _scan_back(
             ctx.prepared.back if onward else ctx.prepared.back_to_state,
-            gradients[:2],
+            tuple(_apart(gradient, directions, ctx.turn, before) for gradient in gradients[:2]),
             tuple(factors),
-            ctx.backwards,
         )
         tap, *wanted = (_is_wanted(edge) for edge in ctx.edges)
-        rows = delta.flatten(0, 1)
-        sums: list[Tensor | None] = [
-            rows.mT @ left.flatten(0, 1) if want else None
-            for left, want in zip((inputs, before), wanted[:2], strict=True)
-        ]
-        sums += [rows.sum(0) if want else None for want in wanted[2:]]
-        size, units = inputs.shape[2], before.shape[2]
-        hidden = found[-1 if ctx.backwards else 0][:, -units:]
-        d_inputs = torch.stack([step[:, :size] for step in found]) if onward else None
+        sums: list[Tensor | None] = []
+        for place, want in enumerate(_in_groups(wanted, directions)):
+            rows = delta[place].flatten(0, 1)
+            read = (ctx.turn(inputs) if place else inputs).to(rows.dtype)
+            sums += [
+                rows.mT @ left.flatten(0, 1) if is_wanted else None
+                for left, is_wanted in zip((read, before[place]), want[:2], strict=True)
+            ]
+            sums += [rows.sum(0) if is_wanted else None for is_wanted in want[2:]]
+        d_inputs = None
+        if onward:
+            d_read = found[..., : inputs.shape[2]]
+            d_inputs = d_read[0] if directions == 1 else d_read[0] + ctx.turn(d_read[1])
+            d_inputs = d_inputs.to(ctx.kind)
+        hidden = found[:, 0, :, -before.shape[3] :]
         return delta if tap else None, d_inputs, hidden, cell, None, None, *sums
 
 
-def _scan(
-    multiply: Multiplier, entering: Tensor, leaving: Tensor, cell: Tensor, backwards: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run over time, from [x, -h] (T, B, I + H) with only the first -h there; -h of each step goes
-    to `leaving`, which is where the next one finds it.
+def _scan(multiply: Multiplier, slots: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Run over time. Slot t holds [x, -h] of step t, with only the first -h there yet; each step
+    leaves its -h in the next slot.
 
     Returns:
-        C and σ(C) (T, B, H), gates (T, B, 4H) with s_g in place of g.
+        C and σ(C) (D, T, B, H), gates (D, T, B, 4H) with s_g in place of g.
     """
-    steps, batch, units = leaving.shape
-    gates = leaving.new_empty(steps, batch, 4 * units)
-    cells, squashed = (leaving.new_empty(steps, batch, units) for _ in range(2))
-    views = (entering, gates, *gates.chunk(4, dim=2), cells, squashed, leaving)
-    for x_h, gate, i, f, s_g, o, new_cell, s_c, minus_h in _in_order(views, backwards):
-        torch.sigmoid(multiply(x_h), out=gate)
+    units = cell.shape[2]
+    entering, leaving = slots[:, :-1], slots[:, 1:, :, -units:]
+    gates = slots.new_empty(*entering.shape[:3], 4 * units)
+    cells, squashed = (torch.empty_like(leaving) for _ in range(2))
+    views = (entering, gates, *gates.chunk(4, dim=3), cells, squashed, leaving)
+    for x_h, gate, i, f, s_g, o, new_cell, s_c, minus_h in _steps(views):
+        torch.sigmoid_(multiply(x_h, out=gate))
         torch.mul(f, cell, out=new_cell).addcmul_(i, s_g, value=4).sub_(i, alpha=2)
         cell = new_cell
         torch.addcmul(o, o, torch.sigmoid(cell, out=s_c), value=-2, out=minus_h)
@@ -201,7 +217,7 @@ def _factors(
     gates: Tensor, earlier: Tensor, outputs: Tensor, squashed: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The factors of δ, in the memory of the gates; of dh in dc; of dc a step earlier."""
-    i, f, s_g, o = gates.chunk(4, dim=2)
+    i, f, s_g, o = gates.chunk(4, dim=3)
     kept = f.clone()
     # o(1 - tanh²(c)) = o - h tanh(c) = o - h(2σ(C) - 1)
     through = (o + outputs).addcmul_(outputs, squashed, value=-2)
@@ -214,19 +230,17 @@ def _factors(
 
 
 def _scan_back(
-    multiply: Multiplier,
-    gradients: tuple[Tensor | None, ...],
-    factors: tuple[Tensor, ...],
-    backwards: bool,
-) -> tuple[Tensor, list[Tensor], Tensor]:
+    multiply: Multiplier, gradients: tuple[Tensor | None, ...], factors: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Back through time.
 
     Returns:
-        δ (T, B, 4H); of each step, what goes back to its input and the state before it, the
-        latter in the last H columns; the gradient of the cell state started from (B, H).
+        δ (D, T, B, 4H); what goes back to each step's input and the state before it, the latter in
+        the last H columns; the gradient of the cell state started from (D, B, H).
     """
     gates, through, kept = factors
-    delta, units = torch.empty_like(gates), kept.shape[2]
+    delta, units = torch.empty_like(gates), kept.shape[3]
+    found = gates.new_empty(*gates.shape[:3], multiply.outputs)
     d_hidden, d_cells = gradients
     none = kept.new_zeros(1).expand_as(kept)
     views = (
@@ -237,34 +251,57 @@ def _scan_back(
         *_cell_and_output(gates),
         *_cell_and_output(delta),
         delta,
+        found,
     )
-    found: list[Tensor] = []
-    dc = kept.new_zeros(kept.shape[1:])
-    for dh, d_cell, into_c, out_of_c, k_ifg, k_o, d_ifg, d_o, d_gates in _in_order(
-        views, not backwards
+    dc = torch.zeros_like(kept[:, 0])
+    onward: Tensor | None = None
+    for dh, d_cell, into_c, out_of_c, k_ifg, k_o, d_ifg, d_o, d_gates, back in reversed(
+        _steps(views)
     ):
-        if found:
-            dh = dh + found[-1][:, -units:]
+        if onward is not None:
+            dh = dh + onward[..., -units:]
         if d_cells is not None:
             dc += d_cell
         dc.addcmul_(dh, into_c)
-        torch.mul(k_ifg, dc[:, None], out=d_ifg)
+        torch.mul(k_ifg, dc[:, :, None], out=d_ifg)
         torch.mul(k_o, dh, out=d_o)
         dc.mul_(out_of_c)
-        found.append(multiply(d_gates))
-    return delta, found if backwards else found[::-1], dc
+        onward = multiply(d_gates, out=back)
+    return delta, found, dc
+
+
+def _joined(states: Tensor, turn: Turn) -> Tensor:
+    """(D, T, B, H) -> (T, B, D H), in the order of the input."""
+    if len(states) == 1:
+        return states[0]
+    return torch.cat((states[0], turn(states[1])), dim=2)
+
+
+def _apart(gradient: Tensor | None, directions: int, turn: Turn, like: Tensor) -> Tensor | None:
+    """The inverse of `_joined`."""
+    if gradient is None:
+        return None
+    gradient = gradient.to(like.dtype)
+    if directions == 1:
+        return gradient[None]
+    one, other = gradient.chunk(2, dim=2)
+    return torch.stack((one, turn(other)))
 
 
 def _cell_and_output(gates: Tensor) -> tuple[Tensor, Tensor]:
-    """(T, B, 4H) -> the three gates behind the cell (T, B, 3, H), the output gate (T, B, H)."""
-    by_gate = gates.view(*gates.shape[:2], 4, -1)
-    return by_gate[:, :, :3], by_gate[:, :, 3]
+    """(…, 4H) -> the three gates behind the cell (…, 3, H), the output gate (…, H)."""
+    by_gate = gates.view(*gates.shape[:3], 4, -1)
+    return by_gate[..., :3, :], by_gate[..., 3, :]
 
 
-def _in_order(views: Iterable[Tensor], backwards: bool) -> list[tuple[Tensor, ...]]:
-    """Step by step, the entry of every view; from the last step if `backwards`."""
-    steps = list(zip(*(view.unbind(0) for view in views), strict=True))
-    return steps[::-1] if backwards else steps
+def _steps(views: Iterable[Tensor]) -> list[tuple[Tensor, ...]]:
+    """Of every view, (D, T, …), the entry of each step."""
+    return list(zip(*(view.unbind(1) for view in views), strict=True))
+
+
+def _in_groups(values: list[bool], count: int) -> list[list[bool]]:
+    size = len(values) // count
+    return [values[start : start + size] for start in range(0, len(values), size)]
 
 
 def _is_wanted(edge: GradientEdge | None) -> bool:

@@ -1,8 +1,8 @@
 """Recurrent networks: `nn.LSTM`, `nn.GRU`, `nn.RNN`, in every configuration torch has.
 
-torch hands a whole network to one operation. Here it is run layer by layer and direction by
-direction: LSTM layers by a kernel of their own, other cells step by step out of recorded linear
-maps, which is exact and slower. Between layers everything is ordinary autograd.
+torch hands a whole network to one operation. Here it is run layer by layer: LSTM layers by a kernel
+of their own, other cells direction by direction and step by step out of recorded linear maps, which
+is exact and slower. Between layers everything is ordinary autograd.
 
 Inside, sequences are time-major, (T, B, …), and padded. A packed sequence is unpacked first; its
 second direction reads each sequence back from its own end.
@@ -10,7 +10,7 @@ second direction reads each sequence back from its own end.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,14 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from dpnlu.rules.linear import linear
-from dpnlu.rules.lstm import lstm_direction
+from dpnlu.rules.lstm import Turn, lstm_layer
 from dpnlu.tape import Tape
 
 States = tuple[Tensor, ...]
 Weights = tuple[Tensor, ...]
-# (tape, inputs (T, B, I), states before (B, H), weights, backwards) -> states (T, B, H).
-Direction = Callable[[Tape, Tensor, States, Weights, bool], States]
+# (tape, inputs (T, B, I), states before (D, B, H), weights of each direction, how the second
+# direction turns its input) -> states (T, B, D H).
+Layer = Callable[[Tape, Tensor, States, Sequence[Weights], Turn], States]
 # (tape, the input's share of a step (B, G), states, weights) -> the states after it.
 Cell = Callable[[Tape, Tensor, States, Weights], States]
 
@@ -114,39 +115,30 @@ class _Network:
             bool(rest and rest[0]),
         )
 
-    def run(self, tape: Tape, direction: Direction) -> tuple[Tensor, ...]:
+    def run(self, tape: Tape, layer: Layer) -> tuple[Tensor, ...]:
         """(output, last states …) as torch returns them."""
         inputs, last = self.inputs, []
+        turn = _flipped if self.packing is None else self.packing.reversed
         for first in range(0, len(self.weights), self.directions):
             if first and self.dropout:
                 inputs = F.dropout(inputs, self.dropout)
-            outputs = []
-            for index in range(first, first + self.directions):
-                states = self._run_direction(tape, direction, inputs, index)
-                outputs.append(states[0])
-                last.append(self._last(states, backwards=index > first))
-            inputs = torch.cat(outputs, dim=2) if self.directions == 2 else outputs[0]
+            of_layer = slice(first, first + self.directions)
+            before = tuple(state[of_layer] for state in self.states)
+            states = layer(tape, inputs, before, self.weights[of_layer], turn)
+            inputs = states[0]
+            for place in range(self.directions):
+                last.append(self._last(states, place))
         return self._returned(inputs, [torch.stack(states) for states in zip(*last, strict=True)])
 
-    def _run_direction(
-        self, tape: Tape, direction: Direction, inputs: Tensor, index: int
-    ) -> States:
-        states = tuple(state[index] for state in self.states)
-        backwards = index % self.directions == 1
-        if self.packing is None or not backwards:
-            return direction(tape, inputs, states, self.weights[index], backwards)
-        turned = self.packing.reversed(inputs)
-        found = direction(tape, turned, states, self.weights[index], False)
-        return tuple(map(self.packing.reversed, found))
-
-    def _last(self, states: States, *, backwards: bool) -> States:
-        """The states after the last step that each sequence has."""
-        if backwards:
-            return tuple(state[0] for state in states)
+    def _last(self, states: States, place: int) -> States:
+        """Of one direction, the states after the last step that each sequence has."""
+        of_one = [state.chunk(self.directions, dim=2)[place] for state in states]
+        if place == 1:
+            return tuple(state[0] for state in of_one)
         if self.packing is None:
-            return tuple(state[-1] for state in states)
-        column = torch.arange(states[0].shape[1], device=states[0].device)
-        return tuple(state[self.packing.last, column] for state in states)
+            return tuple(state[-1] for state in of_one)
+        column = torch.arange(of_one[0].shape[1], device=of_one[0].device)
+        return tuple(state[self.packing.last, column] for state in of_one)
 
     def _returned(self, outputs: Tensor, last: list[Tensor]) -> tuple[Tensor, ...]:
         if self.packing is not None:
@@ -197,7 +189,7 @@ def _met(tape: Tape, state: Tensor) -> Tensor:
 def _lstm(tape: Tape, *args: Any) -> tuple[Tensor, ...]:
     network = _Network.of(tape, args)
     projected = len(network.weights[0]) % 2 == 1
-    return network.run(tape, _stepwise(_projected_lstm_cell) if projected else lstm_direction)
+    return network.run(tape, _stepwise(_projected_lstm_cell) if projected else lstm_layer)
 
 
 def _gru(tape: Tape, *args: Any) -> tuple[Tensor, ...]:
@@ -212,22 +204,36 @@ def _rnn_relu(tape: Tape, *args: Any) -> tuple[Tensor, ...]:
     return _Network.of(tape, args).run(tape, _stepwise(elman_cell(torch.relu)))
 
 
-def _stepwise(cell: Cell) -> Direction:
-    """A direction that applies a cell to one step after the other."""
+def _stepwise(cell: Cell) -> Layer:
+    """A layer that applies a cell to one step after the other, direction by direction."""
 
     def run(
-        tape: Tape, inputs: Tensor, states: States, weights: Weights, backwards: bool
+        tape: Tape, inputs: Tensor, before: States, weights: Sequence[Weights], turn: Turn
     ) -> States:
-        share = recorded_linear(tape, inputs.transpose(0, 1), weights[0], _bias(weights, 2))
-        steps = list(share.unbind(1))
-        seen = []
-        for step in reversed(steps) if backwards else steps:
-            states = cell(tape, step, states, weights)
-            seen.append(states)
-        in_order = seen[::-1] if backwards else seen
-        return tuple(torch.stack(values) for values in zip(*in_order, strict=True))
+        found = []
+        for place, of_one in enumerate(weights):
+            states = tuple(state[place] for state in before)
+            read = turn(inputs) if place else inputs
+            after = _stepped(tape, cell, read, states, of_one)
+            found.append([turn(values) if place else values for values in after])
+        return tuple(torch.cat(values, dim=2) for values in zip(*found, strict=True))
 
     return run
+
+
+def _stepped(tape: Tape, cell: Cell, inputs: Tensor, states: States, weights: Weights) -> States:
+    """One direction: inputs (T, B, I), states before (B, H) -> states (T, B, H)."""
+    share = recorded_linear(tape, inputs.transpose(0, 1), weights[0], _bias(weights, 2))
+    seen = []
+    for step in share.unbind(1):
+        states = cell(tape, step, states, weights)
+        seen.append(states)
+    return tuple(torch.stack(values) for values in zip(*seen, strict=True))
+
+
+def _flipped(sequences: Tensor) -> Tensor:
+    """(T, B, …) from its end."""
+    return sequences.flip(0)
 
 
 def elman_cell(activation: Callable[[Tensor], Tensor]) -> Cell:

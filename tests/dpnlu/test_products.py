@@ -26,25 +26,29 @@ def _operands(shape, dtype):
 @both_kernels
 @every_case
 @pytest.mark.parametrize("biased", [True, False])
-def test_a_multiplier_multiplies(shape, dtype, biased):
-    left, right, expected, close = _operands(shape, dtype)
-    bias = torch.randn(shape[2], dtype=dtype) if biased else None
+@pytest.mark.parametrize("directions", [1, 2])
+def test_a_multiplier_multiplies(shape, dtype, biased, directions):
+    several = [_operands(shape, dtype) for _ in range(directions)]
+    left, right, expected = (torch.stack(values) for values in list(zip(*several, strict=True))[:3])
+    bias = torch.randn(directions, shape[2], dtype=dtype) if biased else None
     multiply = Multiplier.of(right.mT, bias, shape[0])
-    found = multiply(left)
-    assert found.dtype == dtype and found.shape == expected.shape
+    assert multiply.outputs == shape[2]
+    out = torch.full(expected.shape, torch.nan, dtype=dtype)
+    assert multiply(left, out=out) is out
     if bias is not None:
-        expected = expected + bias.double()
-    torch.testing.assert_close(found.double(), expected, **close)
+        expected = expected + bias[:, None].double()
+    torch.testing.assert_close(out.double(), expected, **several[0][3])
 
 
 @both_kernels
 def test_a_multiplier_takes_other_numbers_of_rows_than_announced():
-    weight, bias = torch.randn(400, 300), torch.randn(400)
+    weight, bias = torch.randn(2, 400, 300), torch.randn(2, 400)
     multiply = Multiplier.of(weight, bias, 64)
     for rows in (0, 1, 63, 65):
-        values = torch.randn(rows, 300)
-        expected = torch.nn.functional.linear(values, weight, bias)
-        torch.testing.assert_close(multiply(values), expected, rtol=1e-4, atol=1e-4)
+        values = torch.randn(2, rows, 300)
+        expected = values @ weight.mT + bias[:, None]
+        found = multiply(values, out=torch.empty_like(expected))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @both_kernels
@@ -77,13 +81,6 @@ def kernel(request):
 
 @pytest.mark.usefixtures("one_dnn")
 def test_what_is_tested_here_takes_the_fast_kernel():
-    assert Multiplier.of(torch.randn(400, 300), None, 64).fast
-    assert not Multiplier.of(torch.randn(4, 3), None, 64).fast
-    assert not Multiplier.of(torch.randn(400, 300).double(), None, 64).fast
-
-
-@both_kernels
-def test_autocast_decides_by_itself():
-    left, weight = torch.randn(300, 400), torch.randn(500, 400)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert Multiplier.of(weight, None, 300)(left).dtype == torch.bfloat16
+    assert Multiplier.of(torch.randn(1, 400, 300), None, 64).laid_out
+    assert not Multiplier.of(torch.randn(1, 4, 3), None, 64).laid_out
+    assert not Multiplier.of(torch.randn(1, 400, 300).double(), None, 64).laid_out
