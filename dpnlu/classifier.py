@@ -35,6 +35,8 @@ class Architecture:
     freeze_encoder: bool = False
 
     def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"Expected dropout in [0, 1), got {self.dropout}.")
         is_named_encoder = self.name.startswith(_ENCODER) and self.encoder_name.strip()
         if self.name != LSTM and not is_named_encoder:
             raise ValueError(

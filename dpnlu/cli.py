@@ -61,6 +61,7 @@ def _compare(options: argparse.Namespace) -> None:
         delta=options.delta,
         epochs=options.epochs,
         batch_size=options.batch_size,
+        dropout=options.dropout,
         max_grad_norm=options.max_grad_norm,
         attacks=tuple(options.attacks),
         canaries=tuple(options.canaries),
@@ -89,6 +90,7 @@ def _train(options: argparse.Namespace) -> None:
         epochs=options.epochs,
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
+        dropout=options.dropout,
         max_grad_norm=options.max_grad_norm,
         vocabulary=options.vocabulary,
         labels=options.labels,
@@ -159,6 +161,7 @@ def _add_training(parser: argparse.ArgumentParser, *, run: Any) -> None:
     parser.add_argument("--delta", type=float, default=1e-5)
     parser.add_argument("--epochs", type=float)
     parser.add_argument("--batch-size", type=int, help="expected batch size of private training")
+    parser.add_argument("--dropout", type=float)
     parser.add_argument("--max-grad-norm", type=float, default=1.0)
     _add_common(parser, run=run)
 

@@ -13,20 +13,22 @@ DELTA = 1e-5
 MAX_GRAD_NORM = 1.0
 
 
-def architecture(name: str, *, private: bool) -> Architecture:
+def architecture(name: str, *, private: bool, dropout: float | None = None) -> Architecture:
     """The shape of the named classifier.
 
     Private training has noise enough without dropout, and leaves a pretrained encoder as it is: the
     noise grows with the number of trained weights, and at these budgets the heads alone do better.
 
+    Args:
+        dropout: None: as recommended.
+
     Raises:
-        ValueError: the name is neither "lstm" nor "encoder:NAME_OR_PATH".
+        ValueError: the name is neither "lstm" nor "encoder:NAME_OR_PATH", or dropout is not in
+            [0, 1).
     """
-    if name == LSTM:
-        return Architecture(name=name, dropout=0.0 if private else 0.5)
-    if private:
-        return Architecture(name=name, freeze_encoder=True)
-    return Architecture(name=name, dropout=0.1)
+    if dropout is None:
+        dropout = 0.0 if private else 0.5 if name == LSTM else 0.1
+    return Architecture(name=name, dropout=dropout, freeze_encoder=private and name != LSTM)
 
 
 def recipe(name: str, *, private: bool, epochs: float | None, batch_size: int | None) -> Recipe:

@@ -43,7 +43,7 @@ class ReleaseSettings:
         data: SPEC of the corpus.
         model: "lstm" or "encoder:NAME_OR_PATH".
         epsilon: infinity: ordinary training.
-        epochs, batch_size, learning_rate: None: as recommended for the model.
+        epochs, batch_size, learning_rate, dropout: None: as recommended for the model.
         vocabulary: "hashed", "fitted" (from the training texts: not covered by ε), or the path of
             a public word list.
         labels: path of a JSON file {"intents": [...], "slots": [...]} that declares the label sets;
@@ -58,6 +58,7 @@ class ReleaseSettings:
     epochs: float | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
+    dropout: float | None = None
     max_grad_norm: float = defaults.MAX_GRAD_NORM
     vocabulary: str = "hashed"
     labels: str | None = None
@@ -147,7 +148,9 @@ def _experiment(settings: ReleaseSettings, corpus: Corpus) -> Experiment:
     if settings.learning_rate is not None:
         recipe = replace(recipe, learning_rate=settings.learning_rate)
     return Experiment(
-        architecture=defaults.architecture(settings.model, private=private),
+        architecture=defaults.architecture(
+            settings.model, private=private, dropout=settings.dropout
+        ),
         recipe=recipe,
         labels=Labels(corpus.intents, corpus.tags),
         vocabulary=_vocabulary(settings.vocabulary, corpus),

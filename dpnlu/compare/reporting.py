@@ -91,7 +91,11 @@ def _data(prepared: Prepared) -> dict[str, Any]:
 
 def _study(prepared: Prepared) -> dict[str, Any]:
     settings = prepared.settings
-    recipes = {budget.name: vars(budget.experiment.recipe) for budget in prepared.budgets}
+    recipes = {
+        budget.name: vars(budget.experiment.recipe)
+        | {"dropout": budget.experiment.architecture.dropout}
+        for budget in prepared.budgets
+    }
     return {
         "model": settings.model,
         "references": settings.references,

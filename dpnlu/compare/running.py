@@ -46,7 +46,8 @@ class Settings:
         data: SPEC of the corpus.
         model: "lstm" or "encoder:NAME_OR_PATH".
         epsilons: budgets; infinity is ordinary training.
-        epochs, batch_size: None: as recommended for the model.
+        epochs, batch_size, dropout: None: as recommended for the model; dropout differs between
+            ordinary and private training then.
         attacks: names from `dpnlu.compare.attacking.NAMES`.
         canaries: such as "pin:4:R=100", of different patterns.
         references: number of reference models per budget.
@@ -60,6 +61,7 @@ class Settings:
     delta: float = defaults.DELTA
     epochs: float | None = None
     batch_size: int | None = None
+    dropout: float | None = None
     max_grad_norm: float = defaults.MAX_GRAD_NORM
     attacks: tuple[str, ...] = DEFAULT
     canaries: tuple[str, ...] = ()
@@ -89,7 +91,7 @@ class Settings:
                 f"Expected canaries of different patterns, got {', '.join(self.canaries)}: two of "
                 "one pattern would be confused; run them in studies of their own."
             )
-        defaults.architecture(self.model, private=False)
+        defaults.architecture(self.model, private=False, dropout=self.dropout)
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,9 @@ def _budget(settings: Settings, corpus: Corpus, study: Study, epsilon: float) ->
         target_epsilon=epsilon if private else None,
         study=study,
         experiment=Experiment(
-            architecture=defaults.architecture(settings.model, private=private),
+            architecture=defaults.architecture(
+                settings.model, private=private, dropout=settings.dropout
+            ),
             recipe=recipe,
             labels=study.labels(corpus),
             vocabulary=HashedVocabulary(),

@@ -214,6 +214,7 @@ BAD_OPTIONS = {
     "unknown engine": (["--epsilon", "1", "--batch-size", "4", "--engine", "warp"], "book_keeping"),
     "no such labels": (["--labels", "/nowhere"], "/nowhere"),
     "no such words": (["--vocabulary", "/nowhere"], "/nowhere"),
+    "dropout 1": (["--dropout", "1"], "dropout in [0, 1)"),
     "unknown option": (["--speed", "9"], "--speed"),
 }
 

@@ -259,3 +259,24 @@ def test_a_large_network_in_single_precision(per_example_gradients):
     for parameter, rows in zip(model.parameters(), expected, strict=True):
         dense = sum(use.dense() for use in found[parameter])
         torch.testing.assert_close(dense, rows, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_autocast_inputs_are_computed_with_in_the_weights_precision(
+    per_example_gradients, bidirectional
+):
+    torch.set_default_dtype(torch.float32)
+    network = nn.LSTM(4, 6, batch_first=True, bidirectional=bidirectional)
+    model = nn.Sequential(nn.Linear(5, 4), network)
+    inputs = torch.randn(3, 7, 5)
+    plain = model[1](model[0](inputs))[0]
+    expected = per_example_gradients(plain.square().sum((1, 2)), list(model.parameters()))
+    tape = Tape(model, OPERATIONS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model(inputs)[0]
+        assert outputs.dtype == torch.bfloat16
+        found = tape.trace.gradients(outputs.float().square().sum((1, 2)))
+    tape.close()
+    for parameter, rows in zip(model.parameters(), expected, strict=True):
+        dense = sum(use.dense() for use in found[parameter])
+        assert float((dense - rows).norm()) < 0.03 * float(rows.norm())
