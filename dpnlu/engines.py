@@ -348,14 +348,35 @@ class Opacus:
         if not len(losses):
             return Clipped(losses.new_zeros(0), 0)
         losses.sum().backward()  # type: ignore[no-untyped-call]
-        parts: dict[nn.Parameter, Sequence[Gradients]] = {}
         for parameter in into:
             parameter.grad = None  # Opacus' gradients lie beside it
+        self._check_forward_passes(list(into))
+        parts: dict[nn.Parameter, Sequence[Gradients]] = {}
+        for parameter in into:
             found: Any = getattr(parameter, "grad_sample", None)
             if found is not None:
                 parts[parameter] = [Dense(found)]
         self._hooks.set_grad_sample_to_none()
         return _add_clipped(parts, losses, self._plan, into=into, scale=scale)
+
+    def _check_forward_passes(self, parameters: list[nn.Parameter]) -> None:
+        """Opacus counts forward passes, and delivers nothing while one has had no backward pass.
+
+        Raises:
+            RuntimeError: there is such a one.
+        """
+        counted: list[Any] = [p for p in parameters if getattr(p, "_forward_counter", 0)]
+        if not counted:
+            return
+        for parameter in counted:
+            parameter._forward_counter = 0
+            vars(parameter).pop("_current_grad_sample", None)
+        for module in self._model.modules():
+            vars(module).pop("activations", None)
+        raise RuntimeError(
+            "Expected every forward pass to end in these losses, but Opacus has seen one more: run "
+            "the model under torch.no_grad() for anything but training."
+        )
 
     def weights_changed(self) -> None:
         pass

@@ -788,6 +788,24 @@ def test_compiled_models_are_refused_where_operations_must_be_seen(make, in_plac
     torch.testing.assert_close(_flat(model.parameters()), _flat(expected.parameters()))
 
 
+@pytest.mark.usefixtures("unsampled")
+@pytest.mark.parametrize("engine", PER_EXAMPLE)
+def test_a_forward_pass_beside_training_changes_nothing_or_is_refused(make, engine):
+    """Opacus would release zeros from then on."""
+    inputs = torch.randn(4, 3)
+    (model, private), (other, plain) = (make(noise_multiplier=0.0, engine=engine) for _ in "12")
+    other.load_state_dict(model.state_dict())
+    losses = losses_of(model, inputs)
+    model(inputs)
+    if engine == "opacus":
+        with pytest.raises(RuntimeError, match=r"under torch\.no_grad"):
+            private.step(losses)
+        losses = losses_of(model, inputs)
+    private.step(losses)
+    plain.step(losses_of(other, inputs))
+    torch.testing.assert_close(_flat(model.parameters()), _flat(other.parameters()))
+
+
 def test_a_refusal_leaves_nothing_behind(make, tmp_path):
     """No ledger file that would have to be resumed, no hooks."""
     model, path = Small(), tmp_path / "ledger.jsonl"

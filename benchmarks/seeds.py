@@ -1,0 +1,119 @@
+"""Accuracy of a default recipe over several seeds: of weights, order, sampling and noise.
+
+    python benchmarks/seeds.py --data snips:DIR --model lstm --epsilon 8 --out benchmarks/results
+
+The whole training split is used, without repeated texts. What a seed gave is kept in the JSON
+file, and not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import platform
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+from dpnlu import defaults
+from dpnlu.benchmark.command import processor
+from dpnlu.data import HashedVocabulary, drop_repeated, load_corpus
+from dpnlu.encoding import Labels
+from dpnlu.experiment import Experiment, measure, new_classifier, train
+from dpnlu.fitting import ComputeConfig
+from dpnlu.plan import PrivacyPlan
+
+KEPT = ("intent_accuracy", "slot_f1")
+
+
+def accuracy(data: str, model: str, epsilon: float, seed: int) -> dict[str, float]:
+    """Train once and measure on the test split. Noise comes from the seed: not for release."""
+    corpus, _ = drop_repeated(load_corpus(data, seed=0))
+    examples, private = corpus.split("train"), math.isfinite(epsilon)
+    recipe = defaults.recipe(model, private=private, epochs=None, batch_size=None)
+    experiment = Experiment(
+        architecture=defaults.architecture(model, private=private),
+        recipe=recipe,
+        labels=Labels(tuple(sorted(corpus.intents)), tuple(sorted(corpus.tags))),
+        vocabulary=HashedVocabulary(),
+        compute=ComputeConfig(),
+    )
+    plan = None
+    if private:
+        plan = PrivacyPlan.calibrate(
+            target_epsilon=epsilon,
+            target_delta=defaults.DELTA,
+            num_examples=len(examples),
+            expected_batch_size=recipe.batch_size,
+            epochs=recipe.epochs,
+            max_grad_norm=defaults.MAX_GRAD_NORM,
+        )
+    classifier = new_classifier(experiment, seed=seed)
+    train(
+        classifier,
+        examples,
+        recipe=recipe,
+        compute=experiment.compute,
+        plan=plan,
+        seed=seed,
+        repeatable_noise=True,
+    )
+    found = measure(classifier, corpus.split("test")).to_dict()
+    return {name: found[name] for name in KEPT if name in found}
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """A line per seed, and the means with their standard errors."""
+    names = [name for name in KEPT if all(name in row for row in rows.values())]
+    lines = [f"| seed | {' | '.join(names)} |", "| --- |" + " ---: |" * len(names)]
+    for seed, row in rows.items():
+        lines.append(f"| {seed} | " + " | ".join(f"{row[name]:.4f}" for name in names) + " |")
+    if len(rows) > 1:
+        means = []
+        for name in names:
+            values = [row[name] for row in rows.values()]
+            error = statistics.stdev(values) / len(values) ** 0.5
+            means.append(f"{statistics.mean(values):.4f} ± {error:.4f}")
+        lines.append(f"| mean | {' | '.join(means)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--model", default="lstm")
+    parser.add_argument("--epsilon", type=float, required=True)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    what = "encoder" if options.model.startswith("encoder:") else options.model
+    name = f"{datetime.date.today()}-seeds-{what}-eps-{options.epsilon:g}"
+    path = options.out / f"{name}.json"
+    content = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    for seed in map(str, range(options.seeds)):
+        if seed not in content["rows"]:
+            content["rows"][seed] = accuracy(
+                options.data, options.model, options.epsilon, int(seed)
+            )
+        content |= {
+            "command": " ".join(["python", *sys.argv]),
+            "machine": {
+                "processor": processor(),
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+            },
+        }
+        path.write_text(json.dumps(content, indent=1) + "\n")
+        print(seed, content["rows"][seed], flush=True)
+    facts = ", ".join(f"{fact} {value}" for fact, value in content["machine"].items())
+    title = f"{what} at ε = {options.epsilon:g}, several seeds"
+    parts = [f"# {title}", f"`{content['command']}`", facts, table(content["rows"])]
+    path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+
+
+if __name__ == "__main__":
+    main()
