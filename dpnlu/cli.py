@@ -161,7 +161,7 @@ def _add_training(parser: argparse.ArgumentParser, *, run: Any) -> None:
     parser.add_argument("--delta", type=float, default=1e-5)
     parser.add_argument("--epochs", type=float)
     parser.add_argument("--batch-size", type=int, help="expected batch size of private training")
-    parser.add_argument("--dropout", type=float)
+    parser.add_argument("--dropout", type=float, help="in [0, 1), instead of the recipe's")
     parser.add_argument("--max-grad-norm", type=float, default=1.0)
     _add_common(parser, run=run)
 

@@ -373,6 +373,7 @@ class Opacus:
             vars(parameter).pop("_current_grad_sample", None)
         for module in self._model.modules():
             vars(module).pop("activations", None)
+        self._hooks.set_grad_sample_to_none()  # of parameters that the other pass did not use
         raise RuntimeError(
             "Expected every forward pass to end in these losses, but Opacus has seen one more: run "
             "the model under torch.no_grad() for anything but training."
