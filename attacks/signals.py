@@ -42,11 +42,13 @@ class Signals:
     Attributes:
         loss: -log p of the true intent, plus the mean over the words of -log p of the true tag.
         intent_margin: log p_y - log Σ_{c≠y} p_c of the intent, LiRA's scaled confidence.
-        slot_margin: mean of the same over the words; absent without slots.
+        slot_loss: the tags' part of the loss; absent without slots, as is `slot_margin`.
+        slot_margin: mean over the words of what `intent_margin` is for the intent.
     """
 
     loss: Floats
     intent_margin: Floats
+    slot_loss: Floats | None = None
     slot_margin: Floats | None = None
 
     @property
@@ -94,7 +96,8 @@ def _signals(predictions: Predictions) -> dict[str, Floats]:
     slot_loss, slot_margin = (
         (torch.where(known, values, 0.0).sum(1) / words).numpy(force=True) for values in by_word
     )
-    return found | {"loss": found["loss"] + slot_loss, "slot_margin": slot_margin}
+    loss = found["loss"] + slot_loss
+    return found | {"loss": loss, "slot_loss": slot_loss, "slot_margin": slot_margin}
 
 
 def _loss_and_margin(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

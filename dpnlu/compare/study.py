@@ -124,7 +124,12 @@ def read_signals(classifier: Classifier, examples: Sequence[Example]) -> Signals
 
 
 def read_canary_losses(classifier: Classifier, canary: CanarySpec) -> NDArray[np.float64]:
-    """The classifier's loss on the canary with every possible secret, in lexicographic order."""
+    """The classifier's loss on the canary with every possible secret, in lexicographic order.
+
+    Where the secret is a slot, it is the loss of the tags alone (Parikh et al., 2022): the carrier
+    phrase has settled the intent before a secret is read, so that its loss says little of the
+    secret and blurs the ranking.
+    """
     with_slots = bool(classifier.encoding.labels.tags)
     losses = []
     for some in np.array_split(all_secrets(canary.length), max(1, 10**canary.length // 2000)):
@@ -132,7 +137,9 @@ def read_canary_losses(classifier: Classifier, canary: CanarySpec) -> NDArray[np
             canary_example(canary, secret, name="candidate", with_slots=with_slots)
             for secret in some
         ]
-        losses.append(read_signals(classifier, examples).loss)
+        signals = read_signals(classifier, examples)
+        by_tags = signals.slot_loss if canary.pattern.slot is not None else None
+        losses.append(signals.loss if by_tags is None else by_tags)
     return np.concatenate(losses)
 
 

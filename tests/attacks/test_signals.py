@@ -36,8 +36,9 @@ def test_loss_and_margins_are_those_of_the_probabilities(predictions):
         ]
         slots = np.mean([float(torch.log(q[t] / (1 - q[t]))) for q, t in words])
         assert found.slot_margin[example] == pytest.approx(slots, rel=1e-9)
-        loss = -torch.log(true) - np.mean([float(torch.log(q[t])) for q, t in words])
-        assert found.loss[example] == pytest.approx(float(loss), rel=1e-9)
+        of_tags = -np.mean([float(torch.log(q[t])) for q, t in words])
+        assert found.slot_loss[example] == pytest.approx(of_tags, rel=1e-9)
+        assert found.loss[example] == pytest.approx(float(of_tags - torch.log(true)), rel=1e-9)
 
 
 def test_confidence_beyond_float32_is_kept():
@@ -68,7 +69,7 @@ def test_batches_are_put_together_in_order(predictions):
         np.testing.assert_array_equal(_read(*halves).to_arrays()[name], values)
 
 
-def test_a_model_without_slots_has_no_slot_margin():
+def test_a_model_without_slots_has_no_signals_of_slots():
     found = _read(Predictions(torch.randn(4, 3), torch.zeros(4, dtype=torch.long)))
     assert set(found.to_arrays()) == {"loss", "intent_margin"} and found.margins.shape == (4,)
 

@@ -3,18 +3,21 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from attacks.canaries import parse_canary
+from attacks.canaries import all_secrets, parse_canary
 from attacks.farm import load_arrays
 from attacks.report import validate
+from dpnlu.classifier import Architecture, build
 from dpnlu.cli import main
-from dpnlu.compare.study import Study
-from dpnlu.data import drop_repeated, synthetic_corpus
+from dpnlu.compare.study import Study, canary_example, read_canary_losses, read_signals
+from dpnlu.data import HashedVocabulary, drop_repeated, synthetic_corpus
+from dpnlu.encoding import Labels
 
 # With `--dist loadgroup`, one worker makes the study for all.
 pytestmark = pytest.mark.xdist_group("study")
@@ -200,3 +203,18 @@ class TestStudy:
         labels = study.labels(corpus)
         assert "canary" in labels.intents
         assert {"B-canary", "I-canary"} <= set(labels.tags)
+
+
+@pytest.mark.parametrize(("slot", "tags"), [("canary", True), (None, True), ("canary", False)])
+def test_a_secret_is_ranked_by_its_tags_where_it_has_some(slot: str | None, tags: bool) -> None:
+    canary = parse_canary("pin:2:R=1")
+    canary = replace(canary, pattern=canary.pattern.with_labels(intent="canary", slot=slot))
+    labels = Labels(("ask", "canary"), ("B-canary", "I-canary", "O") if tags else ())
+    classifier = build(Architecture(name="lstm"), labels, HashedVocabulary(100))
+    examples = [
+        canary_example(canary, secret, name="one", with_slots=tags) for secret in all_secrets(2)
+    ]
+    signals = read_signals(classifier, examples)
+    expected = signals.slot_loss if slot and tags else signals.loss
+    np.testing.assert_allclose(read_canary_losses(classifier, canary), expected)
+    assert len(np.unique(expected)) == 100
