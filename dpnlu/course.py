@@ -3,7 +3,8 @@
 The place of an example in memory is known by counting: of n·B rows, the first n are the first
 example's. Whether that is so is checked against automatic differentiation. What holds for one batch
 holds for another that took the same course, unless rows were chosen by their values: picked out by
-a mask, sorted, packed. Of these, nothing but a check of the batch itself can tell.
+a mask, sorted, packed. Of these, nothing but a check of the batch itself can tell, except that what
+was packed and is unpacked in the same way has lost no row its place.
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ _CHOOSE_ALONG = frozenset(
     "Gather IndexSelect IndexAdd IndexCopy IndexFill IndexReduce Scatter ScatterAdd ScatterReduce "
     "Sort Topk".split()
 )
-_CHOOSE = frozenset("MaskedSelect MaskedScatter Take Put PackPaddedSequence SegmentReduce".split())
+_CHOOSE = frozenset("MaskedSelect MaskedScatter Take Put SegmentReduce".split())
 _INDEX = frozenset({"Index", "IndexPut"})
+# torch's packing, and ours; see `dpnlu.packing`.
+_PACK_PADDED, _SPREAD = "PackPaddedSequence", "SpreadRows"
+_PACK = frozenset({_PACK_PADDED, "PackRows"})
+_UNPACK = frozenset({"UnpackRows", _SPREAD})
 _OF_A_PARAMETER = "torch::autograd::AccumulateGrad"
 # Nodes that cut or turn dimension 0 at places that a course must agree in, and what holds them.
 _CUT = {
@@ -51,20 +56,20 @@ class Course:
 def course_of(losses: Tensor) -> Course:
     """Follow `losses` (B,) back through the autograd graph."""
     places: dict[Node, int] = {}
-    waiting: list[tuple[Node | None, int]] = [(losses.grad_fn, 0)]
+    waiting: list[tuple[Node | None, int, Node | None]] = [(losses.grad_fn, 0, None)]
     steps: list[str] = []
     chooses_rows = False
     while waiting:
-        node, output = waiting.pop()
+        node, output, user = waiting.pop()
         if node is None:
             continue
+        chooses_rows = chooses_rows or (_chooses_rows(node) and not _keeps_places(node, user))
         if node in places:
             steps.append(f"{output} of {places[node]}")
             continue
         places[node] = len(places)
         steps.append(f"{output} of {_described(node)}")
-        chooses_rows = chooses_rows or _chooses_rows(node)
-        waiting.extend(node.next_functions)
+        waiting.extend((earlier, output, node) for earlier, output in node.next_functions)
     return Course(tuple(steps), chooses_rows)
 
 
@@ -104,7 +109,49 @@ def _chooses_rows(node: Any) -> bool:
         return first is not None and not _is_every_row(first, node)
     if kind == "Embedding":  # of a table that is no parameter, perhaps made from the examples
         return bool(node.next_functions[0][0].name() != _OF_A_PARAMETER)
-    return kind in _CHOOSE
+    return kind in _CHOOSE or kind in _PACK or kind in _UNPACK
+
+
+def _keeps_places(node: Any, user: Any) -> bool:
+    """Whether rows that `node` moved for packing or unpacking are all moved back, on the way from
+    it to `user` or before."""
+    kind = _kind(node)
+    if kind == "IndexSelect":
+        return (user is not None and _kind(user) == _PACK_PADDED) or _restores(node)
+    if kind in _PACK:
+        return user is not None and _kind(user) in _UNPACK
+    if kind in _UNPACK:
+        return _unpacks_what_was_packed(node) and (
+            kind != _SPREAD or node.packing.place is None or _restores(user)
+        )
+    return False
+
+
+def _restores(node: Any) -> bool:
+    """Whether the node puts sequences in packed order, spread out, into the batch's own."""
+    if node is None or _kind(node) != "IndexSelect":
+        return False
+    spread: Any = node.next_functions[0][0]
+    if spread is None or _kind(spread) != _SPREAD:
+        return False
+    if _dimension(node) != (0 if spread.batch_first else 1):
+        return False
+    return bool(spread.packing.is_undone_by(node._saved_index))
+
+
+def _unpacks_what_was_packed(node: Any) -> bool:
+    """Whether the rows come as they were packed, and are taken for the sequences they are."""
+    packed: Any = node.next_functions[0][0]
+    if packed is None or _kind(packed) not in _PACK:
+        return False
+    if _kind(packed) != _PACK_PADDED:
+        return bool(packed.packing.equals(node.packing))
+    if not torch.equal(packed._saved_result1, node.packing.counts):
+        return False
+    sorting: Any = packed.next_functions[0][0]
+    if sorting is None or _kind(sorting) != "IndexSelect":
+        return node.packing.place is None
+    return bool(node.packing.is_order(sorting._saved_index))
 
 
 def _is_every_row(index: Tensor, node: Any) -> bool:

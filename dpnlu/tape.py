@@ -57,6 +57,7 @@ class Operations:
         rules: operations that apply weights to the examples.
         rewrites: computed anew, out of recorded pieces. A rewrite has the operation's signature,
             after the tape as first argument; it may return NotImplemented.
+        rearrangements: likewise, of operations that no weights take part in.
         broadcasting: arguments are aligned by their last dimension, and one whose dimension 0 is
             missing or of size 1 may as well be expanded to that of the others.
         row_wise: keep the entries of dimension 0 apart, if all arguments have one.
@@ -65,6 +66,7 @@ class Operations:
 
     rules: Mapping[Any, Rule]
     rewrites: Mapping[Any, Callable[..., Any]]
+    rearrangements: Mapping[Any, Callable[..., Any]]
     broadcasting: frozenset[Any]
     row_wise: frozenset[Any]
     fallback: Callable[..., Finish]
@@ -221,7 +223,10 @@ class Tape(TorchFunctionMode):
             with _naming_refusals(self._module):
                 output = self._apply_learned(func, args, kwargs, batched, learned)
         else:
-            output = func(*args, **kwargs)
+            rearrange = self._operations.rearrangements.get(func)
+            output = NotImplemented if rearrange is None else rearrange(self, *args, **kwargs)
+            if output is NotImplemented:
+                output = func(*args, **kwargs)
         self._data |= {id(t): t for t in _tensors(output) if not t.requires_grad}
         return output
 

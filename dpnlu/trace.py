@@ -77,12 +77,14 @@ class Trace:
         meetings: where tensors free of the batch, parameters or made from them, met it.
         lookups: table lookups free of the batch, by the id of their output.
         in_free: parameters that entered computations free of the batch, by id.
+        chooses_rows: rows were chosen by their values where the autograd graph does not show it.
     """
 
     records: list[Record] = field(default_factory=list)
     meetings: list[Meeting] = field(default_factory=list)
     lookups: dict[int, Lookup] = field(default_factory=dict)
     in_free: dict[int, Tensor] = field(default_factory=dict)
+    chooses_rows: bool = False
 
     def course(self, losses: Tensor) -> Course:
         """The course that led to `losses` (B,), and how the tape understood it: which operation
@@ -94,7 +96,11 @@ class Trace:
         )
         meetings = (meeting.per_example.__qualname__ for meeting in self.meetings)
         understood = (*records, *meetings, f"{len(self.lookups)} lookups")
-        return replace(graph, steps=graph.steps + understood)
+        return replace(
+            graph,
+            steps=graph.steps + understood,
+            chooses_rows=graph.chooses_rows or self.chooses_rows,
+        )
 
     def gradients(
         self, losses: Tensor, *, retain_graph: bool = False

@@ -73,6 +73,7 @@ OPERATIONS = Operations(
         **matmul.REWRITES,
         **indexing.REWRITES,
     },
+    rearrangements=recurrent.REARRANGEMENTS,
     broadcasting=_BROADCASTING,
     row_wise=_ROW_WISE,
     fallback=vectorized,

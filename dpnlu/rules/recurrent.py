@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from dpnlu.packing import Packing, PackRows, SpreadRows, UnpackRows
 from dpnlu.rules.linear import linear
 from dpnlu.rules.lstm import Turn, lstm_layer
 from dpnlu.tape import Tape
@@ -30,47 +31,6 @@ Weights = tuple[Tensor, ...]
 Layer = Callable[[Tape, Tensor, States, Sequence[Weights], Turn], States]
 # (tape, the input's share of a step (B, G), states, weights) -> the states after it.
 Cell = Callable[[Tape, Tensor, States, Weights], States]
-
-
-@dataclass(frozen=True)
-class _Packing:
-    """How sequences of unequal lengths are packed into rows: step by step, longest first.
-
-    Attributes:
-        present: (T, B) whether a sequence has that step; sequences in packed order.
-        place: (B,) each sequence's place in packed order; None: that order is the batch's own.
-    """
-
-    present: Tensor
-    place: Tensor | None
-
-    def unpack(self, rows: Tensor) -> Tensor:
-        """(rows, …) -> (T, B, …) in the batch's own order, zero where a sequence is over."""
-        padded = rows.new_zeros(*self.present.shape, *rows.shape[1:])
-        return self.unsorted(padded.index_put(self.present.nonzero(as_tuple=True), rows))
-
-    def pack(self, padded: Tensor) -> Tensor:
-        """The inverse of `unpack`."""
-        return self.sorted(padded)[self.present]
-
-    def sorted(self, states: Tensor) -> Tensor:
-        """(·, B, …) from the batch's own order into packed order."""
-        return states if self.place is None else states[:, self.place.argsort()]
-
-    def unsorted(self, states: Tensor) -> Tensor:
-        """(·, B, …) from packed order into the batch's own."""
-        return states if self.place is None else states[:, self.place]
-
-    @property
-    def last(self) -> Tensor:
-        """(B,) last step of each sequence, in the batch's own order."""
-        return self.unsorted(self.present.sum(0, keepdim=True))[0] - 1
-
-    def reversed(self, padded: Tensor) -> Tensor:
-        """Each sequence from its own end; what is past the end stays where it is."""
-        steps = torch.arange(padded.shape[0], device=padded.device)[:, None]
-        source = torch.where(steps <= self.last, self.last - steps, steps)
-        return padded[source, torch.arange(padded.shape[1], device=padded.device)]
 
 
 @dataclass(frozen=True)
@@ -89,7 +49,7 @@ class _Network:
     weights: list[Weights]
     directions: int
     dropout: float
-    packing: _Packing | None
+    packing: Packing | None
     batch_first: bool
 
     @classmethod
@@ -99,7 +59,9 @@ class _Network:
         _, layers, dropout, train, bidirectional, *rest = args[4:] if packed else args[3:]
         packing = _packing(tape, args[1]) if packed else None
         if packing is not None:
-            inputs, hx = packing.unpack(args[0]), _given_state(tape, hx)
+            tape.trace.chooses_rows |= not args[0].requires_grad  # no graph tells how it was packed
+            inputs = UnpackRows.apply(args[0], packing)  # type: ignore[no-untyped-call]
+            hx = _given_state(tape, hx)
         else:
             inputs = args[0].transpose(0, 1) if rest[0] else args[0]
         states = _entered(tape, hx if isinstance(hx, tuple) else (hx,))
@@ -137,21 +99,32 @@ class _Network:
             return tuple(state[0] for state in of_one)
         if self.packing is None:
             return tuple(state[-1] for state in of_one)
-        column = torch.arange(of_one[0].shape[1], device=of_one[0].device)
-        return tuple(state[self.packing.last, column] for state in of_one)
+        return tuple(self.packing.at_end(state) for state in of_one)
 
     def _returned(self, outputs: Tensor, last: list[Tensor]) -> tuple[Tensor, ...]:
         if self.packing is not None:
-            return self.packing.pack(outputs), *map(self.packing.sorted, last)
+            rows = PackRows.apply(outputs, self.packing)  # type: ignore[no-untyped-call]
+            return rows, *map(self.packing.sorted, last)
         return (outputs.transpose(0, 1) if self.batch_first else outputs), *last
 
 
-def _packing(tape: Tape, batch_sizes: Tensor) -> _Packing:
+def _packing(tape: Tape, counts: Tensor) -> Packing:
     """From torch's count of sequences at each step; their order is in the module's input."""
     sequence = next((arg for arg in tape.module_inputs if isinstance(arg, PackedSequence)), None)
-    place = None if sequence is None else sequence.unsorted_indices
-    counts = batch_sizes.to(place.device if place is not None else "cpu")
-    return _Packing(torch.arange(int(counts[0]), device=counts.device) < counts[:, None], place)
+    return Packing(counts, None if sequence is None else sequence.unsorted_indices)
+
+
+def _pad_packed(
+    tape: Tape, rows: Tensor, counts: Tensor, batch_first: bool, fill: float, steps: int
+) -> Any:
+    """What a network packed, padded again; the caller puts the sequences into the batch's order."""
+    packing = getattr(rows.grad_fn, "packing", None)
+    if not isinstance(packing, Packing) or not torch.equal(packing.counts, counts):
+        return NotImplemented
+    padded = SpreadRows.apply(  # type: ignore[no-untyped-call]
+        rows, packing, batch_first, fill, steps
+    )
+    return padded, packing.present.sum(0).cpu()
 
 
 def _given_state(tape: Tape, packed: Any) -> Any:
@@ -159,8 +132,10 @@ def _given_state(tape: Tape, packed: Any) -> Any:
 
     Without one the module starts from zeros, whose order does not matter.
     """
-    _, *rest = tape.module_inputs
-    return next((state for state in rest if state is not None), packed)
+    given = [value for value in tape.module_inputs if value is not None]
+    states = [value for value in given if not isinstance(value, PackedSequence)]
+    by_module = len(states) < len(given)  # and not by hand, in a module of another kind
+    return states[0] if states and by_module else packed
 
 
 def _entered(tape: Tape, states: States) -> States:
@@ -289,3 +264,5 @@ REWRITES = {
     torch.rnn_tanh: _rnn_tanh,
     torch.rnn_relu: _rnn_relu,
 }
+
+REARRANGEMENTS = {torch._pad_packed_sequence: _pad_packed}

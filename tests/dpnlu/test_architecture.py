@@ -20,6 +20,7 @@ ORDER = (
     "noise",
     "products",
     "gradients",
+    "packing",
     "course",
     "trace",
     "tape",
