@@ -12,11 +12,11 @@ factors 2 and -1 put into the weights, a step forward is
 
     s = σ(W [x, -h] + b)        C ← f C + 4 i s_g - 2 i        -h = o - 2 o σ(C)
 
-where s holds the gates i, f, o and s_g of g = 2 s_g - 1. Going back needs five factors, which are
-computed for all steps at once (c' is the cell state before),
+where s holds the gates i, f, o and s_g of g = 2 s_g - 1. Going back, with dC = dc / 2, needs five
+factors, which are computed for all steps at once (C' is the cell state before),
 
-    δ_i = dc · g i(1 - i)    δ_f = dc · c' f(1 - f)    δ_g = dc · i(1 - g²)
-    δ_o = dh · tanh(c) o(1 - o)    dc += dh · o(1 - tanh²(c))
+    δ_i = dC · 2 g i(1 - i)    δ_f = dC · C' f(1 - f)    δ_g = dC · 8 i s_g(1 - s_g)
+    δ_o = dh · tanh(c) o(1 - o)    dC += dh/2 · o(1 - tanh²(c))
 
 so that a step back is a product and five small operations.
 
@@ -80,9 +80,9 @@ def lstm_layer(
             for weight, left in zip(of_one, (read, before[place]), strict=False):
                 if weight.requires_grad:
                     yield weight, OuterProducts(by_example(left.transpose(0, 1), batch), right)
-            for bias in of_one[2:]:
-                if bias.requires_grad:
-                    yield bias, Dense(right.sum(1))
+            if any(bias.requires_grad for bias in of_one[2:]):
+                sums = Dense(right.sum(1))
+                yield from ((bias, sums) for bias in of_one[2:] if bias.requires_grad)
 
     tape.record(tap, finish, rows=batch)
     return hidden, cells
@@ -151,8 +151,7 @@ class _Layer(torch.autograd.Function):
         doubled, squashed, gates = _scan(prepared.ahead, slots, 2 * cell.to(slots.dtype))
         states = slots[..., size:].neg()
         before, after = states[:, :-1], states[:, 1:]
-        earlier = torch.cat((2 * cell[:, None], doubled[:, :-1]), dim=1).div_(2)
-        factors = _factors(gates, earlier, after, squashed)
+        factors = _factors(gates, doubled[:, :-1], after, squashed)
         ctx.turn, ctx.prepared, ctx.kind = turn, prepared, inputs.dtype
         ctx.edges = [
             get_gradient_edge(tensor) if tensor.requires_grad else None
@@ -161,7 +160,7 @@ class _Layer(torch.autograd.Function):
         ctx.save_for_backward(inputs, before, *factors)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(before)
-        outputs, cells = (_joined(values, turn) for values in (after, doubled / 2))
+        outputs, cells = (_joined(values, turn) for values in (after, doubled[:, 1:] / 2))
         return outputs.to(inputs.dtype), cells.to(inputs.dtype), before
 
     @staticmethod
@@ -194,38 +193,42 @@ class _Layer(torch.autograd.Function):
 
 
 def _scan(multiply: Multiplier, slots: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Run over time. Slot t holds [x, -h] of step t, with only the first -h there yet; each step
-    leaves its -h in the next slot.
+    """Run over time from the cell state C = `cell`. Slot t holds [x, -h] of step t, with only the
+    first -h there yet; each step leaves its -h in the next slot.
 
     Returns:
-        C and σ(C) (D, T, B, H), gates (D, T, B, 4H) with s_g in place of g.
+        C before the first and after every step (D, T + 1, B, H), σ(C) after every step
+        (D, T, B, H), gates (D, T, B, 4H) with s_g in place of g.
     """
     units = cell.shape[2]
     entering, leaving = slots[:, :-1], slots[:, 1:, :, -units:]
     gates = slots.new_empty(*entering.shape[:3], 4 * units)
-    cells, squashed = (torch.empty_like(leaving) for _ in range(2))
-    views = (entering, gates, *gates.chunk(4, dim=3), cells, squashed, leaving)
-    for x_h, gate, i, f, s_g, o, new_cell, s_c, minus_h in _steps(views):
+    cells = slots.new_empty(*slots.shape[:3], units)
+    cells[:, 0] = cell
+    squashed = torch.empty_like(leaving)
+    before, after = cells[:, :-1], cells[:, 1:]
+    views = (entering, gates, *gates.chunk(4, dim=3), before, after, squashed, leaving)
+    for x_h, gate, i, f, s_g, o, old, new, s_c, minus_h in _steps(views):
         torch.sigmoid_(multiply(x_h, out=gate))
-        torch.mul(f, cell, out=new_cell).addcmul_(i, s_g, value=4).sub_(i, alpha=2)
-        cell = new_cell
-        torch.addcmul(o, o, torch.sigmoid(cell, out=s_c), value=-2, out=minus_h)
+        torch.mul(f, old, out=new).addcmul_(i, s_g, value=4).sub_(i, alpha=2)
+        torch.addcmul(o, o, torch.sigmoid(new, out=s_c), value=-2, out=minus_h)
     return cells, squashed, gates
 
 
 def _factors(
     gates: Tensor, earlier: Tensor, outputs: Tensor, squashed: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The factors of δ, in the memory of the gates; of dh in dc; of dc a step earlier."""
+    """The factors of δ, in the memory of the gates; of dh/2 in dC; of dC a step earlier."""
     i, f, s_g, o = gates.chunk(4, dim=3)
     kept = f.clone()
     # o(1 - tanh²(c)) = o - h tanh(c) = o - h(2σ(C) - 1)
     through = (o + outputs).addcmul_(outputs, squashed, value=-2)
     torch.addcmul(outputs, outputs, o, value=-1, out=o)  # tanh(c) o(1 - o) = h - h o
-    g = s_g.mul(2).sub_(1)
-    torch.addcmul(i, i, g.square(), value=-1, out=s_g)  # i(1 - g²)
-    torch.ops.aten.sigmoid_backward.grad_input(g, i, grad_input=i)  # g i(1 - i)
-    torch.ops.aten.sigmoid_backward.grad_input(earlier, f, grad_input=f)  # c' f(1 - f)
+    g = s_g.mul(4).sub_(2)
+    by_logistic = torch.ops.aten.sigmoid_backward.grad_input  # (x, s) -> x s(1 - s)
+    by_logistic(i, s_g, grad_input=s_g).mul_(8)
+    by_logistic(g, i, grad_input=i)
+    by_logistic(earlier, f, grad_input=f)
     return gates, through, kept
 
 
@@ -253,7 +256,7 @@ def _scan_back(
         delta,
         found,
     )
-    dc = torch.zeros_like(kept[:, 0])
+    dc = torch.zeros_like(kept[:, 0])  # dC
     onward: Tensor | None = None
     for dh, d_cell, into_c, out_of_c, k_ifg, k_o, d_ifg, d_o, d_gates, back in reversed(
         _steps(views)
@@ -261,13 +264,13 @@ def _scan_back(
         if onward is not None:
             dh = dh + onward[..., -units:]
         if d_cells is not None:
-            dc += d_cell
-        dc.addcmul_(dh, into_c)
+            dc.add_(d_cell, alpha=0.5)
+        dc.addcmul_(dh, into_c, value=0.5)
         torch.mul(k_ifg, dc[:, :, None], out=d_ifg)
         torch.mul(k_o, dh, out=d_o)
         dc.mul_(out_of_c)
         onward = multiply(d_gates, out=back)
-    return delta, found, dc
+    return delta, found, dc.mul_(2)
 
 
 def _joined(states: Tensor, turn: Turn) -> Tensor:
