@@ -45,11 +45,20 @@ class Clipped:
 
     Attributes:
         norms: (U,) gradient norms before clipping.
-        non_finite: how many units were left out for not being finite.
+        finite: (U,) bool; units that are not were left out.
     """
 
     norms: Tensor
-    non_finite: int
+    finite: Tensor
+
+    @property
+    def non_finite(self) -> int:
+        """How many units were left out."""
+        return len(self.finite) - int(self.finite.sum())
+
+    def first(self, count: int) -> Clipped:
+        """The same of the first units alone."""
+        return Clipped(self.norms[:count], self.finite[:count])
 
 
 class Engine(Protocol):
@@ -206,7 +215,7 @@ class PerExample:
     ) -> Clipped:
         parameters = list(into)
         rule = CLIPPING_RULES[self._plan.clipping]
-        norms, non_finite = [], 0
+        norms, finite = [], []
         for loss in losses:
             gradients = _gradient(loss, parameters, keep_graph=True)
             norm = _norm(gradients)
@@ -216,13 +225,13 @@ class PerExample:
                     "Expected finite gradients: engine 'per_example' cannot tell an infinite one "
                     "from those it spreads to; use engine='book_keeping', or one example at a time."
                 )
-            if not bool(torch.isfinite(norm) & torch.isfinite(loss)):
-                non_finite += 1
+            finite.append(torch.isfinite(norm) & torch.isfinite(loss))
+            if not bool(finite[-1]):
                 continue
             coefficient = rule(norm[None], self._plan.max_grad_norm)[0] * scale
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 into[parameter].add_(gradient * coefficient)
-        return Clipped(torch.stack(norms) if norms else losses.new_zeros(0), non_finite)
+        return Clipped(torch.stack(norms), torch.stack(finite)) if norms else _nothing(losses)
 
     def weights_changed(self) -> None:
         pass
@@ -278,10 +287,10 @@ class Microbatch:
         for number in torch.unique(group):
             self._extend_unit(losses[group == number], list(into), keep_graph=True)
             closed.append(self._close_unit(into, scale))
-        norms = [unit.norms for unit in closed]
+        if not closed:
+            return _nothing(losses)
         return Clipped(
-            torch.cat(norms) if norms else losses.new_zeros(0),
-            sum(unit.non_finite for unit in closed),
+            torch.cat([unit.norms for unit in closed]), torch.cat([unit.finite for unit in closed])
         )
 
     def _extend_unit(
@@ -298,12 +307,13 @@ class Microbatch:
     def _close_unit(self, into: Mapping[nn.Parameter, Tensor], scale: float) -> Clipped:
         unit, self._unit = self._unit, _Unit()
         norm = _norm(unit.sums) / unit.size
-        if not bool(torch.isfinite(norm)):
-            return Clipped(norm[None], 1)
+        clipped = Clipped(norm[None], torch.isfinite(norm)[None])
+        if clipped.non_finite:
+            return clipped
         rule = CLIPPING_RULES[self._plan.clipping]
         coefficient = float(rule(norm[None], self._plan.max_grad_norm)) * scale / unit.size
         torch._foreach_add_(list(into.values()), unit.sums, alpha=coefficient)
-        return Clipped(norm[None], 0)
+        return clipped
 
     def weights_changed(self) -> None:
         pass
@@ -346,7 +356,7 @@ class Opacus:
         closes_unit: bool | None = True,
     ) -> Clipped:
         if not len(losses):
-            return Clipped(losses.new_zeros(0), 0)
+            return _nothing(losses)
         losses.sum().backward()  # type: ignore[no-untyped-call]
         for parameter in into:
             parameter.grad = None  # Opacus' gradients lie beside it
@@ -396,6 +406,11 @@ ENGINES: dict[str, Callable[..., Engine]] = {
 }
 
 
+def _nothing(losses: Tensor) -> Clipped:
+    """Of a batch without examples."""
+    return Clipped(losses.new_zeros(0), losses.new_zeros(0, dtype=torch.bool))
+
+
 def _tolerance(values: Tensor) -> float:
     if any(torch.is_autocast_enabled(device) for device in {"cpu", values.device.type}):
         return _LOW_PRECISION_TOLERANCE
@@ -430,8 +445,8 @@ def _add_clipped(
     norms = _norms(parts, losses)
     finite = torch.isfinite(norms) & torch.isfinite(losses)
     coefficients = CLIPPING_RULES[plan.clipping](norms, plan.max_grad_norm) * scale
-    non_finite = len(losses) - int(finite.sum())
-    if non_finite:
+    clipped = Clipped(norms, finite)
+    if clipped.non_finite:
         coefficients = torch.where(finite, coefficients, 0.0)
         parts = {
             parameter: [use.finite_rows(finite) for use in uses]
@@ -440,7 +455,7 @@ def _add_clipped(
     for parameter, uses in parts.items():
         for use in uses:
             use.add_weighted_sum(coefficients, into[parameter])
-    return Clipped(norms, non_finite)
+    return clipped
 
 
 def _gradient(loss: Tensor, parameters: list[nn.Parameter], *, keep_graph: bool) -> list[Tensor]:

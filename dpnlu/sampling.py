@@ -35,11 +35,13 @@ class PhysicalBatch:
         ids: (b,) ids, b >= 1.
         closes_unit: whether the clipping group is complete with this batch.
         closes_step: whether the logical batch is complete with this batch.
+        fillers: how many ids, the last ones, are there for the size alone, and must not count.
     """
 
     ids: NDArray[np.int64]
     closes_unit: bool
     closes_step: bool
+    fillers: int = 0
 
 
 def logical_batches(plan: PrivacyPlan, *, rng: np.random.Generator) -> Iterator[LogicalBatch]:
@@ -60,8 +62,13 @@ def logical_batches(plan: PrivacyPlan, *, rng: np.random.Generator) -> Iterator[
         yield LogicalBatch(_groups(ids, plan.microbatches, rng))
 
 
-def physical_batches(batch: LogicalBatch, *, size: int) -> list[PhysicalBatch]:
+def physical_batches(
+    batch: LogicalBatch, *, size: int, fixed_size: bool = False
+) -> list[PhysicalBatch]:
     """Cut a logical batch into pieces of at most `size` examples, group by group.
+
+    Args:
+        fixed_size: fill the pieces up to `size` with further copies of their own examples.
 
     Returns:
         The pieces in order; none at all for an empty logical batch.
@@ -73,7 +80,10 @@ def physical_batches(batch: LogicalBatch, *, size: int) -> list[PhysicalBatch]:
         for start in cuts:
             closes_unit = start == cuts[-1]
             closes_step = closes_unit and number == len(groups)
-            pieces.append(PhysicalBatch(unit[start : start + size], closes_unit, closes_step))
+            ids = unit[start : start + size]
+            fillers = size - len(ids) if fixed_size else 0
+            ids = np.resize(ids, len(ids) + fillers)  # repeats them
+            pieces.append(PhysicalBatch(ids, closes_unit, closes_step, fillers))
     return pieces
 
 

@@ -170,6 +170,7 @@ class PrivateTraining:
         *,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         physical_batch_size: int | None = None,
+        fixed_size: bool = False,
         num_workers: int = 0,
     ) -> PrivateLoader:
         """Physical batches of Poisson-sampled logical batches, for all remaining steps.
@@ -181,16 +182,21 @@ class PrivateTraining:
             dataset: indexed from 0 to `plan.num_examples` - 1.
             collate_fn: a list of examples -> a batch, as in torch's `DataLoader`.
             physical_batch_size: how many examples to compute at once; None: a whole logical batch.
+            fixed_size: have exactly that many in every batch, for kernels that are made anew for
+                each shape. What is missing is filled up with further copies of the batch's own
+                examples, of which `step` leaves no trace.
             num_workers: processes that load and collate, as in torch's `DataLoader`.
 
         Raises:
-            ValueError: the data set has another size than the plan says.
+            ValueError: the data set has another size than the plan says, or a fixed size is wanted
+                and not given.
         """
         return PrivateLoader(
             self,
             dataset,
             collate_fn=collate_fn,
             physical_batch_size=physical_batch_size,
+            fixed_size=fixed_size,
             num_workers=num_workers,
         )
 
@@ -217,7 +223,7 @@ class PrivateTraining:
         if batch is None:
             self._check_unsampled()
         sums = self._open() if self._sums is None else self._sums
-        self._add(losses, sums, closes_unit=None if batch is None else batch.closes_unit)
+        self._add(losses, sums, batch)
         if batch is not None and not batch.closes_step:
             return False
         self._release(sums, sampled=batch is not None)
@@ -301,19 +307,35 @@ class PrivateTraining:
         self._units = self._non_finite = 0
         return self._sums
 
-    def _add(self, losses: Tensor, sums: NoisySums, *, closes_unit: bool | None) -> None:
+    def _add(self, losses: Tensor, sums: NoisySums, batch: PhysicalBatch | None) -> None:
         """Add clipped gradients to the sums, once."""
+        closes_unit, fillers = (None, 0) if batch is None else (batch.closes_unit, batch.fillers)
         try:
             clipped = self._engine.add_clipped(
-                losses, into=sums, scale=1 / self.plan.divisor, closes_unit=closes_unit
+                self._without(losses, fillers),
+                into=sums,
+                scale=1 / self.plan.divisor,
+                closes_unit=closes_unit,
             )
         except BaseException:
             self._forget()  # some may be in the sums already: to try again would add them twice
             raise
         self._pending = None
         if clipped is not None:
+            if self.plan.clipping_unit == "example":
+                clipped = clipped.first(len(losses) - fillers)
             self._units += len(clipped.norms)
             self._non_finite += clipped.non_finite
+
+    def _without(self, losses: Tensor, fillers: int) -> Tensor:
+        """The losses with the last ones replaced by constants, whose gradients are zero; or, where
+        they would count in a mean, without them."""
+        if not fillers:
+            return losses
+        kept = len(losses) - fillers
+        if self.plan.clipping_unit == "microbatch":
+            return losses[:kept]
+        return torch.cat((losses[:kept], losses.new_zeros(fillers)))
 
     def _release(self, sums: NoisySums, *, sampled: bool) -> None:
         """Record the release, then let the optimizer act on it."""
@@ -371,6 +393,7 @@ class PrivateLoader:
         *,
         collate_fn: Callable[[list[Any]], Any] | None,
         physical_batch_size: int | None,
+        fixed_size: bool,
         num_workers: int,
     ) -> None:
         size = len(dataset)  # type: ignore[arg-type]
@@ -381,10 +404,15 @@ class PrivateLoader:
             )
         if physical_batch_size is not None and physical_batch_size < 1:
             raise ValueError(f"Expected `physical_batch_size` >= 1, got {physical_batch_size}.")
+        if fixed_size and physical_batch_size is None:
+            raise ValueError(
+                "Expected `physical_batch_size` for batches of a fixed size, got None: say how "
+                "many examples to compute at once."
+            )
         self._private = private
         self._dataset = dataset
         self._collate = collate_fn
-        self._size = physical_batch_size or size
+        self._size, self._fixed = physical_batch_size or size, fixed_size
         self._workers = num_workers
 
     def __len__(self) -> int:
@@ -432,7 +460,7 @@ class PrivateLoader:
         """Ids of the physical batches; what they belong to is noted in `plan`."""
         batches = logical_batches(self._private.plan, rng=self._private.sampling_rng)
         for _ in range(self._private.remaining_steps):
-            pieces = physical_batches(next(batches), size=self._size)
+            pieces = physical_batches(next(batches), size=self._size, fixed_size=self._fixed)
             plan.append(pieces)
             yield from (piece.ids.tolist() for piece in pieces)
 

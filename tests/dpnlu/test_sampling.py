@@ -176,7 +176,21 @@ def test_physical_batches_partition_the_logical_batch(sizes, size):
     assert len(pieces) == sum(-(-length // size) for length in sizes)
 
 
+@given(sizes=UNITS, size=st.integers(1, 9))
+def test_pieces_of_a_fixed_size_hold_the_same_and_fillers_of_their_own(sizes, size):
+    ends = np.cumsum([0, *sizes])
+    batch = LogicalBatch(tuple(np.arange(a, b) for a, b in pairwise(ends)))
+    plain = physical_batches(batch, size=size)
+    filled = physical_batches(batch, size=size, fixed_size=True)
+    for piece, full in zip(plain, filled, strict=True):
+        assert len(full.ids) == size == len(piece.ids) + full.fillers
+        assert full.ids[: len(piece.ids)].tolist() == piece.ids.tolist()
+        assert set(full.ids) == set(piece.ids)
+        assert (full.closes_unit, full.closes_step) == (piece.closes_unit, piece.closes_step)
+
+
 def test_an_empty_logical_batch_has_no_pieces():
     empty = np.arange(0)
     assert physical_batches(LogicalBatch((empty,)), size=4) == []
+    assert physical_batches(LogicalBatch((empty,)), size=4, fixed_size=True) == []
     assert physical_batches(LogicalBatch((empty, empty)), size=4) == []

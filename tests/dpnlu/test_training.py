@@ -90,6 +90,35 @@ def test_what_is_released_is_the_clipped_sum_of_the_sampled_examples(
     private.close()
 
 
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("engine", [*PER_EXAMPLE, "microbatch"])
+def test_batches_of_a_fixed_size_release_the_same(make, engine):
+    """… though their last examples are copies, with gradients of their own."""
+    fields = MICROBATCH if engine == "microbatch" else {}
+    data = list(torch.randn(8, 3) * 10)
+    released = []
+    for fixed in (False, True):
+        torch.manual_seed(0)
+        model, private = make(engine=engine, steps=6, lr=0.1, **fields)
+        sizes = set()
+        for batch in private.loader(data, physical_batch_size=3, fixed_size=fixed):
+            sizes.add(len(batch))
+            if private.step(losses_of(model, batch)):
+                released.append(_flat(private.gradients.values()))
+        assert (sizes == {3}) is fixed
+        private.close()
+    torch.testing.assert_close(released[:6], released[6:], rtol=1e-10, atol=1e-10)
+
+
+def test_fillers_that_are_not_finite_are_left_out_and_not_counted(make, data):
+    data = [row * math.inf if place % 2 else row for place, row in enumerate(data)]
+    model, private = make(sample_rate=1.0, steps=3, noise_multiplier=0.0, lr=0.01)
+    for batch in private.loader(data, physical_batch_size=7, fixed_size=True):
+        private.step(losses_of(model, batch))
+    assert private.non_finite_units == 3 * 4
+    assert bool(torch.isfinite(_flat(model.parameters())).all())
+
+
 @pytest.mark.usefixtures("double", "unsampled")
 def test_microbatches_are_divided_by_their_number(make):
     model, private = make(noise_multiplier=0.0, max_grad_norm=1e9, lr=1.0, **MICROBATCH)
@@ -824,6 +853,8 @@ def test_a_data_set_of_another_size_is_refused(make, data):
         ValueError, match="Expected the 8 examples of the plan, got a data set of 7"
     ):
         private.loader(data[:7])
+    with pytest.raises(ValueError, match="for batches of a fixed size, got None"):
+        private.loader(data, fixed_size=True)
     with pytest.raises(ValueError, match="`physical_batch_size` >= 1, got 0"):
         private.loader(data, physical_batch_size=0)
 
