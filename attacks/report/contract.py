@@ -321,6 +321,7 @@ CANARY = _object(
         **_numbers(("repetitions", "trials"), _count),
         **_numbers(("exposure_bits", "available_bits", "chance_exposure_bits"), AT_LEAST_ZERO),
         "exposure_interval": _interval(ANY),
+        "ranks": _list(_number(1), least=1),
         **_numbers(("exact_match", "hamming", "chance_exact", "chance_hamming"), SHARE),
         "exact_match_interval": SHARES,
         "group_epsilon": AT_LEAST_ZERO,

@@ -110,16 +110,20 @@ def attack_table(report: Mapping[str, Any]) -> Table | None:
 
 
 def canary_table(report: Mapping[str, Any]) -> Table | None:
-    """Return every canary of every run; None unless some run has several."""
-    if all(len(planted(run)) < 2 for run in report["runs"]):
+    """Return every canary of every run; None unless some run has several, or several trials."""
+    canaries = [planted(run) for run in report["runs"]]
+    if not any(len(of_run) > 1 or _has_trials(of_run) for of_run in canaries):
         return None
-    titles = ("pattern", "copies", "trials", "exposure (bits)", "exact match (%)", "Hamming (%)")
     rows = [
         Row(clean(run["name"]), _canary_cells(canary))
-        for run in report["runs"]
-        for canary in planted(run)
+        for run, of_run in zip(report["runs"], canaries, strict=True)
+        for canary in of_run
     ]
-    return Table(tuple(Column(title) for title in titles), tuple(rows))
+    return Table(tuple(Column(title) for title in _CANARY_TITLES), tuple(rows))
+
+
+def _has_trials(canaries: Sequence[Mapping[str, Any]]) -> bool:
+    return any(len(canary.get("ranks", ())) > 1 for canary in canaries)
 
 
 def mechanism_table(report: Mapping[str, Any]) -> Table | None:
@@ -281,8 +285,25 @@ def _canary_cells(canary: Mapping[str, Any]) -> tuple[Cell, ...]:
         _exposure(run),
         _exact(run),
         _hamming(run),
+        _ranks(canary),
     )
 
+
+def _ranks(canary: Mapping[str, Any]) -> Cell:
+    """The rank of each model's own secret among all candidates."""
+    ranks = canary.get("ranks", ())
+    return Cell(", ".join(f"{rank:,g}" for rank in ranks)) if ranks else Cell()
+
+
+_CANARY_TITLES = (
+    "pattern",
+    "copies",
+    "trials",
+    "exposure (bits)",
+    "exact match (%)",
+    "Hamming (%)",
+    "ranks of the secrets",
+)
 
 MAIN: tuple[tuple[Column, Callable[[Run], Cell]], ...] = (
     (Column("ε", "guarantee"), _epsilon),

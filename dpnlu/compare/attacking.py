@@ -127,7 +127,8 @@ def _canary(canary: CanarySpec, models: Sequence[Arrays], claim: Claim) -> dict[
     name = canary.pattern.name
     losses, secrets = stacked(models, f"{name}-losses"), stacked(models, f"{name}-secret")
     places = [secret_index(secret) for secret in secrets]
-    bits = [exposure(row, place).bits for row, place in zip(losses, places, strict=True)]
+    exposures = [exposure(row, place) for row, place in zip(losses, places, strict=True)]
+    bits = [found.bits for found in exposures]
     # The candidate with the lowest loss is what the best extraction could return.
     guesses = all_secrets(canary.length)[losses.argmin(axis=1)]
     recovered = asdict(recovery(guesses, secrets, confidence=claim.confidence))
@@ -143,6 +144,7 @@ def _canary(canary: CanarySpec, models: Sequence[Arrays], claim: Claim) -> dict[
         "repetitions": canary.repetitions,
         "exposure_bits": float(np.mean(bits)),
         "available_bits": float(np.log2(losses.shape[1])),
+        "ranks": [found.rank for found in exposures],
         "chance_exposure_bits": chance_exposure_bits(losses.shape[1]),
         "group_epsilon": group.epsilon_lower_bound,
         **recovered,

@@ -136,6 +136,8 @@ WRONG = [
     ([*C, "exposure_bits"], 14.0, "runs[1].canary.exposure_bits"),
     ([*C, "exposure_interval"], [3.0, 4.0], "runs[1].canary.exposure_interval"),
     ([*C, "hamming"], 1.5, "runs[1].canary.hamming"),
+    ([*C, "ranks"], [1, 0.5], "runs[1].canary.ranks[1]"),
+    ([*C, "ranks"], [], "runs[1].canary.ranks"),
     ([*R, A, "confidence"], 1, "runs[1].audit.confidence"),
     ([*R, A, "epsilon_lower_bound"], 6.0, "runs[1].audit.epsilon_lower_bound"),
     (["runs"], [], "runs"),

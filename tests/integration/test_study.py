@@ -66,7 +66,9 @@ def test_the_report_keeps_its_contract(out: Path) -> None:
     for run in report["runs"]:
         assert set(run["membership"]) == {"loss", "lira", "rmia"}
         assert run["references"] == 3
-        assert run["canary"]["trials"] == 4
+        assert run["canary"]["trials"] == len(run["canary"]["ranks"]) == 4
+        bits = np.log2(100 / np.array(run["canary"]["ranks"]))
+        assert run["canary"]["exposure_bits"] == pytest.approx(bits.mean())
         assert run["canary"]["available_bits"] == pytest.approx(np.log2(100))
     assert private["audit"]["epsilon_lower_bound"] <= private["epsilon"]
 
