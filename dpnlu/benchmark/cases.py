@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 Inputs = tuple[Tensor, Tensor]  # token ids (B, T), intents (B,)
 
@@ -21,7 +22,8 @@ class Case:
         positions: T.
         physical: examples computed at once.
         logical: examples per step.
-        vocabulary: number of different ids.
+        vocabulary: number of different ids; 0 is padding.
+        ragged: whether texts are of all lengths from a quarter of T on, instead of T.
         target: the overhead that this work should not exceed; None: none was set.
     """
 
@@ -31,19 +33,23 @@ class Case:
     physical: int
     logical: int
     vocabulary: int = 10_000
+    ragged: bool = False
     target: float | None = None
 
     def inputs(self) -> list[Inputs]:
         """The physical batches of one logical batch."""
         generator = torch.Generator().manual_seed(0)
         shape = (self.physical, self.positions)
-        return [
-            (
-                torch.randint(1, self.vocabulary, shape, generator=generator),
-                torch.randint(_INTENTS, (self.physical,), generator=generator),
-            )
-            for _ in range(self.logical // self.physical)
-        ]
+        batches = []
+        for _ in range(self.logical // self.physical):
+            ids = torch.randint(1, self.vocabulary, shape, generator=generator)
+            intents = torch.randint(_INTENTS, (self.physical,), generator=generator)
+            if self.ragged:
+                least, most = self.positions // 4, self.positions + 1
+                lengths = torch.randint(least, most, (self.physical, 1), generator=generator)
+                ids = ids.masked_fill(torch.arange(self.positions) >= lengths, 0)
+            batches.append((ids, intents))
+        return batches
 
 
 def losses(model: nn.Module, inputs: Inputs) -> Tensor:
@@ -57,19 +63,41 @@ _BERT_VOCABULARY = 30_522
 
 
 class RecurrentClassifier(nn.Module):
-    """Embedding, one bidirectional `nn.LSTM`, maximum over time, linear head."""
+    """Embedding, one bidirectional recurrent layer, maximum over time, linear head."""
 
-    def __init__(self, embedding_size: int, hidden_size: int, vocabulary: int = 10_000) -> None:
+    def __init__(
+        self,
+        embedding_size: int,
+        hidden_size: int,
+        vocabulary: int = 10_000,
+        *,
+        kind: type[nn.LSTM] | type[nn.GRU] = nn.LSTM,
+        packed: bool = False,
+    ) -> None:
+        """
+        Args:
+            packed: pack the texts, so that steps past their ends are not taken.
+        """
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, embedding_size, padding_idx=0)
-        self.lstm = nn.LSTM(embedding_size, hidden_size, batch_first=True, bidirectional=True)
+        self.recurrent = kind(embedding_size, hidden_size, batch_first=True, bidirectional=True)
         self.head = nn.Linear(2 * hidden_size, _INTENTS)
+        self.packed = packed
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, T) -> (B, K)."""
-        states, _ = self.lstm(self.embedding(ids))
+        embedded = self.embedding(ids)
+        states = self._packed_states(embedded, ids) if self.packed else self.recurrent(embedded)[0]
         logits: Tensor = self.head(states.amax(1))
         return logits
+
+    def _packed_states(self, embedded: Tensor, ids: Tensor) -> Tensor:
+        lengths = (ids != 0).sum(1)
+        packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
+        states, _ = pad_packed_sequence(
+            self.recurrent(packed)[0], batch_first=True, padding_value=-torch.inf
+        )
+        return states
 
 
 class EncoderHead(nn.Module):
@@ -157,6 +185,21 @@ CASES = (
         physical=64,
         logical=256,
         target=1.6,
+    ),
+    Case(
+        name="BiLSTM 300/256, packed",
+        build=lambda: RecurrentClassifier(300, 256, packed=True),
+        positions=24,
+        physical=64,
+        logical=256,
+        ragged=True,
+    ),
+    Case(
+        name="BiGRU 300/256",
+        build=lambda: RecurrentClassifier(300, 256, kind=nn.GRU),
+        positions=24,
+        physical=64,
+        logical=256,
     ),
 )
 

@@ -44,7 +44,17 @@ def test_every_case_is_there_with_its_target() -> None:
         "MiniLM-L6, LoRA rank 8": 1.10,
         "BiLSTM 300/256": 1.35,
         "BiLSTM 100/100": 1.60,
+        "BiLSTM 300/256, packed": None,
+        "BiGRU 300/256": None,
     }
+
+
+def test_ragged_texts_end_where_padding_begins() -> None:
+    case = named("BiLSTM 300/256, packed")
+    for ids, _ in case.inputs():
+        lengths = (ids != 0).sum(1)
+        assert 6 <= int(lengths.min()) < int(lengths.max()) <= 24
+        assert bool(((ids == 0) == (torch.arange(24) >= lengths[:, None])).all())
 
 
 @pytest.mark.slow
