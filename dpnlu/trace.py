@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dpnlu.course import Course, course_of
 from dpnlu.gradients import Dense, Gradients, Rows
+from dpnlu.packing import Packing
 
 # (gradient w.r.t. a recorded output, number of examples) -> per-example gradients of the tensors
 # that made it.
@@ -78,6 +79,9 @@ class Trace:
         lookups: table lookups free of the batch, by the id of their output.
         in_free: parameters that entered computations free of the batch, by id.
         chooses_rows: rows were chosen by their values where the autograd graph does not show it.
+        sorted: tensors without gradient that were made by taking the entries of a dimension in some
+            order, with both, by id.
+        packed: rows without gradient that were packed, and how, by id.
     """
 
     records: list[Record] = field(default_factory=list)
@@ -85,6 +89,8 @@ class Trace:
     lookups: dict[int, Lookup] = field(default_factory=dict)
     in_free: dict[int, Tensor] = field(default_factory=dict)
     chooses_rows: bool = False
+    sorted: dict[int, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
+    packed: dict[int, tuple[Tensor, Packing]] = field(default_factory=dict)
 
     def course(self, losses: Tensor) -> Course:
         """The course that led to `losses` (B,), and how the tape understood it: which operation

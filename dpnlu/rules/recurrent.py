@@ -59,7 +59,7 @@ class _Network:
         _, layers, dropout, train, bidirectional, *rest = args[4:] if packed else args[3:]
         packing = _packing(tape, args[1]) if packed else None
         if packing is not None:
-            tape.trace.chooses_rows |= not args[0].requires_grad  # no graph tells how it was packed
+            tape.trace.chooses_rows |= not _packing_is_known(tape, args[0], packing)
             inputs = UnpackRows.apply(args[0], packing)  # type: ignore[no-untyped-call]
             hx = _given_state(tape, hx)
         else:
@@ -112,6 +112,35 @@ def _packing(tape: Tape, counts: Tensor) -> Packing:
     """From torch's count of sequences at each step; their order is in the module's input."""
     sequence = next((arg for arg in tape.module_inputs if isinstance(arg, PackedSequence)), None)
     return Packing(counts, None if sequence is None else sequence.unsorted_indices)
+
+
+def _packing_is_known(tape: Tape, rows: Tensor, packing: Packing) -> bool:
+    """Whether it can be seen that the rows were packed so: from the graph, or from the trace."""
+    if rows.requires_grad:
+        return True  # what the graph tells is judged by `dpnlu.course`
+    _, known = tape.trace.packed.get(id(rows), (rows, None))
+    return known is not None and known.equals(packing)
+
+
+def _sort(tape: Tape, values: Tensor, dim: int, index: Tensor) -> Any:
+    """Entries taken in some order, perhaps to be packed."""
+    if values.requires_grad:
+        return NotImplemented
+    output = values.index_select(dim, index)
+    tape.trace.sorted[id(output)] = output, dim, index
+    return output
+
+
+def _pack_padded(tape: Tape, padded: Tensor, lengths: Tensor, batch_first: bool) -> Any:
+    """Sequences packed, longest first."""
+    if padded.requires_grad:
+        return NotImplemented
+    rows, counts = torch._pack_padded_sequence(padded, lengths, batch_first)
+    _, dim, order = tape.trace.sorted.get(id(padded), (padded, None, None))
+    is_sorted = order is not None and dim == (0 if batch_first else 1)
+    place = order.argsort() if order is not None and is_sorted else None
+    tape.trace.packed[id(rows)] = rows, Packing(counts, place)
+    return rows, counts
 
 
 def _pad_packed(
@@ -265,4 +294,8 @@ REWRITES = {
     torch.rnn_relu: _rnn_relu,
 }
 
-REARRANGEMENTS = {torch._pad_packed_sequence: _pad_packed}
+REARRANGEMENTS: dict[Any, Callable[..., Any]] = {
+    Tensor.index_select: _sort,
+    torch._pack_padded_sequence: _pack_padded,
+    torch._pad_packed_sequence: _pad_packed,
+}

@@ -52,10 +52,10 @@ def _sorted_by_hand(model: Model, inputs: Tensor, lengths: Tensor) -> Tensor:
     return _padded(outputs)[order.argsort()]
 
 
-def _called_by_hand(model: Model, inputs: Tensor, lengths: Tensor) -> Tensor:
+def _called_by_hand(model: Model, packed: PackedSequence, lengths: Tensor) -> Tensor:
     """The operation behind the module does not say how the sequences were sorted."""
-    packed, network = model.pack(inputs, lengths), model.one
-    state = tuple(packed.data.new_zeros(2, len(inputs), WIDTH // 2) for _ in range(2))
+    network = model.one
+    state = tuple(packed.data.new_zeros(2, len(lengths), WIDTH // 2) for _ in range(2))
     rows = torch.lstm(
         packed.data, packed.batch_sizes, state, network._flat_weights, True, 1, 0.0, True, True
     )[0]
@@ -73,6 +73,11 @@ class Calls(nn.Module):
         return self.call(self.model, inputs, lengths)
 
 
+def _packed_raw(inputs: Tensor, lengths: Tensor) -> PackedSequence:
+    """As from frozen embeddings."""
+    return pack_padded_sequence(inputs, lengths, batch_first=True, enforce_sorted=False)
+
+
 PLAIN = {
     "unpacked": lambda m, x, n: _padded(m.one(m.pack(x, n))[0]),
     "two in a row": lambda m, x, n: _padded(m.other(m.one(m.pack(x, n))[0])[0]),
@@ -81,6 +86,10 @@ PLAIN = {
     ),
     "side by side": lambda m, x, n: (
         (packed := m.pack(x, n)) and _padded(m.one(packed)[0]) + _padded(m.other(packed)[0])
+    ),
+    "input without gradient": lambda m, x, n: _padded(m.one(_packed_raw(x, n))[0]),
+    "input without gradient, time first": lambda m, x, n: _padded(
+        m.one(pack_padded_sequence(x.transpose(0, 1), n, enforce_sorted=False))[0]
     ),
     "last state": lambda m, x, n: m.one(m.pack(x, n))[1][0].sin().sum((0, 2)),
     "maximum over steps": lambda m, x, n: (
@@ -107,9 +116,15 @@ DOUBTFUL = {
     "outputs in another order": lambda m, x, n: _padded(_in_another_order(m.one(m.pack(x, n))[0])),
     "never unpacked": lambda m, x, n: _padded(m.pack(x, n)),
     "sorted by hand": _sorted_by_hand,
-    "the operation called by hand": _called_by_hand,
-    "input without a past": lambda m, x, n: _padded(
-        m.one(pack_padded_sequence(x, n, batch_first=True, enforce_sorted=False))[0]
+    "the operation called by hand": lambda m, x, n: _called_by_hand(m, m.pack(x, n), n),
+    "input without gradient, in another order": lambda m, x, n: _padded(
+        m.one(_in_another_order(_packed_raw(x, n)))[0]
+    ),
+    "input without gradient, rows changed": lambda m, x, n: (
+        (packed := _packed_raw(x, n)) and _padded(m.one(_with_rows(packed, 2 * packed.data))[0])
+    ),
+    "input without gradient, the operation called by hand": lambda m, x, n: _called_by_hand(
+        m, _packed_raw(x, n), n
     ),
 }
 LENGTHS = [(2, 5, 1, 5), (5, 4, 3, 3), (1, 1, 2, 2)]
