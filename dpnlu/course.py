@@ -24,7 +24,7 @@ _CHOOSE_ALONG = frozenset(
 _CHOOSE = frozenset("MaskedSelect MaskedScatter Take Put SegmentReduce".split())
 _INDEX = frozenset({"Index", "IndexPut"})
 # torch's packing, and ours; see `dpnlu.packing`.
-_PACK_PADDED, _SPREAD = "PackPaddedSequence", "SpreadRows"
+_PACK_PADDED, _SPREAD, _SORT = "PackPaddedSequence", "SpreadRows", "SortStates"
 _PACK = frozenset({_PACK_PADDED, "PackRows"})
 _UNPACK = frozenset({"UnpackRows", _SPREAD})
 _OF_A_PARAMETER = "torch::autograd::AccumulateGrad"
@@ -63,20 +63,21 @@ def course_of(losses: Tensor) -> Course:
         node, output, user = waiting.pop()
         if node is None:
             continue
-        chooses_rows = chooses_rows or (_chooses_rows(node) and not _keeps_places(node, user))
+        if _chooses_rows(node, len(losses)) and not _keeps_places(node, user):
+            chooses_rows = True
         if node in places:
             steps.append(f"{output} of {places[node]}")
             continue
         places[node] = len(places)
-        steps.append(f"{output} of {_described(node)}")
+        steps.append(f"{output} of {_described(node, len(losses))}")
         waiting.extend((earlier, output, node) for earlier, output in node.next_functions)
     return Course(tuple(steps), chooses_rows)
 
 
-def _described(node: Any) -> str:
+def _described(node: Any, batch: int) -> str:
     name: str = node.name()
     places = _CUT.get(_kind(node), ())
-    if not places or (hasattr(node, "_saved_dim") and _dimension(node) != 0):
+    if not places or (hasattr(node, "_saved_dim") and not _acts_on_examples(node, batch)):
         return name
     return f"{name} {[getattr(node, place) for place in places]}"
 
@@ -94,49 +95,78 @@ def _dimension(node: Any) -> int:
     dimension = int(node._saved_dim)
     if dimension < 2**63:
         return dimension
-    # Most nodes keep the number of dimensions; those that do not have noted their input's.
-    sizes = getattr(node, "_saved_self_sym_sizes", node._input_metadata[0].shape)
-    return dimension - 2**64 + len(sizes)
+    return dimension - 2**64 + len(_sizes(node))
 
 
-def _chooses_rows(node: Any) -> bool:
-    """Whether the node may have put other examples, or other numbers of rows, into dimension 0."""
+def _sizes(node: Any) -> tuple[int, ...]:
+    """The shape that the node acts on. Who did not keep it kept the tensor, or returns the same."""
+    if hasattr(node, "_saved_self_sym_sizes"):
+        return tuple(node._saved_self_sym_sizes)
+    kept = getattr(node, "_saved_self", None)
+    return tuple((node._input_metadata[0] if kept is None else kept).shape)
+
+
+def _acts_on_examples(node: Any, batch: int) -> bool:
+    """Whether the dimension along which the node acts may hold examples."""
+    dimension = _dimension(node)
+    return dimension == 0 or _may_hold_examples(_sizes(node)[dimension], batch)
+
+
+def _may_hold_examples(size: int, batch: int) -> bool:
+    """Inside recurrent networks, and in what they return, examples lie along dimension 1."""
+    return batch > 1 and size % batch == 0
+
+
+def _chooses_rows(node: Any, batch: int) -> bool:
+    """Whether the node may have put other examples, or other numbers of rows, into the dimension
+    that holds them."""
     kind = _kind(node)
     if kind in _CHOOSE_ALONG:
-        return _dimension(node) == 0
+        return _acts_on_examples(node, batch)
     if kind in _INDEX:
-        first: Tensor | None = node._saved_indices[0]
-        return first is not None and not _is_every_row(first, node)
+        first, *others = node._saved_indices
+        if first is not None:
+            return not _is_every_row(first, node)
+        return any(
+            index is not None and _may_hold_examples(size, batch)
+            for index, size in zip(others, _sizes(node)[1:], strict=False)
+        )
     if kind == "Embedding":  # of a table that is no parameter, perhaps made from the examples
         return bool(node.next_functions[0][0].name() != _OF_A_PARAMETER)
-    return kind in _CHOOSE or kind in _PACK or kind in _UNPACK
+    return kind in _CHOOSE or kind in _PACK or kind in _UNPACK or kind == _SORT
 
 
 def _keeps_places(node: Any, user: Any) -> bool:
-    """Whether rows that `node` moved for packing or unpacking are all moved back, on the way from
-    it to `user` or before."""
+    """Whether `node` moved rows for packing or unpacking, and the way from it to `user` is part of
+    moving all of them back."""
     kind = _kind(node)
-    if kind == "IndexSelect":
+    if kind == "IndexSelect":  # how the packing node sorted is judged where it is unpacked
         return (user is not None and _kind(user) == _PACK_PADDED) or _restores(node)
-    if kind in _PACK:
+    if kind == _SORT:
+        return _is_restored(node, user)
+    if kind in _PACK:  # judged at the unpacking node as well
         return user is not None and _kind(user) in _UNPACK
-    if kind in _UNPACK:
-        return _unpacks_what_was_packed(node) and (
-            kind != _SPREAD or node.packing.place is None or _restores(user)
-        )
-    return False
+    if kind == _SPREAD and not _is_restored(node, user):
+        return False
+    return kind in _UNPACK and _unpacks_what_was_packed(node)
+
+
+def _is_restored(node: Any, user: Any) -> bool:
+    """Whether `user` puts what `node` returns in packed order into the batch's own."""
+    return bool(node.packing.place is None or _restores(user))
 
 
 def _restores(node: Any) -> bool:
-    """Whether the node puts sequences in packed order, spread out, into the batch's own."""
+    """Whether the node takes sequences or states, in packed order, in the batch's own."""
     if node is None or _kind(node) != "IndexSelect":
         return False
-    spread: Any = node.next_functions[0][0]
-    if spread is None or _kind(spread) != _SPREAD:
+    taken: Any = node.next_functions[0][0]
+    if taken is None or _kind(taken) not in (_SPREAD, _SORT):
         return False
-    if _dimension(node) != (0 if spread.batch_first else 1):
+    by_example = _kind(taken) == _SPREAD and taken.batch_first
+    if _dimension(node) != (0 if by_example else 1):
         return False
-    return bool(spread.packing.is_undone_by(node._saved_index))
+    return bool(taken.packing.is_undone_by(node._saved_index))
 
 
 def _unpacks_what_was_packed(node: Any) -> bool:
@@ -151,6 +181,8 @@ def _unpacks_what_was_packed(node: Any) -> bool:
     sorting: Any = packed.next_functions[0][0]
     if sorting is None or _kind(sorting) != "IndexSelect":
         return node.packing.place is None
+    if _dimension(sorting) != (0 if packed._saved_batch_first else 1):
+        return False
     return bool(node.packing.is_order(sorting._saved_index))
 
 

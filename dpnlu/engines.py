@@ -62,7 +62,13 @@ class Clipped:
 
 
 class Engine(Protocol):
-    """Finds, clips and adds up gradients."""
+    """Finds, clips and adds up gradients.
+
+    Attributes:
+        takes_whole_batches: the losses must be those of all examples that were computed.
+    """
+
+    takes_whole_batches: bool
 
     def expect(self, batch_size: int | None) -> None:
         """Announce the size of the coming physical batch; None: it is not known beforehand."""
@@ -100,6 +106,8 @@ class BookKeeping:
     the batch by their values, the gradients are compared with plain automatic differentiation
     before anything is released.
     """
+
+    takes_whole_batches = True
 
     def __init__(self, model: nn.Module, plan: PrivacyPlan, *, verify: bool = True) -> None:
         check_visible(model)
@@ -155,7 +163,7 @@ class BookKeeping:
         if not bool(torch.isfinite(norms).all() and torch.isfinite(losses).all()):
             return
         self._compare_sums(losses, parts, norms)
-        self._compare_norm(parts, norms, example=len(self._checked) % len(losses))
+        self._compare_norm(parts, norms, turn=len(self._checked))
         self._checked.add(course)
 
     def _compare_sums(self, losses: Tensor, parts: Parts, norms: Tensor) -> None:
@@ -179,8 +187,13 @@ class BookKeeping:
                 "batch first, or use engine='per_example'."
             )
 
-    def _compare_norm(self, parts: Parts, norms: Tensor, *, example: int) -> None:
-        """Compare the norm of one example's gradient with that of the gradient written out."""
+    def _compare_norm(self, parts: Parts, norms: Tensor, *, turn: int) -> None:
+        """Compare the norm of one example's gradient, if one has any, with that of the gradient
+        written out."""
+        candidates = norms.nonzero().flatten().tolist()
+        if not candidates:
+            return
+        example = candidates[turn % len(candidates)]
         chosen = torch.zeros_like(norms)
         chosen[example] = 1
         sizes = [float(_weighted_sum(uses, chosen, p).norm()) for p, uses in parts.items()]
@@ -198,6 +211,8 @@ class PerExample:
     Examples that are not finite may spread through the computations that a batch shares. As it
     cannot tell whom they spoilt, this engine stops at a batch of several where that happened.
     """
+
+    takes_whole_batches = False
 
     def __init__(self, model: nn.Module, plan: PrivacyPlan) -> None:
         self._plan = plan
@@ -254,6 +269,8 @@ class Microbatch:
     One ordinary backward pass each. One example can turn its micro-batch's mean from any vector
     into any other, so the sensitivity is 2C, which the plan accounts for.
     """
+
+    takes_whole_batches = False
 
     def __init__(self, model: nn.Module, plan: PrivacyPlan) -> None:
         self._plan = plan
@@ -328,6 +345,8 @@ class Opacus:
     It supports the layers that Opacus supports, in training mode only; `nn.LSTM` and its kin would
     have to be exchanged for Opacus' own.
     """
+
+    takes_whole_batches = True
 
     def __init__(self, model: nn.Module, plan: PrivacyPlan) -> None:
         from opacus.grad_sample import GradSampleHooks

@@ -2,7 +2,8 @@
 
 Which row is whose depends on all lengths of the batch. So packing and unpacking are nodes of their
 own in the autograd graph that remember how it was done: `dpnlu.course` can tell from them that what
-was packed is unpacked in the same way, with nothing done to the rows in between.
+was packed is unpacked in the same way, with nothing done to the rows in between. Where no gradient
+goes back to what was packed, it need not: an example is then whatever its losses make of it.
 
 Shapes: T steps, B sequences, R rows.
 """
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, eq=False)
 class Packing:
@@ -24,17 +27,18 @@ class Packing:
     Attributes:
         counts: (T,) number of sequences that have each step, on the CPU as torch keeps it.
         place: (B,) each sequence's place among the packed ones; None: that order is the batch's.
+        device: where the sequences are.
         present: (T, B) whether a sequence has that step, in packed order.
     """
 
     counts: Tensor
     place: Tensor | None
+    device: torch.device = _CPU
     present: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        device = "cpu" if self.place is None else self.place.device
-        counts = self.counts.to(device)
-        present = torch.arange(int(counts[0]), device=device) < counts[:, None]
+        counts = self.counts.to(self.device)
+        present = torch.arange(int(self.counts[0]), device=self.device) < counts[:, None]
         object.__setattr__(self, "present", present)
 
     def spread(self, rows: Tensor, fill: float = 0.0) -> Tensor:
@@ -76,13 +80,13 @@ class Packing:
 
     def equals(self, other: Packing) -> bool:
         """Whether both put the same sequences into the same rows."""
-        if (self.place is None) != (other.place is None):
-            return False
         return torch.equal(self.counts, other.counts) and self.is_undone_by(other.place)
 
     def is_undone_by(self, order: Tensor | None) -> bool:
-        """Whether taking packed sequences in this order gives the batch's own."""
-        return self.place is None or (order is not None and torch.equal(self.place, order))
+        """Whether taking packed sequences in this order (None: as they are) gives the batch's."""
+        if self.place is None or order is None:
+            return self.place is order
+        return torch.equal(self.place, order)
 
     def is_order(self, order: Tensor) -> bool:
         """Whether taking the batch's sequences in this order gives the packed one."""
@@ -128,6 +132,20 @@ class UnpackRows(torch.autograd.Function):
         return ctx.packing.pack(gradient), None
 
 
+class SortStates(torch.autograd.Function):
+    """(·, B, …) in the batch's own order -> in packed order."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, packing: Packing) -> Tensor:
+        ctx.packing = packing
+        return packing.sorted(states).clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.packing.unsorted(gradient), None
+
+
 class SpreadRows(torch.autograd.Function):
     """(R, …) -> (B, T, …) or (T, B, …) in packed order: what torch's own unpacking begins with."""
 
@@ -140,7 +158,8 @@ class SpreadRows(torch.autograd.Function):
         if steps > len(padded):
             rest = padded.new_full((steps - len(padded), *padded.shape[1:]), fill)
             padded = torch.cat((padded, rest))
-        return padded.transpose(0, 1) if batch_first else padded
+        # Not a view: it may be changed in place.
+        return padded.transpose(0, 1).contiguous() if batch_first else padded
 
     @staticmethod
     @once_differentiable

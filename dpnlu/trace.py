@@ -12,7 +12,6 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dpnlu.course import Course, course_of
 from dpnlu.gradients import Dense, Gradients, Rows
-from dpnlu.packing import Packing
 
 # (gradient w.r.t. a recorded output, number of examples) -> per-example gradients of the tensors
 # that made it.
@@ -78,19 +77,12 @@ class Trace:
         meetings: where tensors free of the batch, parameters or made from them, met it.
         lookups: table lookups free of the batch, by the id of their output.
         in_free: parameters that entered computations free of the batch, by id.
-        chooses_rows: rows were chosen by their values where the autograd graph does not show it.
-        sorted: tensors without gradient that were made by taking the entries of a dimension in some
-            order, with both, by id.
-        packed: rows without gradient that were packed, and how, by id.
     """
 
     records: list[Record] = field(default_factory=list)
     meetings: list[Meeting] = field(default_factory=list)
     lookups: dict[int, Lookup] = field(default_factory=dict)
     in_free: dict[int, Tensor] = field(default_factory=dict)
-    chooses_rows: bool = False
-    sorted: dict[int, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
-    packed: dict[int, tuple[Tensor, Packing]] = field(default_factory=dict)
 
     def course(self, losses: Tensor) -> Course:
         """The course that led to `losses` (B,), and how the tape understood it: which operation
@@ -102,11 +94,7 @@ class Trace:
         )
         meetings = (meeting.per_example.__qualname__ for meeting in self.meetings)
         understood = (*records, *meetings, f"{len(self.lookups)} lookups")
-        return replace(
-            graph,
-            steps=graph.steps + understood,
-            chooses_rows=graph.chooses_rows or self.chooses_rows,
-        )
+        return replace(graph, steps=graph.steps + understood)
 
     def gradients(
         self, losses: Tensor, *, retain_graph: bool = False

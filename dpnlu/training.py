@@ -328,14 +328,14 @@ class PrivateTraining:
             self._non_finite += clipped.non_finite
 
     def _without(self, losses: Tensor, fillers: int) -> Tensor:
-        """The losses with the last ones replaced by constants, whose gradients are zero; or, where
-        they would count in a mean, without them."""
+        """The losses without the last ones, or with constants, whose gradients are zero, in their
+        place."""
         if not fillers:
             return losses
         kept = len(losses) - fillers
-        if self.plan.clipping_unit == "microbatch":
+        if not self._engine.takes_whole_batches:
             return losses[:kept]
-        return torch.cat((losses[:kept], losses.new_zeros(fillers)))
+        return torch.where(torch.arange(len(losses), device=losses.device) < kept, losses, 0.0)
 
     def _release(self, sums: NoisySums, *, sampled: bool) -> None:
         """Record the release, then let the optimizer act on it."""

@@ -292,7 +292,7 @@ def _canary_cells(canary: Mapping[str, Any]) -> tuple[Cell, ...]:
 def _ranks(canary: Mapping[str, Any]) -> Cell:
     """The rank of each model's own secret among all candidates."""
     ranks = canary.get("ranks", ())
-    return Cell(", ".join(f"{rank:,g}" for rank in ranks)) if ranks else Cell()
+    return Cell(", ".join(f"{rank:.12g}" for rank in ranks)) if ranks else Cell()
 
 
 _CANARY_TITLES = (

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from dpnlu.packing import Packing, PackRows, SpreadRows, UnpackRows
+from dpnlu.packing import Packing, PackRows, SortStates, SpreadRows, UnpackRows
 from dpnlu.rules.linear import linear
 from dpnlu.rules.lstm import Turn, lstm_layer
 from dpnlu.tape import Tape
@@ -57,9 +57,8 @@ class _Network:
         packed = isinstance(args[3], (list, tuple))
         hx, flat = args[2:4] if packed else args[1:3]
         _, layers, dropout, train, bidirectional, *rest = args[4:] if packed else args[3:]
-        packing = _packing(tape, args[1]) if packed else None
+        packing = _packing(tape, args[0], args[1]) if packed else None
         if packing is not None:
-            tape.trace.chooses_rows |= not _packing_is_known(tape, args[0], packing)
             inputs = UnpackRows.apply(args[0], packing)  # type: ignore[no-untyped-call]
             hx = _given_state(tape, hx)
         else:
@@ -104,54 +103,32 @@ class _Network:
     def _returned(self, outputs: Tensor, last: list[Tensor]) -> tuple[Tensor, ...]:
         if self.packing is not None:
             rows = PackRows.apply(outputs, self.packing)  # type: ignore[no-untyped-call]
-            return rows, *map(self.packing.sorted, last)
+            sort = SortStates.apply
+            return rows, *(sort(states, self.packing) for states in last)  # type: ignore[no-untyped-call]
         return (outputs.transpose(0, 1) if self.batch_first else outputs), *last
 
 
-def _packing(tape: Tape, counts: Tensor) -> Packing:
+def _packing(tape: Tape, rows: Tensor, counts: Tensor) -> Packing:
     """From torch's count of sequences at each step; their order is in the module's input."""
     sequence = next((arg for arg in tape.module_inputs if isinstance(arg, PackedSequence)), None)
-    return Packing(counts, None if sequence is None else sequence.unsorted_indices)
-
-
-def _packing_is_known(tape: Tape, rows: Tensor, packing: Packing) -> bool:
-    """Whether it can be seen that the rows were packed so: from the graph, or from the trace."""
-    if rows.requires_grad:
-        return True  # what the graph tells is judged by `dpnlu.course`
-    _, known = tape.trace.packed.get(id(rows), (rows, None))
-    return known is not None and known.equals(packing)
-
-
-def _sort(tape: Tape, values: Tensor, dim: int, index: Tensor) -> Any:
-    """Entries taken in some order, perhaps to be packed."""
-    if values.requires_grad:
-        return NotImplemented
-    output = values.index_select(dim, index)
-    tape.trace.sorted[id(output)] = output, dim, index
-    return output
-
-
-def _pack_padded(tape: Tape, padded: Tensor, lengths: Tensor, batch_first: bool) -> Any:
-    """Sequences packed, longest first."""
-    if padded.requires_grad:
-        return NotImplemented
-    rows, counts = torch._pack_padded_sequence(padded, lengths, batch_first)
-    _, dim, order = tape.trace.sorted.get(id(padded), (padded, None, None))
-    is_sorted = order is not None and dim == (0 if batch_first else 1)
-    place = order.argsort() if order is not None and is_sorted else None
-    tape.trace.packed[id(rows)] = rows, Packing(counts, place)
-    return rows, counts
+    place = None if sequence is None else sequence.unsorted_indices
+    return Packing(counts, place, rows.device)
 
 
 def _pad_packed(
-    tape: Tape, rows: Tensor, counts: Tensor, batch_first: bool, fill: float, steps: int
+    tape: Tape,
+    data: Tensor,
+    batch_sizes: Tensor,
+    batch_first: bool,
+    padding_value: float,
+    total_length: int,
 ) -> Any:
     """What a network packed, padded again; the caller puts the sequences into the batch's order."""
-    packing = getattr(rows.grad_fn, "packing", None)
-    if not isinstance(packing, Packing) or not torch.equal(packing.counts, counts):
+    packing = getattr(data.grad_fn, "packing", None)
+    if not isinstance(packing, Packing) or not torch.equal(packing.counts, batch_sizes):
         return NotImplemented
     padded = SpreadRows.apply(  # type: ignore[no-untyped-call]
-        rows, packing, batch_first, fill, steps
+        data, packing, batch_first, padding_value, total_length
     )
     return padded, packing.present.sum(0).cpu()
 
@@ -294,8 +271,4 @@ REWRITES = {
     torch.rnn_relu: _rnn_relu,
 }
 
-REARRANGEMENTS: dict[Any, Callable[..., Any]] = {
-    Tensor.index_select: _sort,
-    torch._pack_padded_sequence: _pack_padded,
-    torch._pad_packed_sequence: _pad_packed,
-}
+REARRANGEMENTS = {torch._pad_packed_sequence: _pad_packed}

@@ -78,6 +78,22 @@ def _packed_raw(inputs: Tensor, lengths: Tensor) -> PackedSequence:
     return pack_padded_sequence(inputs, lengths, batch_first=True, enforce_sorted=False)
 
 
+def _restored(model: Model, inputs: Tensor, lengths: Tensor, how: str) -> Tensor:
+    """Sorted where no gradient shows it, and put back into order behind the network."""
+    ordered, order = lengths.sort(descending=True, stable=True)
+    rows = model.before(inputs[order])
+    place = order.argsort()
+    packed, (states, _) = model.one(pack_padded_sequence(rows, ordered, batch_first=True))
+    if how == "states":
+        return states[:, place].sin().sum((0, 2))
+    outputs = pad_packed_sequence(packed, batch_first=how == "batch first")[0].sin()
+    if how == "batch first":
+        return outputs.index_select(0, place).sum((1, 2))
+    if how == "by index":
+        return outputs[:, place].sum((0, 2))
+    return outputs.index_select(1, place).sum((0, 2))
+
+
 PLAIN = {
     "unpacked": lambda m, x, n: _padded(m.one(m.pack(x, n))[0]),
     "two in a row": lambda m, x, n: _padded(m.other(m.one(m.pack(x, n))[0])[0]),
@@ -117,11 +133,18 @@ DOUBTFUL = {
     "never unpacked": lambda m, x, n: _padded(m.pack(x, n)),
     "sorted by hand": _sorted_by_hand,
     "the operation called by hand": lambda m, x, n: _called_by_hand(m, m.pack(x, n), n),
-    "input without gradient, in another order": lambda m, x, n: _padded(
-        m.one(_in_another_order(_packed_raw(x, n)))[0]
+    "sorted outside the graph, outputs restored": lambda m, x, n: _restored(m, x, n, "batch first"),
+    "sorted outside the graph, time first": lambda m, x, n: _restored(m, x, n, "time first"),
+    "sorted outside the graph, by index": lambda m, x, n: _restored(m, x, n, "by index"),
+    "sorted outside the graph, states": lambda m, x, n: _restored(m, x, n, "states"),
+    "states in another order": lambda m, x, n: (
+        m.one(m.pack(x, n))[1][0][:, n.argsort()].sin().sum((0, 2))
     ),
-    "input without gradient, rows changed": lambda m, x, n: (
-        (packed := _packed_raw(x, n)) and _padded(m.one(_with_rows(packed, 2 * packed.data))[0])
+    "outputs in an order of their own, time first": lambda m, x, n: (
+        pad_packed_sequence(m.one(m.pack(x, n))[0])[0].index_select(1, n.argsort()).sum((0, 2))
+    ),
+    "input without gradient, in another order": lambda m, x, n: _padded(
+        _in_another_order(m.one(_packed_raw(x, n))[0])
     ),
     "input without gradient, the operation called by hand": lambda m, x, n: _called_by_hand(
         m, _packed_raw(x, n), n
@@ -149,8 +172,36 @@ def test_what_is_unpacked_as_it_was_packed_needs_no_check(call, lengths):
 
 
 @pytest.mark.parametrize("call", DOUBTFUL.values(), ids=DOUBTFUL)
-def test_everything_else_is_checked_every_time(call):
-    assert _course(call, (2, 5, 1, 4)).chooses_rows
+@pytest.mark.parametrize("lengths", [(5, 4, 3, 2), (2, 5, 1, 4)])
+def test_everything_else_is_checked_every_time(call, lengths):
+    """… even if a batch came in order."""
+    assert _course(call, lengths).chooses_rows
+
+
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+def test_what_comes_out_may_be_changed_in_place(enforce_sorted, assert_taped_exactly):
+    def call(model: Model, inputs: Tensor, lengths: Tensor) -> Tensor:
+        packed = pack_padded_sequence(
+            model.before(inputs), lengths, batch_first=True, enforce_sorted=enforce_sorted
+        )
+        outputs, (states, _) = model.one(packed)
+        padded = pad_packed_sequence(outputs, batch_first=True)[0]
+        padded *= 2
+        states += 1
+        return padded.sin().sum((1, 2)) + states.sin().sum((0, 2))
+
+    model, inputs = Model(), (torch.randn(3, STEPS, WIDTH), torch.tensor([5, 4, 2]))
+    assert_taped_exactly(model, lambda model: call(model, *inputs))
+
+
+@pytest.mark.parametrize("place", [None, [1, 0, 2]])
+def test_packing_is_on_the_device_of_its_rows(place):
+    device = torch.device("meta")
+    place = None if place is None else torch.tensor(place, device=device)
+    packing = Packing(torch.tensor([3, 2, 2, 1]), place, device)
+    padded = torch.randn(4, 3, 2, device=device)
+    found = [packing.present, packing.last, packing.reversed(padded), packing.at_end(padded)]
+    assert {values.device for values in found} == {device}
 
 
 @pytest.mark.parametrize("call", PLAIN.values(), ids=PLAIN)

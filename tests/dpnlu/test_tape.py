@@ -288,6 +288,11 @@ def test_courses_of_the_forward_pass_are_told_apart():
     assert courses[1] == courses[2] != courses[0] == courses[3]
 
 
+def _four(values):
+    """As if they were the losses of four examples."""
+    return values.sum().expand(4)
+
+
 CUTS = {
     "slice": lambda h, place: h[:place],
     "select": lambda h, place: h[place],
@@ -305,7 +310,7 @@ CUTS = {
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
 def test_courses_agree_in_where_they_cut_the_batch(cut):
     def course(place: int):
-        return course_of(cut(nn.Linear(3, 3)(torch.randn(4, 5, 3)), place).sum())
+        return course_of(_four(cut(nn.Linear(3, 3)(torch.randn(4, 5, 3)), place)))
 
     assert course(1) == course(1) != course(2)
 
@@ -343,21 +348,21 @@ KEEPING = {
 @pytest.mark.parametrize("choose", CHOICES.values(), ids=CHOICES)
 def test_rows_that_are_chosen_by_their_values_are_noticed(choose):
     outputs = choose(nn.Linear(3, 3)(torch.randn(4, 5, 3)))
-    assert course_of(outputs.sum()).chooses_rows
+    assert course_of(_four(outputs)).chooses_rows
 
 
 @pytest.mark.parametrize("keep", KEEPING.values(), ids=KEEPING)
 def test_rows_that_stay_where_they_are_need_no_check(keep):
     outputs = keep(nn.Linear(3, 3)(torch.randn(4, 5, 3)))
-    assert not course_of(outputs.sum()).chooses_rows
+    assert not course_of(_four(outputs)).chooses_rows
 
 
 def test_courses_agree_in_how_their_steps_are_joined():
     """The same operations in the same order, between other tensors."""
     h = nn.Linear(3, 3)(torch.randn(4, 3))
     once, twice = torch.sigmoid(h), torch.sigmoid(h)
-    assert course_of((once + once).sum()) != course_of((once + twice).sum())
-    assert course_of((h * once).sum()) != course_of((once * h).sum())
+    assert course_of(_four(once + once)) != course_of(_four(once + twice))
+    assert course_of(_four(h * once)) != course_of(_four(once * h))
 
 
 @pytest.mark.parametrize(

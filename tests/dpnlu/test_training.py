@@ -14,6 +14,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dpnlu import engines
 from dpnlu.accounting import SampledGaussian, epsilon
 from dpnlu.ledger import Ledger, LedgerError
 from dpnlu.tape import UnsupportedLayerError
@@ -108,6 +109,30 @@ def test_batches_of_a_fixed_size_release_the_same(make, engine):
         assert (sizes == {3}) is fixed
         private.close()
     torch.testing.assert_close(released[:6], released[6:], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("engine", PER_EXAMPLE)
+def test_an_infinite_example_among_its_own_copies_is_counted_once(make, data, engine):
+    data[7] = torch.full((3,), math.inf)
+    fields = {"sample_rate": 1.0, "steps": 2, "noise_multiplier": 0.0, "lr": 0.01}
+    model, private = make(engine=engine, **fields)
+    batches = private.loader(data, physical_batch_size=7, fixed_size=True)
+    assert [private.step(losses_of(model, batch)) for batch in batches] == [False, True] * 2
+    assert private.non_finite_units == 2
+    private.close()
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_norms_are_checked_on_an_example_that_counts(make, monkeypatch, turns):
+    """Not on a filler, whose norm is zero whatever the defect."""
+    model, private = make(sample_rate=1.0, steps=9)
+    private._engine._checked.update(range(8 + turns))  # whose turn it is goes by their number
+    right = engines.squared_norms
+    monkeypatch.setattr(engines, "squared_norms", lambda uses, grams: 4 * right(uses, grams))
+    data = list(torch.randn(8, 3))
+    with pytest.raises(UnsupportedLayerError, match="the norm"):
+        for batch in private.loader(data, physical_batch_size=11, fixed_size=True):
+            private.step(losses_of(model, batch))
 
 
 def test_fillers_that_are_not_finite_are_left_out_and_not_counted(make, data):
