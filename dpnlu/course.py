@@ -109,12 +109,15 @@ def _sizes(node: Any) -> tuple[int, ...]:
 def _acts_on_examples(node: Any, batch: int) -> bool:
     """Whether the dimension along which the node acts may hold examples."""
     dimension = _dimension(node)
-    return dimension == 0 or _may_hold_examples(_sizes(node)[dimension], batch)
+    return _may_hold_examples(dimension, _sizes(node)[dimension], batch)
 
 
-def _may_hold_examples(size: int, batch: int) -> bool:
-    """Inside recurrent networks, and in what they return, examples lie along dimension 1."""
-    return batch > 1 and size % batch == 0
+def _may_hold_examples(dimension: int, size: int, batch: int) -> bool:
+    """In recurrent networks, and in what they return, examples lie along dimension 1; in others
+    only a model that turned them there has them."""
+    if dimension == 0:
+        return True
+    return batch > 1 and (size % batch == 0 if dimension == 1 else size == batch)
 
 
 def _chooses_rows(node: Any, batch: int) -> bool:
@@ -128,8 +131,10 @@ def _chooses_rows(node: Any, batch: int) -> bool:
         if first is not None:
             return not _is_every_row(first, node)
         return any(
-            index is not None and _may_hold_examples(size, batch)
-            for index, size in zip(others, _sizes(node)[1:], strict=False)
+            index is not None and _may_hold_examples(dimension, size, batch)
+            for dimension, (index, size) in enumerate(
+                zip(others, _sizes(node)[1:], strict=False), start=1
+            )
         )
     if kind == "Embedding":  # of a table that is no parameter, perhaps made from the examples
         return bool(node.next_functions[0][0].name() != _OF_A_PARAMETER)

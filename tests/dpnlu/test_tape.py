@@ -330,6 +330,16 @@ CHOICES = {
     "scatter": lambda h: h.scatter(0, torch.zeros(1, 5, 3, dtype=torch.long), h),
     "sort": lambda h: h.sort(0)[0],
     "repeat": lambda h: h.repeat_interleave(torch.tensor([1, 2, 0, 1]), 0),
+    "examples along dimension 1": lambda h: h.transpose(0, 1)[:, torch.tensor([1, 0, 2, 3])],
+    "examples along dimension 1, select": lambda h: h.transpose(0, 1).index_select(
+        1, torch.tensor([1, 0, 2, 3])
+    ),
+    "examples and more along dimension 1": lambda h: (
+        h.repeat(2, 1, 1).transpose(0, 1).gather(1, torch.zeros(5, 8, 3, dtype=torch.long))
+    ),
+    "examples along the last dimension": lambda h: h.permute(2, 1, 0).gather(
+        2, torch.zeros(3, 5, 4, dtype=torch.long)
+    ),
     "pack": lambda h: nn.utils.rnn.pack_padded_sequence(h, torch.tensor([5, 3, 3, 1]), True).data,
 }
 KEEPING = {
@@ -337,6 +347,9 @@ KEEPING = {
     "mask of positions": lambda h: h[:, torch.tensor([True, False, True, False, True])],
     "one position each": lambda h: h[torch.arange(4), torch.tensor([1, 4, 0, 2])],
     "gather": lambda h: h.gather(1, torch.zeros(4, 2, 3, dtype=torch.long)),
+    "gather of a multiple, last": lambda h: h.repeat(1, 1, 4).gather(
+        -1, torch.zeros(4, 5, 2, dtype=torch.long)
+    ),
     "gather, last": lambda h: h.gather(-1, torch.zeros(4, 5, 1, dtype=torch.long)),
     "sort": lambda h: h.sort(1)[0],
     "masked_fill": lambda h: h.masked_fill(h > 0, 0),
