@@ -74,8 +74,10 @@ class RecurrentClassifier(nn.Module):
         kind: type[nn.LSTM] | type[nn.GRU] = nn.LSTM,
         packed: bool = False,
     ) -> None:
-        """
+        """Random weights.
+
         Args:
+            kind: of the recurrent layer.
             packed: pack the texts, so that steps past their ends are not taken.
         """
         super().__init__()
