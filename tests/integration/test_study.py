@@ -5,10 +5,13 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from torch.nn import functional as F
 
 from attacks.canaries import all_secrets, parse_canary
 from attacks.farm import load_arrays
@@ -17,7 +20,8 @@ from dpnlu.classifier import Architecture, build
 from dpnlu.cli import main
 from dpnlu.compare.study import Study, canary_example, read_canary_losses, read_signals
 from dpnlu.data import HashedVocabulary, drop_repeated, synthetic_corpus
-from dpnlu.encoding import Labels
+from dpnlu.encoding import Labels, batches, encode_all
+from dpnlu.models import Batch
 
 # With `--dist loadgroup`, one worker makes the study for all.
 pytestmark = pytest.mark.xdist_group("study")
@@ -220,3 +224,53 @@ def test_a_secret_is_ranked_by_its_tags_where_it_has_some(slot: str | None, tags
     expected = signals.slot_loss if slot and tags else signals.loss
     np.testing.assert_allclose(read_canary_losses(classifier, canary), expected)
     assert len(np.unique(expected)) == 100
+
+
+def test_the_likeliest_secrets_of_a_model_with_dropout_are_ranked_under_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Against the BiLSTM taken apart, with the masks multiplied in by hand."""
+    monkeypatch.setattr("dpnlu.compare.study._LIKELIEST", 30)
+    monkeypatch.setattr("dpnlu.compare.study._MASKS", 5)
+    canary = parse_canary("pin:2:R=1")
+    labels = Labels(("ask", "canary"), ("B-canary", "I-canary", "O"))
+    torch.manual_seed(0)
+    classifier = build(Architecture(name="lstm", dropout=0.5), labels, HashedVocabulary(100))
+    examples = [
+        canary_example(canary, secret, name="one", with_slots=True) for secret in all_secrets(2)
+    ]
+    plain = read_signals(classifier, examples).slot_loss
+    assert plain is not None
+    likeliest = plain.argsort()[:30]
+    (batch,) = batches(
+        classifier.encoding,
+        encode_all(classifier.encoding, [examples[place] for place in likeliest]),
+        size=30,
+    )
+    losses = _tag_losses_under_masks(classifier.model.eval(), batch, masks=5)
+
+    found = read_canary_losses(classifier, canary)
+
+    np.testing.assert_allclose(found[likeliest], losses, rtol=1e-5)
+    others = plain.argsort()[30:]
+    assert found[others].min() > losses.max()
+    assert (np.diff(found[others]) > 0).all(), "the others keep their order"
+    assert (losses.argsort() != np.arange(30)).any(), "the test would not see a missing mask"
+
+
+def _tag_losses_under_masks(model: Any, batch: Batch, *, masks: int) -> NDArray[np.float64]:
+    """(B,) means over masks, each drawn as (1, T, d) uniform numbers before the layer and after."""
+    generator = torch.Generator().manual_seed(0)
+
+    def masked(states: torch.Tensor) -> torch.Tensor:
+        return states * (torch.rand(1, *states.shape[1:], generator=generator) < 0.5) * 2
+
+    total = np.zeros(len(batch["intents"]))
+    with torch.no_grad():
+        for _ in range(masks):
+            states = masked(model.embedding(batch["words"]))
+            states = masked(model.layers[0](states, batch["lengths"]))
+            logits = model.slot_head(states).double()
+            by_word = F.cross_entropy(logits.mT, batch["tags"], reduction="none")
+            total += by_word.mean(1).numpy()
+    return total / masks
