@@ -14,51 +14,23 @@ gradient is not finite adds exactly nothing.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from dpnlu.clipped import Clipped, Parts, add_clipped
 from dpnlu.clipping import CLIPPING_RULES
 from dpnlu.course import Course
-from dpnlu.gradients import Dense, Gradients, GramCache, combine, squared_norms
+from dpnlu.gradients import Dense, Gradients, combine
 from dpnlu.plan import PrivacyPlan
 from dpnlu.rules import OPERATIONS
 from dpnlu.tape import Tape, UnsupportedLayerError
 from dpnlu.validation import check_visible
-
-# Largest error of a weighted sum of gradients that passes as rounding; models in float64 may take
-# norms and softmaxes in float32.
-_CHECK_TOLERANCE = {torch.float64: 1e-5, torch.float32: 5e-3}
-_LOW_PRECISION_TOLERANCE = 0.2
-
-# Parameter -> its uses, whose gradients add up.
-Parts = Mapping[nn.Parameter, Sequence[Gradients]]
-
-
-@dataclass(frozen=True)
-class Clipped:
-    """What became of the clipping units of one call. Private: never log it.
-
-    Attributes:
-        norms: (U,) gradient norms before clipping.
-        finite: (U,) bool; units that are not were left out.
-    """
-
-    norms: Tensor
-    finite: Tensor
-
-    @property
-    def non_finite(self) -> int:
-        """How many units were left out."""
-        return len(self.finite) - int(self.finite.sum())
-
-    def first(self, count: int) -> Clipped:
-        """The same of the first units alone."""
-        return Clipped(self.norms[:count], self.finite[:count])
+from dpnlu.verification import Evidence, draw_shares, gather
 
 
 class Engine(Protocol):
@@ -111,10 +83,11 @@ class BookKeeping:
 
     def __init__(self, model: nn.Module, plan: PrivacyPlan, *, verify: bool = True) -> None:
         check_visible(model)
+        self.model = model
+        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        self.verifies = verify
         self._plan = plan
-        self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._tape = Tape(model, OPERATIONS)
-        self._verify = verify
         self._checked: set[Course] = set()
 
     def expect(self, batch_size: int | None) -> None:
@@ -129,13 +102,12 @@ class BookKeeping:
         closes_unit: bool | None = True,
     ) -> Clipped:
         try:
-            if self._verify:
+            if self.verifies:
                 self._check(losses, list(into))
-            found = self._tape.trace.gradients(losses)
+            parts = self._parts(losses, list(into))
         finally:
             self._tape.clear()
-        parts = {parameter: combine(found[parameter]) for parameter in into if parameter in found}
-        return _add_clipped(parts, losses, self._plan, into=into, scale=scale)
+        return add_clipped(parts, losses, self._plan, into=into, scale=scale)
 
     def weights_changed(self) -> None:
         self._tape.forget_weights()
@@ -143,66 +115,61 @@ class BookKeeping:
     def close(self) -> None:
         self._tape.close()
 
+    # ---- for programs that are traced --------------------------------------------------------
+
+    @contextmanager
+    def tracing(self, batch_size: int) -> Iterator[None]:
+        """For one forward pass whose tensors have no values, and what is made of its losses."""
+        self._tape.forget_weights()
+        self._tape.expect(batch_size)
+        try:
+            yield
+        finally:
+            self._tape.forget_weights()
+            self._tape.clear()
+
+    def course(self, losses: Tensor) -> Course:
+        """The course of the forward pass that led to the losses."""
+        return self._tape.trace.course(losses)
+
+    def add_traced(
+        self, losses: Tensor, *, into: Mapping[nn.Parameter, Tensor], scale: float
+    ) -> Clipped:
+        """`add_clipped` without a look at any value: unchecked, and fit for tracing."""
+        parts = self._parts(losses, list(into))
+        return add_clipped(parts, losses, self._plan, into=into, scale=scale, looks=False)
+
+    def evidence(
+        self, losses: Tensor, parameters: list[nn.Parameter], shares: Tensor, *, turn: int
+    ) -> Evidence:
+        """Compare with plain automatic differentiation; see `verification.gather`."""
+        parts = self._parts(losses, parameters, retain_graph=True)
+        return gather(parts, losses, shares, turn=turn)
+
+    def _parts(
+        self, losses: Tensor, parameters: list[nn.Parameter], *, retain_graph: bool = False
+    ) -> Parts:
+        found = self._tape.trace.gradients(losses, retain_graph=retain_graph)
+        return {parameter: combine(found.get(parameter, [])) for parameter in parameters}
+
     def _check(self, losses: Tensor, parameters: list[nn.Parameter]) -> None:
         """Check the batch, unless one of the same course was checked.
 
-        A batch of one example proves nothing, nor does one with infinities, which plain automatic
-        differentiation spreads over all examples; then a later batch is checked.
+        A batch of one example proves nothing, nor does one with infinities; then a later batch is
+        checked.
 
         Raises:
             UnsupportedLayerError: examples mix, or dimension 0 is not the batch.
         """
         if len(losses) < 2:
             return
-        course = self._tape.trace.course(losses)
+        course = self.course(losses)
         if course in self._checked and not course.chooses_rows:
             return
-        found = self._tape.trace.gradients(losses, retain_graph=True)
-        parts = {parameter: combine(found.get(parameter, [])) for parameter in parameters}
-        norms = _norms(parts, losses)
-        if not bool(torch.isfinite(norms).all() and torch.isfinite(losses).all()):
-            return
-        self._compare_sums(losses, parts, norms)
-        self._compare_norm(parts, norms, turn=len(self._checked))
-        self._checked.add(course)
-
-    def _compare_sums(self, losses: Tensor, parts: Parts, norms: Tensor) -> None:
-        """Compare a sum of all gradients with random weights, which only the same gradients give
-        whatever the weights are."""
-        shares = torch.randn(len(losses), generator=torch.Generator().manual_seed(0)).to(norms)
-        weights = shares / norms.clamp(min=torch.finfo(norms.dtype).tiny ** 0.5)
-        weighted = (losses * weights.detach()).sum()
-        expected = _gradient(weighted, list(parts), keep_graph=True)
-        errors = {
-            parameter: float((_weighted_sum(parts[parameter], weights, parameter) - right).norm())
-            for parameter, right in zip(parts, expected, strict=True)
-        }
-        worst = max(errors, key=errors.__getitem__)
-        if errors[worst] > _tolerance(losses) * float(shares.norm()):
-            raise UnsupportedLayerError(
-                "Expected the loss of one example to depend on that example alone, and dimension 0 "
-                "of every activation to hold the examples; the gradient of "
-                f"{self._names[worst]} says otherwise. Remove what mixes examples (batch "
-                "statistics, in-batch negatives, a mean over the batch inside the loss), put the "
-                "batch first, or use engine='per_example'."
-            )
-
-    def _compare_norm(self, parts: Parts, norms: Tensor, *, turn: int) -> None:
-        """Compare the norm of one example's gradient, if one has any, with that of the gradient
-        written out."""
-        candidates = norms.nonzero().flatten().tolist()
-        if not candidates:
-            return
-        example = candidates[turn % len(candidates)]
-        chosen = torch.zeros_like(norms)
-        chosen[example] = 1
-        sizes = [float(_weighted_sum(uses, chosen, p).norm()) for p, uses in parts.items()]
-        expected, found = math.hypot(*sizes), float(norms[example])
-        if abs(found - expected) > _tolerance(norms) * expected:
-            raise UnsupportedLayerError(
-                f"Expected the norm {expected:g} of an example's gradient, got {found:g}: a defect "
-                "of dpnlu. Use engine='per_example', and report the model's layers."
-            )
+        shares = draw_shares(losses)
+        evidence = self.evidence(losses, parameters, shares, turn=len(self._checked))
+        if evidence.proves([self.names[parameter] for parameter in parameters]):
+            self._checked.add(course)
 
 
 class PerExample:
@@ -246,7 +213,9 @@ class PerExample:
             coefficient = rule(norm[None], self._plan.max_grad_norm)[0] * scale
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 into[parameter].add_(gradient * coefficient)
-        return Clipped(torch.stack(norms), torch.stack(finite)) if norms else _nothing(losses)
+        return (
+            Clipped(torch.stack(norms), torch.stack(finite)) if norms else Clipped.nothing(losses)
+        )
 
     def weights_changed(self) -> None:
         pass
@@ -305,7 +274,7 @@ class Microbatch:
             self._extend_unit(losses[group == number], list(into), keep_graph=True)
             closed.append(self._close_unit(into, scale))
         if not closed:
-            return _nothing(losses)
+            return Clipped.nothing(losses)
         return Clipped(
             torch.cat([unit.norms for unit in closed]), torch.cat([unit.finite for unit in closed])
         )
@@ -375,7 +344,7 @@ class Opacus:
         closes_unit: bool | None = True,
     ) -> Clipped:
         if not len(losses):
-            return _nothing(losses)
+            return Clipped.nothing(losses)
         losses.sum().backward()  # type: ignore[no-untyped-call]
         for parameter in into:
             parameter.grad = None  # Opacus' gradients lie beside it
@@ -386,7 +355,7 @@ class Opacus:
             if found is not None:
                 parts[parameter] = [Dense(found)]
         self._hooks.set_grad_sample_to_none()
-        return _add_clipped(parts, losses, self._plan, into=into, scale=scale)
+        return add_clipped(parts, losses, self._plan, into=into, scale=scale)
 
     def _check_forward_passes(self, parameters: list[nn.Parameter]) -> None:
         """Opacus counts forward passes, and delivers nothing while one has had no backward pass.
@@ -423,58 +392,6 @@ ENGINES: dict[str, Callable[..., Engine]] = {
     "microbatch": Microbatch,
     "opacus": Opacus,
 }
-
-
-def _nothing(losses: Tensor) -> Clipped:
-    """Of a batch without examples."""
-    return Clipped(losses.new_zeros(0), losses.new_zeros(0, dtype=torch.bool))
-
-
-def _tolerance(values: Tensor) -> float:
-    if any(torch.is_autocast_enabled(device) for device in {"cpu", values.device.type}):
-        return _LOW_PRECISION_TOLERANCE
-    return _CHECK_TOLERANCE.get(values.dtype, _LOW_PRECISION_TOLERANCE)
-
-
-def _weighted_sum(uses: Sequence[Gradients], weights: Tensor, like: Tensor) -> Tensor:
-    """Σ_i weights[i] · gradient i, in the shape of `like`."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    total = torch.zeros(like.shape, dtype=dtype, device=like.device)
-    for use in uses:
-        use.add_weighted_sum(weights, total)
-    return total
-
-
-def _norms(parts: Parts, losses: Tensor) -> Tensor:
-    """(B,) norms of the gradients of all parameters together."""
-    grams = GramCache()
-    squares = [squared_norms(uses, grams) for uses in parts.values() if uses]
-    return sum(squares, losses.new_zeros(len(losses))).sqrt()
-
-
-def _add_clipped(
-    parts: Parts,
-    losses: Tensor,
-    plan: PrivacyPlan,
-    *,
-    into: Mapping[nn.Parameter, Tensor],
-    scale: float,
-) -> Clipped:
-    """Clip each example's whole gradient, of all parameters together, and add them up."""
-    norms = _norms(parts, losses)
-    finite = torch.isfinite(norms) & torch.isfinite(losses)
-    coefficients = CLIPPING_RULES[plan.clipping](norms, plan.max_grad_norm) * scale
-    clipped = Clipped(norms, finite)
-    if clipped.non_finite:
-        coefficients = torch.where(finite, coefficients, 0.0)
-        parts = {
-            parameter: [use.finite_rows(finite) for use in uses]
-            for parameter, uses in parts.items()
-        }
-    for parameter, uses in parts.items():
-        for use in uses:
-            use.add_weighted_sum(coefficients, into[parameter])
-    return clipped
 
 
 def _gradient(loss: Tensor, parameters: list[nn.Parameter], *, keep_graph: bool) -> list[Tensor]:

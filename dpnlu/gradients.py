@@ -145,11 +145,10 @@ class Rows:
         return table.view(batch, *self.shape)
 
     def add_weighted_sum(self, coefficients: Tensor, out: Tensor) -> None:
-        weighted = self.values * coefficients[:, None, None]
-        kept = self.ids.flatten() >= 0
-        ids, rows = self.ids.flatten(), weighted.flatten(0, 1)
-        if not bool(kept.all()):
-            ids, rows = ids[kept], rows[kept]
+        weighted = torch.where(
+            self.ids[:, :, None] >= 0, self.values * coefficients[:, None, None], 0.0
+        )
+        ids, rows = self.ids.clamp(min=0).flatten(), weighted.flatten(0, 1)
         out.view(self.shape[0], -1).index_add_(0, ids, rows.to(out.dtype))
 
     def finite_rows(self, finite: Tensor) -> Rows:
@@ -253,7 +252,8 @@ def _tied_inner_products(head: OuterProducts, table: Rows) -> Tensor:
 def _is_same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors, both alive, are the same numbers in the same memory."""
     return one is other or (
-        one.data_ptr() == other.data_ptr()
+        one.untyped_storage()._cdata == other.untyped_storage()._cdata  # there in traces too
+        and one.storage_offset() == other.storage_offset()
         and one.shape == other.shape
         and one.stride() == other.stride()
         and one.dtype == other.dtype

@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from dpnlu.engines import ENGINES, Engine
+from dpnlu.clipped import Clipped
+from dpnlu.engines import ENGINES, BookKeeping, Engine
 from dpnlu.ledger import Ledger, LedgerError
 from dpnlu.noise import entropy_generators
 from dpnlu.plan import PrivacyPlan
 from dpnlu.sampling import PhysicalBatch, logical_batches, physical_batches
 from dpnlu.sums import NoisySums
-from dpnlu.validation import check_trainable
+from dpnlu.validation import check_losses, check_trainable
 
 
 class NonFiniteBatchError(RuntimeError):
@@ -219,15 +220,74 @@ class PrivateTraining:
                 training is closed, or a gradient was left by a call of backward.
         """
         batch = self._pending
-        _check_losses(losses, None if batch is None else len(batch.ids))
+        check_losses(losses, None if batch is None else len(batch.ids))
         if batch is None:
             self._check_unsampled()
-        sums = self._open() if self._sums is None else self._sums
-        self._add(losses, sums, batch)
-        if batch is not None and not batch.closes_step:
-            return False
-        self._release(sums, sampled=batch is not None)
-        return True
+        closes_unit, fillers = (None, 0) if batch is None else (batch.closes_unit, batch.fillers)
+
+        def add(sums: NoisySums) -> Clipped | None:
+            clipped = self._engine.add_clipped(
+                self._without(losses, fillers),
+                into=sums,
+                scale=1 / self.plan.divisor,
+                closes_unit=closes_unit,
+            )
+            if clipped is None or self.plan.clipping_unit != "example":
+                return clipped
+            return clipped.first(len(losses) - fillers)
+
+        return self._advance(batch, add)
+
+    def compile(
+        self, losses_of: Callable[[Any], Tensor], *, backend: str = "inductor"
+    ) -> Callable[[Any], bool]:
+        """Compile whole steps, from the batch to the clipped sums, with `torch.compile`.
+
+        step = private.compile(per_example_loss)
+        for batch in private.loader(dataset, physical_batch_size=64, fixed_size=True):
+            step(batch)
+
+        Forward pass, backward pass, clipping and sums become one program for each shape of the
+        batch, so that few shapes should occur. The model itself must not be compiled.
+
+        Args:
+            losses_of: batch -> (B,), the loss of each example. The batch holds tensors, numbers and
+                strings in dictionaries, lists and tuples. Which operations it does must not depend
+                on values.
+            backend: of `torch.compile`; "inductor" needs a C++ compiler.
+
+        Returns:
+            What is called with each batch of the loader in place of `step(losses)`, and answers
+            alike.
+
+        Raises:
+            ValueError: another engine than book_keeping.
+            UnsupportedLayerError: a recurrent layer; or, from the step, a forward pass that cannot
+                be traced.
+        """
+        if not isinstance(self._engine, BookKeeping):
+            raise ValueError("Expected engine='book_keeping', the one whose steps can be compiled.")
+        from dpnlu.compiled import CompiledClipping  # loads torch's compiler
+
+        clipping = CompiledClipping(
+            self._engine, losses_of, scale=1 / self.plan.divisor, backend=backend
+        )
+
+        def step(data: Any) -> bool:
+            batch = self._pending
+            if batch is None:
+                raise RuntimeError(
+                    "Expected one compiled step for each batch of private.loader, got another: "
+                    "call it inside the loop, with the loop's batch."
+                )
+            count, kept = len(batch.ids), len(batch.ids) - batch.fillers
+
+            def add(sums: NoisySums) -> Clipped:
+                return clipping.add_clipped(data, count=count, kept=kept, into=sums).first(kept)
+
+            return self._advance(batch, add)
+
+        return step
 
     def close(self) -> None:
         """Detach from the model and close the ledger; `epsilon()` keeps answering."""
@@ -307,25 +367,24 @@ class PrivateTraining:
         self._units = self._non_finite = 0
         return self._sums
 
-    def _add(self, losses: Tensor, sums: NoisySums, batch: PhysicalBatch | None) -> None:
-        """Add clipped gradients to the sums, once."""
-        closes_unit, fillers = (None, 0) if batch is None else (batch.closes_unit, batch.fillers)
+    def _advance(
+        self, batch: PhysicalBatch | None, add: Callable[[NoisySums], Clipped | None]
+    ) -> bool:
+        """Add clipped gradients to the sums, once; release at the end of a logical batch."""
+        sums = self._open() if self._sums is None else self._sums
         try:
-            clipped = self._engine.add_clipped(
-                self._without(losses, fillers),
-                into=sums,
-                scale=1 / self.plan.divisor,
-                closes_unit=closes_unit,
-            )
+            clipped = add(sums)
         except BaseException:
             self._forget()  # some may be in the sums already: to try again would add them twice
             raise
         self._pending = None
         if clipped is not None:
-            if self.plan.clipping_unit == "example":
-                clipped = clipped.first(len(losses) - fillers)
             self._units += len(clipped.norms)
             self._non_finite += clipped.non_finite
+        if batch is not None and not batch.closes_step:
+            return False
+        self._release(sums, sampled=batch is not None)
+        return True
 
     def _without(self, losses: Tensor, fillers: int) -> Tensor:
         """The losses without the last ones, or with constants, whose gradients are zero, in their
@@ -492,26 +551,4 @@ def _check_ledger(ledger: Ledger, plan: PrivacyPlan) -> None:
         raise ValueError(
             f"Expected a ledger of this plan, got one of a plan with other {', '.join(other)}: go "
             "on with the plan that it names, ledger.plan."
-        )
-
-
-def _check_losses(losses: Tensor, expected: int | None) -> None:
-    if not isinstance(losses, Tensor):
-        raise TypeError(f"Expected `losses` to be a tensor (B,), got {type(losses).__name__}.")
-    if losses.dim() != 1:
-        raise ValueError(
-            f"Expected `losses` to hold one loss per example, shape (B,), got shape "
-            f"{tuple(losses.shape)}. A mean or sum over the batch cannot be taken apart into "
-            "examples to clip: use reduction='none', and take the mean over each example's own "
-            "tokens."
-        )
-    if expected is not None and len(losses) != expected:
-        raise ValueError(
-            f"Expected {expected} losses, one for each example of the batch, got {len(losses)}: "
-            "reduce the losses of an example's tokens to one number first."
-        )
-    if len(losses) and not losses.requires_grad:
-        raise ValueError(
-            "Expected losses that depend on the model's parameters, got some without a gradient: "
-            "compute them outside torch.no_grad() and do not detach them."
         )

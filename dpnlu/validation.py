@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
@@ -53,9 +53,37 @@ def check_visible(model: nn.Module) -> None:
         if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
             raise UnsupportedLayerError(
                 f"Module {name or '(the model itself)'} ({type(module).__name__}) is compiled, so "
-                "that its operations cannot be seen: train the module that was compiled, and "
-                "compile it for evaluation, or use engine='per_example'."
+                "that its operations cannot be seen: hand over the module that was compiled, and "
+                "compile its steps by private.compile, or use engine='per_example'."
             )
+
+
+def check_losses(losses: Tensor, expected: int | None) -> None:
+    """Whether these are the losses of `expected` examples, of any number if that is None.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: another shape, or nothing that depends on parameters.
+    """
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"Expected `losses` to be a tensor (B,), got {type(losses).__name__}.")
+    if losses.dim() != 1:
+        raise ValueError(
+            f"Expected `losses` to hold one loss per example, shape (B,), got shape "
+            f"{tuple(losses.shape)}. A mean or sum over the batch cannot be taken apart into "
+            "examples to clip: use reduction='none', and take the mean over each example's own "
+            "tokens."
+        )
+    if expected is not None and len(losses) != expected:
+        raise ValueError(
+            f"Expected {expected} losses, one for each example of the batch, got {len(losses)}: "
+            "reduce the losses of an example's tokens to one number first."
+        )
+    if len(losses) and not losses.requires_grad:
+        raise ValueError(
+            "Expected losses that depend on the model's parameters, got some without a gradient: "
+            "compute them outside torch.no_grad() and do not detach them."
+        )
 
 
 def _updates_weights(module: nn.Module) -> bool:

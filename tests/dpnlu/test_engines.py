@@ -472,7 +472,7 @@ def test_examples_that_change_places_are_noticed_though_their_norms_agree(add):
 def test_wrong_norms_are_noticed_though_the_sums_are_right(add, monkeypatch):
     """The check covers what the coefficients are made of."""
     monkeypatch.setattr(
-        "dpnlu.engines.squared_norms", lambda parts, grams: parts[0].dense().new_ones(4)
+        "dpnlu.clipped.squared_norms", lambda parts, grams: parts[0].dense().new_ones(4)
     )
     with pytest.raises(UnsupportedLayerError, match=r"norm .* of an example's gradient"):
         add(Feedforward(), [_vectors(4)])

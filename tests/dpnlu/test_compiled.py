@@ -1,0 +1,389 @@
+"""Compiled steps release what ordinary steps release, and refuse what cannot be traced."""
+
+import math
+import shutil
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dpnlu import compiled
+from dpnlu.tape import UnsupportedLayerError
+from dpnlu.training import privatize
+
+WORDS, POSITIONS = 12, 5
+COMPILE = torch.compile
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch) -> None:
+    """What is traced is run as it is, to save seconds a program."""
+    monkeypatch.setattr(torch, "compile", lambda program, **_: program)
+
+
+class Texts(nn.Module):
+    """Word ids (B, T) -> (B, 3): padding, positions shared by all, a free vector, attention."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.words = nn.Embedding(WORDS, 4, padding_idx=0)
+        self.positions = nn.Embedding(POSITIONS, 4)
+        self.start = nn.Parameter(torch.randn(4))
+        self.norm = nn.LayerNorm(4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.convolution = nn.Conv1d(4, 4, 3, padding=1)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        states = self.words(ids) + self.positions(torch.arange(ids.shape[1])) + self.start
+        states = self.norm(states)
+        states = states + self.attention(states, states, states, need_weights=False)[0]
+        states = self.dropout(self.convolution(states.mT).mT)
+        return self.head(states).mean(1)
+
+
+class Tied(nn.Module):
+    """The head's weights are the table's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(WORDS, 4)
+        self.hidden = nn.Linear(4, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.linear(self.hidden(self.words(ids)).tanh(), self.words.weight).mean(1)
+
+
+def bert() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=WORDS,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = BertForSequenceClassification(config)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.encoder(input_ids=ids, attention_mask=(ids != 0).long()).logits
+
+    return Wrapped()
+
+
+def losses_of(model: nn.Module, batch: dict) -> Tensor:
+    return F.cross_entropy(model(batch["ids"]), batch["intents"], reduction="none")
+
+
+def collate(examples: list[tuple[Tensor, Tensor]]) -> dict:
+    ids, intents = zip(*examples, strict=True)
+    return {"ids": torch.stack(ids), "intents": torch.stack(intents), "task": "intent"}
+
+
+@pytest.fixture
+def data() -> list[tuple[Tensor, Tensor]]:
+    ids = torch.randint(1, WORDS, (8, POSITIONS)).masked_fill(torch.rand(8, POSITIONS) < 0.2, 0)
+    return list(zip(ids, torch.randint(2, (8,)), strict=True))
+
+
+@pytest.fixture
+def released(make_plan) -> Callable:
+    """Train so many steps, and return what each of them released."""
+
+    def train(
+        model,
+        data,
+        *,
+        backend=None,
+        losses_of=losses_of,
+        collate=collate,
+        fixed_size=True,
+        precision=None,
+        **options,
+    ):
+        plan = make_plan(noise_multiplier=0.0, max_grad_norm=0.3, steps=4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        coins = np.random.default_rng(1)
+        found = []
+        with privatize(model, optimizer, plan, sampling_rng=coins, **options) as private:
+
+            def plain(batch):
+                return private.step(losses_of(model, batch))
+
+            def of_batch(batch):
+                return losses_of(model, batch)
+
+            step = plain if backend is None else private.compile(of_batch, backend=backend)
+            for batch in private.loader(
+                data, collate_fn=collate, physical_batch_size=3, fixed_size=fixed_size
+            ):
+                with torch.autocast("cpu", dtype=precision, enabled=precision is not None):
+                    is_released = step(batch)
+                if is_released:
+                    found.append(torch.cat([g.flatten() for g in private.gradients.values()]))
+            return torch.stack(found), private.non_finite_units
+
+    return train
+
+
+def _twin(model: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
+    twin = make()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+# ---- the same sums -----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize(
+    ("make", "fixed_size"), [(Texts, True), (Tied, True), (Tied, False), (bert, True)]
+)
+def test_compiled_steps_release_what_the_per_example_loop_does(released, data, make, fixed_size):
+    model = make()
+    expected, _ = released(_twin(model, make), data, engine="per_example")
+    found, _ = released(model, data, backend="eager", fixed_size=fixed_size)
+    assert len(found) == 4 and expected.norm(dim=1).min() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "eager",
+        pytest.param(
+            "inductor",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(shutil.which("g++") is None, reason="it compiles C++"),
+            ],
+        ),
+    ],
+)
+def test_so_do_those_that_torch_compiles(released, data, monkeypatch, backend):
+    monkeypatch.setattr(torch, "compile", COMPILE)
+    model = Tied()
+    expected, _ = released(_twin(model, Tied), data)
+    found, _ = released(model, data, backend=backend)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_draws_as_it_does_in_ordinary_steps(released, data):
+    model = Texts(dropout=0.5)
+    twin = _twin(model, lambda: Texts(dropout=0.5))
+    torch.manual_seed(5)
+    expected, _ = released(twin, data, verify=False)
+    torch.manual_seed(5)
+    found, _ = released(model, data, backend="eager", verify=False)
+    torch.testing.assert_close(found, expected)
+    assert not torch.equal(found, released(_twin(model, Texts), data)[0])
+
+
+def test_low_precision_stays_where_autocast_puts_it(released, data):
+    model = Texts()
+    twin, other = _twin(model, Texts), _twin(model, Texts)
+    expected, _ = released(twin, data, precision=torch.bfloat16)
+    found, _ = released(model, data, precision=torch.bfloat16, backend="eager")
+    torch.testing.assert_close(found, expected)
+    assert found.dtype is torch.float32
+    assert (found - released(other, data)[0]).norm() > 1e-3 * found.norm()
+
+
+@pytest.mark.usefixtures("double")
+def test_an_infinite_example_adds_nothing_and_is_counted(released, data):
+    def infinite_for_the_first_word(model, batch):
+        factor = torch.where(batch["ids"][:, 0] == 11, math.inf, 1.0)
+        return losses_of(model, batch) * factor
+
+    data = [(ids.clone(), intent) for ids, intent in data]
+    for number, (ids, _) in enumerate(data):
+        ids[0] = 11 if number == 2 else 1
+    model = Texts()
+    expected, left_out = released(_twin(model, Texts), data, losses_of=infinite_for_the_first_word)
+    found, also_left_out = released(
+        model, data, losses_of=infinite_for_the_first_word, backend="eager"
+    )
+    assert also_left_out == left_out > 0
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.usefixtures("double")
+def test_ordinary_and_compiled_steps_may_take_turns(make_plan, data):
+    """… in one logical batch, and nothing of the tracing is left in what the tape remembers."""
+    plan = make_plan(noise_multiplier=0.0, sample_rate=1.0, steps=2)
+
+    def train(compiles: Callable[[int], bool]) -> Tensor:
+        torch.manual_seed(0)
+        model = Tied()
+        with privatize(model, torch.optim.SGD(model.parameters(), lr=0.5), plan) as private:
+            step = private.compile(lambda batch: losses_of(model, batch), backend="eager")
+            batches = private.loader(data, collate_fn=collate, physical_batch_size=2)
+            for number, batch in enumerate(batches):
+                if compiles(number):
+                    step(batch)
+                else:
+                    private.step(losses_of(model, batch))
+        assert not any(module._forward_hooks for module in model.modules())
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    expected = train(lambda number: False)
+    torch.testing.assert_close(train(lambda number: number % 2 == 0), expected)
+    torch.testing.assert_close(train(lambda number: number % 2 == 1), expected)
+
+
+# ---- one program for each shape ------------------------------------------------------------------
+
+
+@pytest.fixture
+def traced(monkeypatch) -> list[str]:
+    """Names of what was traced."""
+    names = []
+    trace = compiled._traced
+
+    def note(function, *inputs):
+        names.append(function.__name__)
+        return trace(function, *inputs)
+
+    monkeypatch.setattr(compiled, "_traced", note)
+    return names
+
+
+def test_a_shape_is_traced_once(released, data, traced):
+    released(Tied(), data, backend="eager")
+    assert sorted(traced) == ["check", "clip"]
+    traced.clear()
+    released(Tied(), data, backend="eager", fixed_size=False, verify=False)
+    assert 1 < len(traced) <= 3 and set(traced) == {"clip"}
+
+
+def test_many_shapes_are_warned_of(make_plan, monkeypatch, data):
+    monkeypatch.setattr(compiled, "_SHAPES", 2)
+    plan = make_plan(sample_rate=1.0, steps=1, num_examples=6)
+    model, options = Tied(), {"verify": False}
+    with privatize(model, torch.optim.SGD(model.parameters(), lr=0.5), plan, **options) as private:
+        step = private.compile(lambda batch: losses_of(model, batch), backend="eager")
+        loader = private.loader(data[:6], collate_fn=collate, physical_batch_size=2)
+        with pytest.warns(UserWarning, match="More than 2 shapes.*fixed_size=True"):
+            for number, batch in enumerate(loader):
+                step(batch | {"ids": batch["ids"][:, : 3 + number]})
+
+
+@pytest.mark.usefixtures("double")
+def test_evaluation_mode_has_a_program_of_its_own(released, data):
+    """… as it has another meaning."""
+    model = Texts(dropout=0.5)
+    twin = _twin(model, Texts)
+
+    def without_dropout(model, batch):
+        model.eval()
+        return losses_of(model, batch)
+
+    expected, _ = released(twin, data)
+    found, _ = released(model, data, losses_of=without_dropout, backend="eager")
+    torch.testing.assert_close(found, expected)
+
+
+def test_switching_modes_makes_a_new_program(make_plan, data, traced):
+    plan = make_plan(sample_rate=1.0, steps=4)
+    model = Texts(dropout=0.5)
+    options = {"verify": False}
+    with privatize(model, torch.optim.SGD(model.parameters(), lr=0.5), plan, **options) as private:
+        step = private.compile(lambda batch: losses_of(model, batch), backend="eager")
+        for number, batch in enumerate(private.loader(data, collate_fn=collate)):
+            model.train(number % 2 == 0)
+            step(batch)
+    assert traced == ["clip", "clip"]
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+def _mixing(model, batch):
+    logits = model(batch["ids"])
+    return F.cross_entropy(logits - logits.mean(0), batch["intents"], reduction="none")
+
+
+def _looking(model, batch):
+    scale = 2 if float(batch["ids"].sum()) > 10 else 1
+    return losses_of(model, batch) * scale
+
+
+def _sorting(model, batch):
+    order = batch["intents"].argsort()
+    return losses_of(model, {name: batch[name][order] for name in ("ids", "intents")})[order]
+
+
+def _picking(model, batch):
+    states = model.words(batch["ids"])
+    return F.pad(states[batch["ids"] != 0].square().sum(1), (0, 50))[: len(batch["ids"])]
+
+
+@pytest.mark.parametrize(
+    ("losses_of", "message"),
+    [
+        (_mixing, "depend on that example alone"),
+        (_looking, "same operations whatever the values"),
+        (_sorting, "same operations whatever the values|rows by their values"),
+        (_picking, "same operations whatever the values"),
+        (lambda model, batch: losses_of(model, batch).mean(), "one loss per example"),
+        (lambda model, batch: losses_of(model, batch)[:2], "Expected 3 losses"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(released, data, losses_of, message):
+    model = Texts()
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        released(model, data, losses_of=losses_of, backend="eager")
+    for parameter, value in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, value)
+
+
+def test_what_a_batch_may_hold_is_said(released, data):
+    with pytest.raises(TypeError, match=r"tensors, numbers and strings.*got object.*dict\(batch\)"):
+        released(
+            Texts(),
+            data,
+            backend="eager",
+            collate=lambda examples: collate(examples) | {"task": object()},
+        )
+
+
+def test_compiling_is_for_book_keeping_without_recurrent_layers(make_plan):
+    recurrent = nn.ModuleDict({"encoder": nn.LSTM(3, 2)})
+    for model, engine, error, message in (
+        (recurrent, "book_keeping", UnsupportedLayerError, "LSTM at encoder.*private.step"),
+        (Texts(), "per_example", ValueError, "engine='book_keeping'"),
+    ):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with (
+            privatize(model, optimizer, make_plan(), engine=engine) as private,
+            pytest.raises(error, match=message),
+        ):
+            private.compile(lambda batch: batch)
+
+
+def test_a_compiled_step_belongs_to_a_batch_of_the_loader(make_plan, data):
+    model = Texts()
+    plan = make_plan(sample_rate=1.0)
+    with privatize(model, torch.optim.SGD(model.parameters(), lr=0.1), plan) as private:
+        step = private.compile(lambda batch: losses_of(model, batch), backend="eager")
+        with pytest.raises(RuntimeError, match="one compiled step for each batch"):
+            step(collate(data))
+        loop = iter(private.loader(data, collate_fn=collate))
+        batch = next(loop)
+        assert step(batch)
+        with pytest.raises(RuntimeError, match="one compiled step for each batch"):
+            step(batch)
+        assert len(private.ledger) == 1
