@@ -67,6 +67,16 @@ def _overhead(cases: Sequence[Any], options: Any, told: Told) -> tuple[list[Any]
     return rows, overhead.table(rows)
 
 
+def _compiled(cases: Sequence[Any], options: Any, told: Told) -> tuple[list[Any], str]:
+    from dpnlu.benchmark import compiled
+
+    suited = [case for case in cases if compiled.can_compile(case)]
+    if not suited:
+        raise ValueError("Expected --cases without recurrent networks, which are not compiled.")
+    rows = [compiled.measure(case, pairs=options.pairs) for case in _counted(suited, told)]
+    return rows, compiled.table(rows)
+
+
 def _memory(cases: Sequence[Any], options: Any, told: Told) -> tuple[list[Any], str]:
     from dpnlu.benchmark import memory
 
@@ -91,6 +101,7 @@ def _counted(cases: Sequence[Any], told: Told) -> Iterator[Any]:
 
 _MEASUREMENTS: dict[str, Callable[..., tuple[list[Any], str]]] = {
     "overhead": _overhead,
+    "compiled": _compiled,
     "memory": _memory,
     "sweep": _sweep,
 }

@@ -57,7 +57,7 @@ def _measure(case: Case, *, pairs: int) -> Overhead:
     with ordinary(case, copy.deepcopy(model)) as one, private(case, model) as other:
         for step in (one, other) * 2:
             step()
-        times = [(_time(one), _time(other)) for _ in range(pairs)]
+        times = [(seconds(one), seconds(other)) for _ in range(pairs)]
     ratios = [b / a for a, b in times]
     quartiles = statistics.quantiles(ratios, n=4)
     return Overhead(
@@ -85,7 +85,8 @@ def table(rows: Sequence[Overhead]) -> str:
     return "\n".join(lines)
 
 
-def _time(step: Step) -> float:
+def seconds(step: Step) -> float:
+    """How long a step takes."""
     started = time.perf_counter()
     step()
     return time.perf_counter() - started

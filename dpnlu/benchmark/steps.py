@@ -5,11 +5,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dpnlu.benchmark.cases import Case, Inputs, losses
 from dpnlu.plan import PrivacyPlan
@@ -20,14 +21,17 @@ Step = Callable[[], None]
 
 
 @contextmanager
-def ordinary(case: Case, model: nn.Module) -> Iterator[Step]:
+def ordinary(case: Case, model: nn.Module, *, compiles: bool = False) -> Iterator[Step]:
     """Backward pass per physical batch, then the optimizer."""
     optimizer = _optimizer(model)
     batches = case.inputs()
+    losses_of: Callable[[Inputs], Tensor] = partial(losses, model)
+    if compiles:
+        losses_of = torch.compile(losses_of)
 
     def step() -> None:
         for inputs in batches:
-            (losses(model, inputs).sum() / case.logical).backward()  # type: ignore[no-untyped-call]
+            (losses_of(inputs).sum() / case.logical).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
 
@@ -35,7 +39,9 @@ def ordinary(case: Case, model: nn.Module) -> Iterator[Step]:
 
 
 @contextmanager
-def private(case: Case, model: nn.Module, *, engine: str = "book_keeping") -> Iterator[Step]:
+def private(
+    case: Case, model: nn.Module, *, engine: str = "book_keeping", compiles: bool = False
+) -> Iterator[Step]:
     """The same with clipping, noise, and a ledger on disk."""
     plan = PrivacyPlan(
         noise_multiplier=1.0,
@@ -46,16 +52,21 @@ def private(case: Case, model: nn.Module, *, engine: str = "book_keeping") -> It
         num_examples=100 * case.logical,
     )
     batches = case.inputs()
-
-    def step() -> None:
-        for number, inputs in enumerate(batches, start=1):
-            last = number == len(batches)
-            handle.begin(PhysicalBatch(_ids(inputs), closes_unit=last, closes_step=last))
-            handle.step(losses(model, inputs))
-
     with tempfile.TemporaryDirectory(prefix="dpnlu-benchmark-") as folder:
         ledger = Path(folder) / "ledger"
         with privatize(model, _optimizer(model), plan, engine=engine, ledger=ledger) as handle:
+
+            def plain(inputs: Inputs) -> bool:
+                return handle.step(losses(model, inputs))
+
+            step_on = handle.compile(partial(losses, model)) if compiles else plain
+
+            def step() -> None:
+                for number, inputs in enumerate(batches, start=1):
+                    last = number == len(batches)
+                    handle.begin(PhysicalBatch(_ids(inputs), closes_unit=last, closes_step=last))
+                    step_on(inputs)
+
             yield step
 
 

@@ -74,6 +74,7 @@ def test_the_command_keeps_its_table(tmp_path: Path, what: str) -> None:
 def test_a_case_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["benchmark", "overhead", "--cases", "nonsense"]) == 2
     assert main(["benchmark", "sweep", "--cases", "100/100"]) == 2
+    assert main(["benchmark", "compiled", "--cases", "100/100"]) == 2
     assert "BiLSTM 300/256" in capsys.readouterr().err
 
 

@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpnlu import engines
+from dpnlu import clipped
 from dpnlu.accounting import SampledGaussian, epsilon
 from dpnlu.ledger import Ledger, LedgerError
 from dpnlu.tape import UnsupportedLayerError
@@ -127,8 +127,8 @@ def test_norms_are_checked_on_an_example_that_counts(make, monkeypatch, turns):
     """Not on a filler, whose norm is zero whatever the defect."""
     model, private = make(sample_rate=1.0, steps=9)
     private._engine._checked.update(range(8 + turns))  # whose turn it is goes by their number
-    right = engines.squared_norms
-    monkeypatch.setattr(engines, "squared_norms", lambda uses, grams: 4 * right(uses, grams))
+    right = clipped.squared_norms
+    monkeypatch.setattr(clipped, "squared_norms", lambda uses, grams: 4 * right(uses, grams))
     data = list(torch.randn(8, 3))
     with pytest.raises(UnsupportedLayerError, match="the norm"):
         for batch in private.loader(data, physical_batch_size=11, fixed_size=True):
