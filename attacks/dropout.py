@@ -22,20 +22,21 @@ def has_dropout(model: nn.Module) -> bool:
 
 @contextmanager
 def common_dropout(model: nn.Module, *, generator: torch.Generator) -> Iterator[None]:
-    """Have the `nn.Dropout` layers drop units in evaluation mode too, the same for all examples.
+    """Have the `nn.Dropout` layers drop units, in evaluation mode too, the same for all examples.
 
     Each call of a layer draws a mask of its own. Dropout inside other layers, such as attention and
     recurrent ones, stays off.
 
     Args:
-        model: in evaluation mode, its examples along dimension 0 and of equal length.
+        model: takes examples of equal length, along dimension 0.
         generator: on the CPU; of the masks.
     """
 
     def drop(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        states: Tensor = args[0]
         kept = 1 - module.p  # type: ignore[operator]
-        mask = torch.rand(1, *output.shape[1:], generator=generator) < kept
-        return output * (mask.to(output.device) / kept)
+        mask = torch.rand(1, *states.shape[1:], generator=generator) < kept
+        return torch.where(mask.to(states.device), states / kept, 0.0)
 
     hooks = [m.register_forward_hook(drop) for m in model.modules() if _drops(m)]
     try:

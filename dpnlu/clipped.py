@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -76,17 +77,27 @@ def add_clipped(
         looks: whether to look for gradients that are not finite, and to spare the work of leaving
             them out if there are none; False: that work is done always.
     """
-    norms = gradient_norms(parts, losses)
-    finite = torch.isfinite(norms) & torch.isfinite(losses)
-    coefficients = CLIPPING_RULES[plan.clipping](norms, plan.max_grad_norm) * scale
-    clipped = Clipped(norms, finite)
-    if not looks or clipped.non_finite:
-        coefficients = torch.where(finite, coefficients, 0.0)
-        parts = {
-            parameter: [use.finite_rows(finite) for use in uses]
-            for parameter, uses in parts.items()
-        }
-    for parameter, uses in parts.items():
-        for use in uses:
-            use.add_weighted_sum(coefficients, into[parameter])
+    with full_precision(losses.device):
+        norms = gradient_norms(parts, losses)
+        finite = torch.isfinite(norms) & torch.isfinite(losses)
+        coefficients = CLIPPING_RULES[plan.clipping](norms, plan.max_grad_norm) * scale
+        clipped = Clipped(norms, finite)
+        if not looks or clipped.non_finite:
+            coefficients = torch.where(finite, coefficients, 0.0)
+            parts = {
+                parameter: [use.finite_rows(finite) for use in uses]
+                for parameter, uses in parts.items()
+            }
+        for parameter, uses in parts.items():
+            for use in uses:
+                use.add_weighted_sum(coefficients, into[parameter])
     return clipped
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Without autocast, under which norms would be those of rounded products."""
+    with ExitStack() as stack:
+        for kind in {"cpu", device.type}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield

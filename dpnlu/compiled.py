@@ -6,32 +6,41 @@ recorded, and clips and adds up, here all of that runs once on tensors without v
 operation it comes to is noted down. What results is a program without modules, gradients or Python,
 which torch compiles as it stands. It holds for one shape of the batch; each shape gets its own.
 
-Guarantee: as that of the engine, as far as torch's compiler keeps what programs mean. Each program
-is compared with plain automatic differentiation as the engine's courses are, on its own operations.
+Guarantee: that of the engine, as far as torch's compiler keeps what programs mean. The operations
+of each program, before they are compiled, are compared with plain automatic differentiation, as the
+engine's courses are. What a program would keep from its tracing, though it may change or belongs to
+one batch, is refused: values looked at, tensors from elsewhere than the batch and the model, random
+numbers of Python. Numbers that the losses' function holds otherwise stay what they were.
 """
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from dpnlu.clipped import Clipped
+from dpnlu.clipped import Clipped, full_precision
+from dpnlu.course import Course
 from dpnlu.engines import BookKeeping
 from dpnlu.tape import UnsupportedLayerError
 from dpnlu.validation import check_losses
 from dpnlu.verification import Evidence, draw_shares
 
-# That many shapes are compiled without a word.
-_SHAPES = 8
+# That many programs are compiled without a word.
+_PROGRAMS = 8
 
 Program = Callable[..., Any]
 Parameters = list[nn.Parameter]
@@ -45,10 +54,12 @@ class _Programs:
         clip: tensors of the batch, number of losses that count, sums -> norms, whether they are
             finite; adds to the sums.
         check: tensors of the batch, number -> the fields of `Evidence`; None once it was enough.
+        is_new: not run yet.
     """
 
     clip: Program
     check: Program | None
+    is_new: bool = True
 
 
 class CompiledClipping:
@@ -100,41 +111,70 @@ class CompiledClipping:
         leaves, nesting = tree_flatten(batch)
         tensors = [leaf.contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
         device = next(iter(into)).device
-        key = (repr(nesting), *map(_described, leaves), *self._modes(device.type))
         inputs = (*tensors, torch.tensor(kept, device=device))
+        key = (count, repr(nesting), *map(_described, leaves), *self._modes(device.type))
         programs = self._programs.get(key)
         if programs is None:
-            programs = self._made(leaves, nesting, count, inputs, into)
+            self._run_once(batch, device)
+            with self._unchanged(tensors):
+                programs = self._made(leaves, nesting, count, inputs, into)
             self._programs[key] = programs
-            if len(self._programs) == _SHAPES + 1:
-                warnings.warn(
-                    f"More than {_SHAPES} shapes of batches have been compiled: take "
-                    "fixed_size=True in the loader, and pad texts to few different lengths.",
-                    stacklevel=4,
-                )
-        if programs.check is not None and count > 1:
-            self._check(programs, inputs, list(into))
-        with _as_written(device.type):
-            norms, finite = programs.clip(*inputs, *into.values())
+            self._warn_of_many()
+        with self._unchanged(tensors) if programs.is_new else _anything():
+            if programs.check is not None and count > 1:
+                self._check(programs, inputs, list(into))
+            with torch.no_grad(), full_precision(device):
+                norms, finite = programs.clip(*inputs, *into.values())
+        programs.is_new = False
         return Clipped(norms, finite)
+
+    def _run_once(self, batch: Any, device: torch.device) -> None:
+        """Have the model compute what it computes once and keeps while tensors have values."""
+        devices = [] if device.type == "cpu" else [device]
+        with torch.no_grad(), torch.random.fork_rng(devices, device_type=device.type):
+            self._losses_of(batch)
 
     def _check(
         self, programs: _Programs, inputs: tuple[Tensor, ...], parameters: Parameters
     ) -> None:
         assert programs.check is not None
-        with _as_written(inputs[-1].device.type):
+        with torch.no_grad(), full_precision(inputs[-1].device):
             evidence = Evidence(*programs.check(*inputs))
         if evidence.proves([self._engine.names[parameter] for parameter in parameters]):
             programs.check = None
 
     def _modes(self, device: str) -> tuple[Any, ...]:
-        """What decides about the program, beside the batch."""
+        """What else decides about the program: autocast, and all that modules keep beside the
+        values of tensors."""
         casts = (torch.is_autocast_enabled(kind) for kind in ("cpu", device))
-        return (
-            *(module.training for module in self._engine.model.modules()),
-            *casts,
-            torch.get_autocast_dtype(device),
-        )
+        states = (state for m in self._engine.model.modules() for state in _state(m))
+        return (*casts, torch.get_autocast_dtype(device), *states)
+
+    @contextmanager
+    def _unchanged(self, tensors: list[Tensor]) -> Iterator[None]:
+        """See to it that the batch and the model's tensors stay as they are.
+
+        Raises:
+            UnsupportedLayerError: some are changed in place.
+        """
+        model = self._engine.model
+        watched = (*tensors, *model.parameters(), *model.buffers())
+        before = [tensor._version for tensor in watched]
+        yield
+        if before != [tensor._version for tensor in watched]:
+            raise UnsupportedLayerError(
+                "Expected a forward pass that leaves the batch and the model's buffers as they "
+                "are, got one that changes some in place: use private.step(losses)."
+            )
+
+    def _warn_of_many(self) -> None:
+        if len(self._programs) == _PROGRAMS + 1:
+            warnings.warn(
+                f"More than {_PROGRAMS} programs have been compiled, one for each shape of the "
+                "batch and each number or string in it: take fixed_size=True in the loader, pad "
+                "texts to few different lengths, and leave out what changes.",
+                stacklevel=5,
+            )
 
     def _made(
         self,
@@ -146,18 +186,13 @@ class CompiledClipping:
     ) -> _Programs:
         """Trace and compile; `inputs` and `into` show the shapes."""
         parameters, given = list(into), len(inputs)
+        courses: list[Course] = []
 
         def losses(tensors: tuple[Tensor, ...]) -> Tensor:
             *values, kept = tensors
-            batch = tree_unflatten(_with_tensors(leaves, iter(values)), nesting)
-            found = self._losses_of(batch)
+            found = self._losses_of(tree_unflatten(_with_tensors(leaves, iter(values)), nesting))
             check_losses(found, count)
-            if self._engine.course(found).chooses_rows:
-                raise UnsupportedLayerError(
-                    "Expected a forward pass that takes the examples as they come, got one that "
-                    "picks rows by their values, which has to be checked at every batch: use "
-                    "private.step(losses)."
-                )
+            courses.append(self._engine.course(found))
             return torch.where(torch.arange(count, device=found.device) < kept, found, 0.0)
 
         def clip(*tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,48 +210,144 @@ class CompiledClipping:
             return tuple(vars(evidence).values())
 
         shares = draw_shares(torch.empty(count, device=inputs[-1].device))
-        checking = _traced(check, shares, *inputs) if self._engine.verifies else None
-        compiled = torch.compile(
-            _traced(clip, *inputs, *into.values()),
-            backend=self._backend,
-            fullgraph=True,
-            dynamic=False,
-        )
+        checking = self._traced(check, shares, *inputs) if self._engine.verifies else None
+        clipping = self._traced(clip, *inputs, *into.values())
+        if any(course != courses[0] or course.chooses_rows for course in courses):
+            raise UnsupportedLayerError(
+                "Expected a forward pass that takes the same course every time and the examples as "
+                "they come, got one that changes or picks rows by their values: use "
+                "private.step(losses)."
+            )
+        compiled = torch.compile(clipping, backend=self._backend, fullgraph=True, dynamic=False)
         return _Programs(compiled, None if checking is None else partial(checking, shares))
 
+    def _traced(self, function: Program, *inputs: Tensor) -> fx.GraphModule:
+        """The operations that the function comes to on inputs of these shapes.
 
-def _traced(function: Program, *inputs: Tensor) -> Program:
-    """The operations that the function comes to on inputs of these shapes.
+        Raises:
+            UnsupportedLayerError: it looks at values, or would keep what may change.
+        """
+        # Inputs that share memory now need not share it the next time.
+        apart = [torch.empty_like(tensor) for tensor in inputs]
+        trace = make_fx(_watched(function), tracing_mode="fake", _allow_non_fake_inputs=True)
+        before = _random_states()
+        try:
+            with torch.enable_grad():
+                program: fx.GraphModule = trace(*apart)
+        except _DEPENDS_ON_VALUES as error:
+            raise _looks_at_values(str(error)) from error
+        except RuntimeError as error:
+            if "tracing tensor" not in str(error):
+                raise
+            raise _looks_at_values(str(error)) from error
+        if before != _random_states():
+            raise UnsupportedLayerError(
+                "Expected random numbers of torch alone, got a forward pass that draws some of "
+                "Python's or NumPy's, which would be the same in every step: draw torch's, or use "
+                "private.step(losses)."
+            )
+        self._check_constants(program)
+        return program
 
-    Raises:
-        UnsupportedLayerError: it depends on values.
-    """
-    try:
-        with torch.enable_grad():
-            return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
-    except RuntimeError as error:
-        raise UnsupportedLayerError(
-            "Expected a forward pass that does the same operations whatever the values are, got "
-            f"one that cannot be traced ({str(error).splitlines()[0]}): use private.step(losses)."
-        ) from error
+    def _check_constants(self, program: fx.GraphModule) -> None:
+        """Tensors that a program holds must be the model's own, or single numbers written in code.
+
+        Raises:
+            UnsupportedLayerError: another is held.
+        """
+        model = self._engine.model
+        own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        for node in program.graph.nodes:
+            if node.op != "get_attr":
+                continue
+            held = getattr(program, node.target)
+            if isinstance(held, Tensor) and held.dim() and id(held) not in own:
+                raise UnsupportedLayerError(
+                    "Expected losses computed from the batch that is handed over and the model, "
+                    f"got a tensor of shape {tuple(held.shape)} from elsewhere, which would stay "
+                    "the same in every step: put it into the batch, or register it as a buffer."
+                )
+
+
+class _Watch(TorchFunctionMode):
+    """Refuses what a program could not repeat."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _LOOKING:
+            raise _looks_at_values(f"{func.__name__} of a tensor")
+        return func(*args, **(kwargs or {}))
+
+
+# How Python gets at a value.
+_LOOKING = frozenset(
+    {
+        Tensor.item,
+        Tensor.tolist,
+        Tensor.numpy,
+        Tensor.__float__,
+        Tensor.__int__,
+        Tensor.__bool__,
+        Tensor.__index__,
+        Tensor.__contains__,
+        Tensor.is_nonzero,
+        torch.is_nonzero,
+        torch.equal,
+        torch.allclose,
+    }
+)
+_DEPENDS_ON_VALUES = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    GuardOnDataDependentSymNode,
+)
+
+
+def _watched(function: Program) -> Program:
+    def watched(*tensors: Tensor) -> Any:
+        with _Watch():
+            return function(*tensors)
+
+    return watched
+
+
+def _looks_at_values(what: str) -> UnsupportedLayerError:
+    return UnsupportedLayerError(
+        "Expected a forward pass that does the same operations whatever the values are, got one "
+        f"that looks at some ({what.partition(chr(10))[0]}): use private.step(losses)."
+    )
+
+
+def _random_states() -> tuple[Any, ...]:
+    kind, words, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 — it is what others draw from
+    return (random.getstate(), kind, words.tobytes(), *rest)  # type: ignore[union-attr]
 
 
 @contextmanager
-def _as_written(device: str) -> Iterator[None]:
-    """Run a program's operations as they were noted down: what to cast, and the gradients, are
-    among them."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        for kind in {"cpu", device}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
+def _anything() -> Iterator[None]:
+    yield
+
+
+def _state(module: nn.Module) -> tuple[Any, ...]:
+    """What a module does depends on, beside the values of its tensors."""
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return (
+        *(value for value in vars(module).values() if isinstance(value, _PLAIN)),
+        *((id(tensor), tensor is not None and tensor.requires_grad) for tensor in tensors),
+        len(module._forward_hooks),
+        len(module._forward_pre_hooks),
+    )
+
+
+_PLAIN = (bool, int, float, str)
 
 
 def _described(leaf: Any) -> tuple[Any, ...]:
-    """What a program depends on: of tensors the shape, of all else the value."""
+    """What a program depends on: of tensors all but the values, of all else the value."""
     if isinstance(leaf, Tensor):
         return (leaf.shape, leaf.dtype, leaf.device)
-    if leaf is None or isinstance(leaf, (bool, int, float, str)):
+    if leaf is None or isinstance(leaf, _PLAIN):
         return (type(leaf), leaf)
     raise TypeError(
         "Expected a batch of tensors, numbers and strings in dictionaries, lists and tuples, got "

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dpnlu.clipped import Clipped, Parts, add_clipped
+from dpnlu.clipped import Clipped, Parts, add_clipped, full_precision
 from dpnlu.clipping import CLIPPING_RULES
 from dpnlu.course import Course
 from dpnlu.gradients import Dense, Gradients, combine
@@ -121,12 +121,12 @@ class BookKeeping:
     def tracing(self, batch_size: int) -> Iterator[None]:
         """For one forward pass whose tensors have no values, and what is made of its losses."""
         self._tape.forget_weights()
-        self._tape.expect(batch_size)
+        self._tape.expect(batch_size, runs_once=True)
         try:
             yield
         finally:
             self._tape.forget_weights()
-            self._tape.clear()
+            self._tape.expect(batch_size)
 
     def course(self, losses: Tensor) -> Course:
         """The course of the forward pass that led to the losses."""
@@ -144,13 +144,15 @@ class BookKeeping:
     ) -> Evidence:
         """Compare with plain automatic differentiation; see `verification.gather`."""
         parts = self._parts(losses, parameters, retain_graph=True)
-        return gather(parts, losses, shares, turn=turn)
+        with full_precision(losses.device):
+            return gather(parts, losses, shares, turn=turn)
 
     def _parts(
         self, losses: Tensor, parameters: list[nn.Parameter], *, retain_graph: bool = False
     ) -> Parts:
-        found = self._tape.trace.gradients(losses, retain_graph=retain_graph)
-        return {parameter: combine(found.get(parameter, [])) for parameter in parameters}
+        with full_precision(losses.device):
+            found = self._tape.trace.gradients(losses, retain_graph=retain_graph)
+            return {parameter: combine(found.get(parameter, [])) for parameter in parameters}
 
     def _check(self, losses: Tensor, parameters: list[nn.Parameter]) -> None:
         """Check the batch, unless one of the same course was checked.

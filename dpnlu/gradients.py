@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dpnlu.products import add_product_
 
@@ -131,7 +132,7 @@ class Rows:
     shape: tuple[int, ...]
 
     def squared_norms(self, grams: GramCache) -> Tensor:
-        if self.ids.shape[1] > _PAIRWISE_POSITIONS:
+        if not self._is_pairwise:
             return _squared_sums_by_example(*self._merged())
         same = (self.ids[:, :, None] == self.ids[:, None, :]) & (self.ids >= 0)[:, None, :]
         return (grams(self.values) * same).flatten(1).sum(1).clamp_(min=0)
@@ -145,14 +146,24 @@ class Rows:
         return table.view(batch, *self.shape)
 
     def add_weighted_sum(self, coefficients: Tensor, out: Tensor) -> None:
-        weighted = torch.where(
-            self.ids[:, :, None] >= 0, self.values * coefficients[:, None, None], 0.0
+        kept, ids = self.ids >= 0, self.ids.flatten()
+        rows = (self.values * torch.where(kept, coefficients[:, None], 0.0)[:, :, None]).flatten(
+            0, 1
         )
-        ids, rows = self.ids.clamp(min=0).flatten(), weighted.flatten(0, 1)
+        if self._is_pairwise:  # norms had a look at what is left out: it is finite
+            ids = ids.clamp(min=0)
+        else:
+            ids, rows = ids[kept.flatten()], rows[kept.flatten()]
         out.view(self.shape[0], -1).index_add_(0, ids, rows.to(out.dtype))
 
     def finite_rows(self, finite: Tensor) -> Rows:
         return Rows(self.ids, _zeroed(self.values, finite), self.shape)
+
+    @property
+    def _is_pairwise(self) -> bool:
+        """Whether all pairs of ids are compared: in few positions, and where no value can be looked
+        at, as the tensors have none."""
+        return self.ids.shape[1] <= _PAIRWISE_POSITIONS or isinstance(self.ids, FakeTensor)
 
     def _merged(self) -> tuple[Tensor, Tensor, int]:
         """Rows of equal example and id added up: values (n, d), their examples (n,), and B."""

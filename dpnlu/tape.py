@@ -125,6 +125,7 @@ class Tape(TorchFunctionMode):
         self.trace = Trace()
         self._modules: list[tuple[str, tuple[Any, ...]]] = []
         self._expected: int | None = None
+        self._runs_once = False
         self.batch_size: int | None = None
         self._hooks = [
             hook
@@ -150,11 +151,15 @@ class Tape(TorchFunctionMode):
         self._layouts = {}
         self.batch_size = None
 
-    def expect(self, batch_size: int | None) -> None:
+    def expect(self, batch_size: int | None, *, runs_once: bool = False) -> None:
         """Forget what was recorded; the coming forward passes hold so many examples (None: look at
-        the input)."""
+        the input).
+
+        Args:
+            runs_once: refuse activation checkpointing, which runs modules again.
+        """
         self.clear()
-        self._expected = batch_size
+        self._expected, self._runs_once = batch_size, runs_once
 
     def record(self, output: Tensor, finish: Finish, *, rows: int | None = None) -> None:
         """Have `finish` called with the gradient of `output`.
@@ -350,6 +355,12 @@ class Tape(TorchFunctionMode):
                 self._data |= {id(t): t for t in given if self._may_hold_examples(t)}
                 self.__enter__()  # type: ignore[no-untyped-call]
             self._modules.append((name, (*args, *kwargs.values())))
+            if self._runs_once and torch._C._current_graph_task_id() != -1:
+                raise UnsupportedLayerError(
+                    f"Module {name or '(the model itself)'}: expected to run once, but activation "
+                    "checkpointing runs it again, with other units dropped if a program is traced: "
+                    "switch it off, or use private.step(losses)."
+                )
 
         return open_module
 

@@ -22,8 +22,8 @@ class Evidence:
     """What was compared on one batch; tensors without dimensions, but for `errors`.
 
     Attributes:
-        is_finite: whether the losses and the norms are. Infinities prove nothing: plain automatic
-            differentiation spreads them over all examples.
+        is_finite: whether the losses, the norms and what they are compared with are. Infinities
+            prove nothing: plain automatic differentiation spreads them over all examples.
         errors: (P,) of each parameter, the distance between the two gradients of a randomly
             weighted sum of the losses, which are equal only if all per-example gradients are.
         size: the norm of the random weights, which count gradients of norm 1.
@@ -88,13 +88,14 @@ def gather(parts: Parts, losses: Tensor, shares: Tensor, *, turn: int) -> Eviden
         _distance(weighted_sum(uses, weights, parameter), right)
         for (parameter, uses), right in zip(parts.items(), expected, strict=True)
     ]
+    compared = [losses, norms, *(right for right in expected if right is not None)]
     has_gradient = norms > 0
     place = has_gradient.cumsum(0) - 1
     chosen = has_gradient & (place == turn % has_gradient.sum().clamp(min=1))
     one = chosen.to(norms.dtype)
     sizes = [weighted_sum(uses, one, parameter).norm() for parameter, uses in parts.items()]
     return Evidence(
-        is_finite=torch.isfinite(norms).all() & torch.isfinite(losses).all(),
+        is_finite=torch.stack([torch.isfinite(t).all() for t in compared]).all(),
         errors=torch.stack(errors),
         size=shares.norm(),
         norm=torch.where(chosen, norms, 0.0).sum(),

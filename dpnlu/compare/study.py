@@ -149,9 +149,11 @@ def read_canary_losses(classifier: Classifier, canary: CanarySpec) -> NDArray[np
     with common_dropout(classifier.model, generator=masks):
         under_each = islice(_losses(classifier, canary, secrets[likeliest]), _MASKS)
         under_dropout = np.mean(list(under_each), axis=0)
-    losses += under_dropout.max()  # the others follow
-    losses[likeliest] = under_dropout
-    return losses
+    # The others follow, in their order and with their ties.
+    _, order = np.unique(losses, return_inverse=True)
+    ranking: NDArray[np.float64] = under_dropout.max() + 1.0 + order
+    ranking[likeliest] = under_dropout
+    return ranking
 
 
 def _losses(

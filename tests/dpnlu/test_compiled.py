@@ -1,6 +1,7 @@
 """Compiled steps release what ordinary steps release, and refuse what cannot be traced."""
 
 import math
+import random
 import shutil
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from dpnlu import compiled
 from dpnlu.tape import UnsupportedLayerError
@@ -250,13 +252,13 @@ def test_ordinary_and_compiled_steps_may_take_turns(make_plan, data):
 def traced(monkeypatch) -> list[str]:
     """Names of what was traced."""
     names = []
-    trace = compiled._traced
+    watched = compiled._watched
 
-    def note(function, *inputs):
+    def note(function):
         names.append(function.__name__)
-        return trace(function, *inputs)
+        return watched(function)
 
-    monkeypatch.setattr(compiled, "_traced", note)
+    monkeypatch.setattr(compiled, "_watched", note)
     return names
 
 
@@ -269,13 +271,13 @@ def test_a_shape_is_traced_once(released, data, traced):
 
 
 def test_many_shapes_are_warned_of(make_plan, monkeypatch, data):
-    monkeypatch.setattr(compiled, "_SHAPES", 2)
+    monkeypatch.setattr(compiled, "_PROGRAMS", 2)
     plan = make_plan(sample_rate=1.0, steps=1, num_examples=6)
     model, options = Tied(), {"verify": False}
     with privatize(model, torch.optim.SGD(model.parameters(), lr=0.5), plan, **options) as private:
         step = private.compile(lambda batch: losses_of(model, batch), backend="eager")
         loader = private.loader(data[:6], collate_fn=collate, physical_batch_size=2)
-        with pytest.warns(UserWarning, match="More than 2 shapes.*fixed_size=True"):
+        with pytest.warns(UserWarning, match="More than 2 programs.*fixed_size=True"):
             for number, batch in enumerate(loader):
                 step(batch | {"ids": batch["ids"][:, : 3 + number]})
 
@@ -307,6 +309,165 @@ def test_switching_modes_makes_a_new_program(make_plan, data, traced):
     assert traced == ["clip", "clip"]
 
 
+@pytest.fixture
+def session(make_plan) -> Callable:
+    """(data, model, what to do at each batch of two examples) -> whatever that returned."""
+
+    def run(data, model, each, **options):
+        plan = make_plan(noise_multiplier=0.0, max_grad_norm=0.3, sample_rate=1.0, steps=1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        with privatize(model, optimizer, plan, **options) as private:
+            step = each(private)
+            batches = private.loader(data, collate_fn=collate, physical_batch_size=2)
+            for number, batch in enumerate(batches):
+                step(number, batch)
+            return torch.cat([gradient.flatten() for gradient in private.gradients.values()])
+
+    return run
+
+
+@pytest.mark.usefixtures("double")
+def test_fields_that_share_memory_once_need_not_do_so_again(session, data):
+    """Else the Gram matrix of one would be taken for that of the other."""
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(WORDS, 4).requires_grad_(False)
+            self.one, self.other = nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def losses(self, batch):
+            states = [self.words(batch[name]) for name in ("ids", "others")]
+            return (self.one(states[0]) + self.other(states[1]).tanh()).square().sum((1, 2))
+
+    def given(number, batch):
+        ids = batch["ids"]
+        return batch | {"others": ids if number == 0 else ids.flip(1)}
+
+    def compiled_step(private):
+        step = private.compile(model.losses, backend="eager")
+        return lambda number, batch: step(given(number, batch))
+
+    def plain_step(private):
+        return lambda number, batch: private.step(model.losses(given(number, batch)))
+
+    model = Pair()
+    torch.testing.assert_close(
+        session(data, model, compiled_step), session(data, model, plain_step)
+    )
+
+
+def test_a_closure_over_the_loop_s_batch_is_refused(session, data):
+    seen = []
+
+    def slip(private):
+        step = private.compile(
+            lambda batch: F.cross_entropy(model(batch["ids"]), seen[-1], reduction="none"),
+            backend="eager",
+        )
+
+        def each(number, batch):
+            seen.append(batch["intents"])
+            step(batch)
+
+        return each
+
+    model = Texts()
+    with pytest.raises(UnsupportedLayerError, match=r"from elsewhere.*put it into the batch"):
+        session(data, model, slip)
+
+
+def test_a_program_is_for_a_number_of_examples(session, data):
+    """A batch that lost a row is not taken for one of another size, which was compiled before."""
+
+    def losing(private):
+        step = private.compile(lambda batch: losses_of(model, batch), backend="eager")
+
+        def each(number, batch):
+            rows = 1 if number == 1 else 2
+            step({"ids": batch["ids"][:rows], "intents": batch["intents"][:rows]})
+
+        return each
+
+    model = Tied()
+    with pytest.raises(ValueError, match="Expected 2 losses"):
+        session(data, model, losing)
+
+
+@pytest.mark.usefixtures("double")
+def test_what_modules_keep_beside_tensors_decides_too(session, data):
+    def changing(compiles):
+        def steps(private):
+            step = private.compile(lambda batch: losses_of(model, batch), backend="eager")
+
+            def each(number, batch):
+                model.dropout.p = 0.0 if number < 2 else 1.0
+                step(batch) if compiles else private.step(losses_of(model, batch))
+
+            return each
+
+        return steps
+
+    model = Texts()
+    torch.testing.assert_close(
+        session(data, model, changing(True)), session(data, model, changing(False))
+    )
+
+
+def test_what_a_model_computes_once_and_keeps_has_values(session, data):
+    """… and what it keeps has to be a buffer, for programs hold no other tensors."""
+
+    class Lazy(Tied):
+        kept = None
+
+        def forward(self, ids):
+            if self.kept is None:
+                self.kept = torch.linspace(0, 1, WORDS)
+            return super().forward(ids) * self.kept
+
+    def steps(private):
+        step = private.compile(lambda batch: losses_of(model, batch), backend="eager")
+        return lambda number, batch: step(batch)
+
+    model = Lazy()
+    with pytest.raises(UnsupportedLayerError, match=r"shape \(12,\).*register it as a buffer"):
+        session(data, model, steps)
+    assert type(model.kept) is Tensor
+    kept, model = model.kept, Tied()
+    model.register_buffer("kept", kept)
+    model.forward = lambda ids: Tied.forward(model, ids) * model.kept
+    assert session(data, model, steps).norm() > 0
+
+
+@pytest.mark.usefixtures("double")
+def test_long_texts_are_compiled_too(session):
+    """… whose ids are sorted in ordinary steps, which programs cannot do."""
+    ids = torch.randint(0, WORDS, (8, 130))
+    data = list(zip(ids, torch.randint(2, (8,)), strict=True))
+
+    class Long(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(WORDS, 3, padding_idx=0)
+
+        def forward(self, ids):
+            return self.words(ids).tanh().mean(1)
+
+    def steps(compiles):
+        def make(private):
+            step = private.compile(lambda batch: losses_of(model, batch), backend="eager")
+            if compiles:
+                return lambda number, batch: step(batch)
+            return lambda number, batch: private.step(losses_of(model, batch))
+
+        return make
+
+    model = Long()
+    torch.testing.assert_close(
+        session(data, model, steps(True)), session(data, model, steps(False))
+    )
+
+
 # ---- refusals ------------------------------------------------------------------------------------
 
 
@@ -330,9 +491,58 @@ def _picking(model, batch):
     return F.pad(states[batch["ids"] != 0].square().sum(1), (0, 50))[: len(batch["ids"])]
 
 
+def _drawing(model, batch):
+    return losses_of(model, batch) * (0.5 + random.random())
+
+
+def _drawing_with_numpy(model, batch):
+    return losses_of(model, batch) * (0.5 + np.random.rand())  # noqa: NPY002
+
+
+def _reading_a_weight(model, batch):
+    return losses_of(model, batch) * float(model.start[0])
+
+
+def _keeping_a_tensor(model, batch):
+    return losses_of(model, batch) * OTHER
+
+
+def _changing_the_batch(model, batch):
+    batch["ids"].clamp_(max=5)
+    return losses_of(model, batch)
+
+
+def _counting(model, batch):
+    with torch.no_grad():
+        model.norm.calls.add_(1)
+    return losses_of(model, batch)
+
+
+def _checkpointing(model, batch):
+    states = checkpoint(model.words, batch["ids"], use_reentrant=False)
+    return losses_of(model, batch) + checkpoint(model.norm, states, use_reentrant=False).sum((1, 2))
+
+
+def _taking_turns(model, batch):
+    """Examples mix every second time."""
+    model.turn = not getattr(model, "turn", False)
+    return (losses_of if model.turn else _mixing)(model, batch)
+
+
+OTHER = torch.tensor([1.0, 2.0, 3.0])
+
+
 @pytest.mark.parametrize(
     ("losses_of", "message"),
     [
+        (_drawing, "random numbers of torch alone"),
+        (_drawing_with_numpy, "random numbers of torch alone"),
+        (_reading_a_weight, "looks at some .__float__"),
+        (_keeping_a_tensor, r"shape \(3,\) from elsewhere.*register it as a buffer"),
+        (_changing_the_batch, "leaves the batch and the model's buffers"),
+        (_counting, "leaves the batch and the model's buffers"),
+        (_checkpointing, "activation checkpointing"),
+        (_taking_turns, "the same course every time"),
         (_mixing, "depend on that example alone"),
         (_looking, "same operations whatever the values"),
         (_sorting, "same operations whatever the values|rows by their values"),
@@ -343,6 +553,7 @@ def _picking(model, batch):
 )
 def test_what_cannot_be_compiled_is_refused(released, data, losses_of, message):
     model = Texts()
+    model.norm.register_buffer("calls", torch.zeros(()))
     before = [parameter.clone() for parameter in model.parameters()]
     with pytest.raises(ValueError, match=message):
         released(model, data, losses_of=losses_of, backend="eager")
