@@ -261,7 +261,7 @@ class CompiledClipping:
             if node.op != "get_attr":
                 continue
             held = getattr(program, node.target)
-            if isinstance(held, Tensor) and held.dim() and id(held) not in own:
+            if isinstance(held, Tensor) and held.dim() and len(held) and id(held) not in own:
                 raise UnsupportedLayerError(
                     "Expected losses computed from the batch that is handed over and the model, "
                     f"got a tensor of shape {tuple(held.shape)} from elsewhere, which would stay "

@@ -1,5 +1,6 @@
 """Hugging Face encoders as they come: default inputs, everything trainable, exact."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from dpnlu.engines import ENGINES
 from dpnlu.plan import PrivacyPlan
 from dpnlu.tape import UnsupportedLayerError
+from dpnlu.training import privatize
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -182,6 +184,33 @@ def test_gradient_checkpointing(assert_taped_exactly, encoder):
     model, ids = Classifier(encoder).train(), _ids((3, 4))
     model.encoder.gradient_checkpointing_enable({"use_reentrant": False})
     assert_taped_exactly(model, lambda model: model.sequence_losses(ids))
+
+
+@pytest.mark.slow
+@every_encoder
+def test_compiled_steps(make_plan, monkeypatch, encoder):
+    """What is traced is run as it is; that torch compiles it is tested elsewhere."""
+    monkeypatch.setattr(torch, "compile", lambda program, **_: program)
+    texts = list(_ids((6, 7)))
+
+    def released(model: nn.Module, *, compiles: bool, engine: str | None = None) -> Tensor:
+        plan = make_plan(
+            noise_multiplier=0.0, max_grad_norm=0.3, sample_rate=1.0, steps=1, num_examples=6
+        )
+        with privatize(model, torch.optim.SGD(model.parameters()), plan, engine=engine) as private:
+
+            def plain(ids: Tensor) -> bool:
+                return private.step(model.sequence_losses(ids))
+
+            step = private.compile(model.sequence_losses) if compiles else plain
+            for ids in private.loader(texts, physical_batch_size=4, fixed_size=True):
+                step(ids)
+            return torch.cat([gradient.flatten() for gradient in private.gradients.values()])
+
+    model = Classifier(encoder).eval()
+    twin = copy.deepcopy(model)
+    expected = released(twin, compiles=False, engine="per_example")
+    torch.testing.assert_close(released(model, compiles=True), expected, rtol=1e-9, atol=1e-12)
 
 
 # ---- the table of the README -----------------------------------------------------------------
