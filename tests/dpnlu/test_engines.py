@@ -649,6 +649,35 @@ def test_mixed_precision_comes_close(clipped_sum, kind):
     assert float((found - expected).norm()) < 0.1 * float(expected.norm())
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_norms_and_sums_are_taken_in_full_precision_within_autocast_too(clipped_sum, kind):
+    """Else an example would add more than the bound by the rounding of a product."""
+
+    def autocast_losses(model, inputs):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = model(inputs)
+        return (outputs.float() + 1).square().flatten(1).sum(1)
+
+    model, inputs = kind.make(), kind.inputs(4)
+    outside = clipped_sum("book_keeping", model, autocast_losses, inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        within = clipped_sum("book_keeping", model, autocast_losses, inputs)
+        one = clipped_sum("book_keeping", model, autocast_losses, inputs[:1], max_grad_norm=1e-3)
+    torch.testing.assert_close(within, outside)
+    assert float(one.double().norm()) <= 1e-3 * (1 + 1e-5)
+
+
+def test_a_comparison_that_overflows_proves_nothing(add):
+    """In float16, the random weights of examples with tiny gradients do."""
+
+    def tiny_for_one(model, inputs):
+        with torch.autocast("cpu", dtype=torch.float16):
+            losses = model(inputs).float().square().sum(1)
+        return losses * torch.tensor([1.0, 1e-12, 1.0, 1.0])
+
+    add(Feedforward(), [_vectors(4)], losses=tiny_for_one)
+
+
 # ---- no trace --------------------------------------------------------------------------------
 
 
