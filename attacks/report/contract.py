@@ -251,6 +251,17 @@ def _at_most(smaller: str, larger: str) -> Check:
     return check
 
 
+def _one_each(count: str, entries: str) -> Check:
+    """Rule: a list has as many entries as a number says."""
+
+    def check(record: Any, path: str) -> None:
+        if count in record and entries in record and record[count] != len(record[entries]):
+            allowed = f"with one entry for each of `{count}` = {record[count]!r}"
+            _refuse(f"{path}.{entries}", allowed, str(len(record[entries])), "count them anew")
+
+    return check
+
+
 def _guarantee(run: Any, path: str) -> None:
     """Rule: ε needs its δ; a target needs an ε that was spent."""
     if run["epsilon"] is not None and "delta" not in run:
@@ -330,6 +341,7 @@ CANARY = _object(
     _together("exact_match", "exact_match_interval", "chance_exact"),
     _together("hamming", "chance_hamming"),
     _at_most("exposure_bits", "available_bits"),
+    _one_each("trials", "ranks"),
     _around("exposure_bits", "exposure_interval"),
     _around("exact_match", "exact_match_interval"),
 )

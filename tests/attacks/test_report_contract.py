@@ -138,6 +138,7 @@ WRONG = [
     ([*C, "hamming"], 1.5, "runs[1].canary.hamming"),
     ([*C, "ranks"], [1, 0.5], "runs[1].canary.ranks[1]"),
     ([*C, "ranks"], [], "runs[1].canary.ranks"),
+    ([*C], {"trials": 3, "ranks": [1, 2]}, "runs[1].canary.ranks"),
     ([*R, A, "confidence"], 1, "runs[1].audit.confidence"),
     ([*R, A, "epsilon_lower_bound"], 6.0, "runs[1].audit.epsilon_lower_bound"),
     (["runs"], [], "runs"),
