@@ -81,26 +81,33 @@ def gather(parts: Parts, losses: Tensor, shares: Tensor, *, turn: int) -> Eviden
     """
     norms = gradient_norms(parts, losses)
     weights = shares / norms.clamp(min=torch.finfo(norms.dtype).tiny ** 0.5)
-    expected = torch.autograd.grad(
-        (losses * weights.detach()).sum(), list(parts), allow_unused=True, retain_graph=True
-    )
-    errors = [
-        _distance(weighted_sum(uses, weights, parameter), right)
-        for (parameter, uses), right in zip(parts.items(), expected, strict=True)
-    ]
-    compared = [losses, norms, *(right for right in expected if right is not None)]
+    errors, is_finite = _errors(parts, losses, weights.detach())
     has_gradient = norms > 0
     place = has_gradient.cumsum(0) - 1
     chosen = has_gradient & (place == turn % has_gradient.sum().clamp(min=1))
     one = chosen.to(norms.dtype)
     sizes = [weighted_sum(uses, one, parameter).norm() for parameter, uses in parts.items()]
     return Evidence(
-        is_finite=torch.stack([torch.isfinite(t).all() for t in compared]).all(),
-        errors=torch.stack(errors),
+        is_finite=torch.isfinite(norms).all() & torch.isfinite(losses).all() & is_finite,
+        errors=errors,
         size=shares.norm(),
         norm=torch.where(chosen, norms, 0.0).sum(),
         written_out=torch.stack(sizes).norm(),
     )
+
+
+def _errors(parts: Parts, losses: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(P,) distances of the gradients of the weighted losses, and whether the right ones are
+    finite."""
+    expected = torch.autograd.grad(
+        (losses * weights).sum(), list(parts), allow_unused=True, retain_graph=True
+    )
+    errors = [
+        _distance(weighted_sum(uses, weights, parameter), right)
+        for (parameter, uses), right in zip(parts.items(), expected, strict=True)
+    ]
+    sizes = [right.norm() for right in expected if right is not None]
+    return torch.stack(errors), torch.isfinite(torch.stack(sizes)).all()
 
 
 def draw_shares(like: Tensor) -> Tensor:
@@ -110,7 +117,7 @@ def draw_shares(like: Tensor) -> Tensor:
 
 
 def _distance(found: Tensor, expected: Tensor | None) -> Tensor:
-    distance: Tensor = (found if expected is None else found - expected).norm()
+    distance: Tensor = (found if expected is None else found.sub_(expected)).norm()
     return distance
 
 
