@@ -92,6 +92,7 @@ def main() -> None:
     options = parser.parse_args()
     what = "encoder" if options.model.startswith("encoder:") else options.model
     name = f"{datetime.date.today()}-seeds-{what}-eps-{options.epsilon:g}"
+    options.out.mkdir(parents=True, exist_ok=True)  # before hours of training, not after
     path = options.out / f"{name}.json"
     content = json.loads(path.read_text()) if path.exists() else {"rows": {}}
     for seed in map(str, range(options.seeds)):
