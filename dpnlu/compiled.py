@@ -18,7 +18,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -120,7 +120,7 @@ class CompiledClipping:
                 programs = self._made(leaves, nesting, count, inputs, into)
             self._programs[key] = programs
             self._warn_of_many()
-        with self._unchanged(tensors) if programs.is_new else _anything():
+        with self._unchanged(tensors) if programs.is_new else nullcontext():
             if programs.check is not None and count > 1:
                 self._check(programs, inputs, list(into))
             with torch.no_grad(), full_precision(device):
@@ -322,11 +322,6 @@ def _looks_at_values(what: str) -> UnsupportedLayerError:
 def _random_states() -> tuple[Any, ...]:
     kind, words, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 — it is what others draw from
     return (random.getstate(), kind, words.tobytes(), *rest)  # type: ignore[union-attr]
-
-
-@contextmanager
-def _anything() -> Iterator[None]:
-    yield
 
 
 def _state(module: nn.Module) -> tuple[Any, ...]:

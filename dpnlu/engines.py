@@ -77,6 +77,11 @@ class BookKeeping:
     Whenever the forward pass takes a course not seen before, and always if it picks rows out of
     the batch by their values, the gradients are compared with plain automatic differentiation
     before anything is released.
+
+    Attributes:
+        model: whose forward passes are recorded.
+        names: of its parameters.
+        verifies: whether gradients are compared.
     """
 
     takes_whole_batches = True

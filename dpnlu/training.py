@@ -252,8 +252,9 @@ class PrivateTraining:
 
         Args:
             losses_of: batch -> (B,), the loss of each example. The batch holds tensors, numbers and
-                strings in dictionaries, lists and tuples. Which operations it does must not depend
-                on values.
+                strings in dictionaries, lists and tuples, and is read through this argument alone.
+                Which operations are done must not depend on values. Other numbers that the function
+                uses stay what they were when a shape first came.
             backend: of `torch.compile`; "inductor" needs a C++ compiler.
 
         Returns:

@@ -636,13 +636,14 @@ def test_sums_of_a_half_precision_model_are_kept_in_full_precision(make_plan, ki
     assert float((found["full"] - found["half"]).norm()) < 0.2 * float(found["full"].norm())
 
 
+def autocast_losses(model, inputs):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model(inputs)
+    return (outputs.float() + 1).square().flatten(1).sum(1)
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_mixed_precision_comes_close(clipped_sum, kind):
-    def autocast_losses(model, inputs):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            outputs = model(inputs)
-        return (outputs.float() + 1).square().flatten(1).sum(1)
-
     model, inputs = kind.make(), kind.inputs(4)
     found = clipped_sum("book_keeping", model, autocast_losses, inputs)
     expected = clipped_sum("per_example", model, losses_of, inputs)
@@ -652,12 +653,6 @@ def test_mixed_precision_comes_close(clipped_sum, kind):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_norms_and_sums_are_taken_in_full_precision_within_autocast_too(clipped_sum, kind):
     """Else an example would add more than the bound by the rounding of a product."""
-
-    def autocast_losses(model, inputs):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            outputs = model(inputs)
-        return (outputs.float() + 1).square().flatten(1).sum(1)
-
     model, inputs = kind.make(), kind.inputs(4)
     outside = clipped_sum("book_keeping", model, autocast_losses, inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
