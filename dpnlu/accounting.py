@@ -26,6 +26,9 @@ _GRID_FINEST, _GRID_COARSEST = 1e-6, 1e-3
 
 # Calibration searches on a coarser grid first: faster, and still on the safe side.
 _COARSE = 5.0
+_ROUGH = 0.05  # relative width of a bracket in which log ε is almost a line in log σ
+
+_NEWTON_STEPS = 3
 
 # Probabilities are convolved by Fourier transforms, whose rounding errors, about 1e-15, are no
 # longer small against a smaller δ: the ε found would not be an upper bound.
@@ -121,10 +124,14 @@ def calibrate_noise_multiplier(
 
     least = min(event.noise_multiplier for event in events(1.0))
     start = 1 / least if least else math.inf  # a schedule may fall until nothing is left
-    coarse = _bracket(lambda sigma: excess(sigma, _COARSE), start=start)
-    rough = _root(lambda sigma: excess(sigma, _COARSE), coarse, tolerance=0.01)
-    fine = _bracket(lambda sigma: excess(sigma, 1.0), start=rough, factor=1.02)
-    return _root(lambda sigma: excess(sigma, 1.0), fine, tolerance=tolerance)
+    bracket = _bracket(lambda sigma: excess(sigma, _COARSE), start=start)
+    low, high = _narrowed(lambda sigma: excess(sigma, _COARSE), bracket, tolerance=_ROUGH)
+    line = _Line(low, excess(low, _COARSE), high, excess(high, _COARSE))
+    sigma = _newton(lambda sigma: excess(sigma, 1.0), line, tolerance=tolerance)
+    if sigma is not None:
+        return sigma
+    fine = _bracket(lambda sigma: excess(sigma, 1.0), start=high, factor=1.02)
+    return _narrowed(lambda sigma: excess(sigma, 1.0), fine, tolerance=tolerance)[1]
 
 
 def _spent(
@@ -169,28 +176,58 @@ def _bracket(
     return low, high
 
 
-def _root(
+def _narrowed(
     excess: Callable[[float], float], bracket: tuple[float, float], *, tolerance: float
-) -> float:
-    """A point at which the target is met, within `tolerance` of one at which it is missed."""
+) -> tuple[float, float]:
+    """A bracket so narrow, or with an upper end so close to the target, as the tolerance asks."""
     low, high = bracket
     low_excess, high_excess = excess(low), excess(high)
     while high / low > 1 + tolerance and high_excess < -tolerance / 2:
-        middle = _interpolate(low, low_excess, high, high_excess)
+        # Aim slightly to the safe side of the root, so that the next `high` is a close one.
+        share = _Line(low, low_excess, high, high_excess).root_share() + 0.02
+        middle = low * (high / low) ** min(max(share, 0.05), 0.95)
         middle_excess = excess(middle)
         if middle_excess > 0:
             low, low_excess = middle, middle_excess
         else:
             high, high_excess = middle, middle_excess
-    return high
+    return low, high
 
 
-def _interpolate(low: float, low_excess: float, high: float, high_excess: float) -> float:
-    """A point of the bracket where the secant in log σ nearly meets zero, kept off the ends."""
-    share = low_excess / (low_excess - high_excess) if math.isfinite(low_excess) else 0.5
-    # Aim slightly to the safe side of the root, so that the next `high` is a close one.
-    step: float = (high / low) ** min(max(share + 0.02, 0.05), 0.95)
-    return low * step
+@dataclass(frozen=True)
+class _Line:
+    """Through two points of the excess over log σ, one with the target missed, one with it met."""
+
+    low: float
+    low_excess: float
+    high: float
+    high_excess: float
+
+    def root_share(self) -> float:
+        """Where it meets zero, as a share of the way from low to high."""
+        if not math.isfinite(self.low_excess):
+            return 0.5
+        return self.low_excess / (self.low_excess - self.high_excess)
+
+    def slope(self) -> float:
+        """Below 0."""
+        return (self.high_excess - self.low_excess) / math.log(self.high / self.low)
+
+
+def _newton(excess: Callable[[float], float], line: _Line, *, tolerance: float) -> float | None:
+    """A σ that meets the target and is within `tolerance` of it, by steps along the line's slope.
+
+    ε falls at least as fast as σ grows, so that σ is as close to the least one. None if the line
+    did not lead there.
+    """
+    sigma: float = line.low * (line.high / line.low) ** line.root_share()
+    off = 0.0
+    for _ in range(_NEWTON_STEPS):
+        sigma *= math.exp(-(off + tolerance / 4) / line.slope())
+        off = excess(sigma)
+        if -tolerance <= off <= 0:
+            return sigma
+    return None
 
 
 def _merged(events: Iterable[SampledGaussian]) -> tuple[SampledGaussian, ...]:
@@ -220,11 +257,17 @@ def _pld_epsilon_on_grid(
 
 
 def _typical_loss(events: tuple[SampledGaussian, ...]) -> float:
-    """The root mean square of sample_rate / noise_multiplier over all steps. Squares add up, and so
-    do those of the errors that a grid makes at each step."""
+    """The root mean square over all steps of q √(exp(1/σ²) − 1), the standard deviation of the
+    likelihood ratio. Squares add up, and so do those of the errors that a grid makes at each step.
+    """
     steps = sum(event.steps for event in events)
-    squares = sum(e.steps * (e.sample_rate / e.noise_multiplier) ** 2 for e in events)
+    squares = sum(e.steps * e.sample_rate**2 * _chi_square(e.noise_multiplier) for e in events)
     return math.sqrt(squares / steps)
+
+
+def _chi_square(noise_multiplier: float) -> float:
+    """exp(1/σ²) − 1, as far as it is finite."""
+    return math.expm1(min(1 / noise_multiplier**2, 700.0))
 
 
 @lru_cache(maxsize=4096)

@@ -240,11 +240,11 @@ def test_accounting_leaves_the_loggers_alone(monkeypatch, disabled):
     delta=st.sampled_from([1e-4, 1e-6]),
 )
 def test_calibration_meets_the_target_and_hardly_overshoots(target, rate, steps, delta):
-    """The ε of the returned σ does not exceed `target_epsilon`, and is within 1 % of it."""
+    """The ε of the returned σ does not exceed `target_epsilon`, and is within 0.2 % of it."""
     sigma = calibrate_noise_multiplier(
         lambda sigma: [gaussian(sigma, rate, steps)], target_epsilon=target, delta=delta
     )
-    assert 0.99 * target <= epsilon([gaussian(sigma, rate, steps)], delta=delta) <= target
+    assert 0.998 * target <= epsilon([gaussian(sigma, rate, steps)], delta=delta) <= target
 
 
 def test_calibration_takes_the_safe_side_of_a_decaying_schedule():
@@ -252,7 +252,7 @@ def test_calibration_takes_the_safe_side_of_a_decaying_schedule():
         return [gaussian(sigma * 0.8**epoch, 0.02, 50) for epoch in range(4)]
 
     sigma = calibrate_noise_multiplier(events, target_epsilon=3.0, delta=DELTA)
-    assert 0.99 * 3.0 <= epsilon(events(sigma), delta=DELTA) <= 3.0
+    assert 0.998 * 3.0 <= epsilon(events(sigma), delta=DELTA) <= 3.0
 
 
 def test_an_unreachable_target_is_refused():

@@ -42,6 +42,7 @@ ORDER = (
     "evaluation",
     "checkpoint",
     "fitting",
+    "answers",
     "budget",
     "saving",
     "card",
