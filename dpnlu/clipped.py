@@ -14,7 +14,7 @@ from dpnlu.gradients import Gradients, GramCache, squared_norms
 from dpnlu.plan import PrivacyPlan
 
 # Parameter -> its uses, whose gradients add up.
-Parts = Mapping[nn.Parameter, Sequence[Gradients]]
+Parts = dict[nn.Parameter, Sequence[Gradients]]
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ class Clipped:
 def gradient_norms(parts: Parts, losses: Tensor) -> Tensor:
     """(B,) norms of the gradients of all parameters together."""
     grams = GramCache()
-    squares = [squared_norms(uses, grams) for uses in parts.values() if uses]
-    return sum(squares, losses.new_zeros(len(losses))).sqrt()
+    with full_precision(losses.device):
+        squares = [squared_norms(uses, grams) for uses in parts.values() if uses]
+        return sum(squares, losses.new_zeros(len(losses))).sqrt()
 
 
 def weighted_sum(uses: Sequence[Gradients], weights: Tensor, like: Tensor) -> Tensor:
@@ -62,35 +63,33 @@ def weighted_sum(uses: Sequence[Gradients], weights: Tensor, like: Tensor) -> Te
 
 def add_clipped(
     parts: Parts,
+    norms: Tensor,
     losses: Tensor,
     plan: PrivacyPlan,
     *,
     into: Mapping[nn.Parameter, Tensor],
     scale: float,
-    looks: bool = True,
 ) -> Clipped:
     """Clip each example's whole gradient, of all parameters together, and add them up.
 
     Args:
+        parts: emptied, from the last to the first, so that memory is free once it was used.
+        norms: (B,) of these gradients.
         into: parameter -> the sum that is added to, in place.
         scale: of all that is added.
-        looks: whether to look for gradients that are not finite, and to spare the work of leaving
-            them out if there are none; False: that work is done always.
     """
     with full_precision(losses.device):
-        norms = gradient_norms(parts, losses)
         finite = torch.isfinite(norms) & torch.isfinite(losses)
         coefficients = CLIPPING_RULES[plan.clipping](norms, plan.max_grad_norm) * scale
         clipped = Clipped(norms, finite)
-        if not looks or clipped.non_finite:
+        some_are_not = clipped.non_finite > 0
+        if some_are_not:
             coefficients = torch.where(finite, coefficients, 0.0)
-            parts = {
-                parameter: [use.finite_rows(finite) for use in uses]
-                for parameter, uses in parts.items()
-            }
-        for parameter, uses in parts.items():
+        while parts:
+            parameter, uses = parts.popitem()
             for use in uses:
-                use.add_weighted_sum(coefficients, into[parameter])
+                kept = use.finite_rows(finite) if some_are_not else use
+                kept.add_weighted_sum(coefficients, into[parameter])
     return clipped
 
 

@@ -1,21 +1,23 @@
-"""Compiled steps: forward pass, backward pass, clipping and sums as one program for torch.compile.
+"""Compiled steps: forward pass, backward pass and norms as one program for torch.compile.
 
 Inside a compiled model the tape sees nothing. But it can be traced together with the model: where
 an ordinary step runs the model, asks automatic differentiation for the gradients of what was
-recorded, and clips and adds up, here all of that runs once on tensors without values while every
+recorded, and takes their norms, here all of that runs once on tensors without values while every
 operation it comes to is noted down. What results is a program without modules, gradients or Python,
 which torch compiles as it stands. It holds for one shape of the batch; each shape gets its own.
+
+The sums are not part of it. They are large products that a compiler does not make faster, and they
+begin as noise, whose memory is not there while the forward pass needs its own.
 
 Guarantee: that of the engine, as far as torch's compiler keeps what programs mean. The operations
 of each program, before they are compiled, are compared with plain automatic differentiation, as the
 engine's courses are. What a program would keep from its tracing, though it may change or belongs to
-one batch, is refused: values looked at, tensors from elsewhere than the batch and the model, random
-numbers of Python. Numbers that the losses' function holds otherwise stay what they were.
+one batch, is refused (`dpnlu.tracing`). Numbers that the losses' function holds otherwise stay what
+they were.
 """
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -23,19 +25,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from dpnlu.clipped import Clipped, full_precision
+from dpnlu.clipped import Clipped, Parts, full_precision, gradient_norms
 from dpnlu.course import Course
 from dpnlu.engines import BookKeeping
 from dpnlu.tape import UnsupportedLayerError
+from dpnlu.tracing import traced
 from dpnlu.validation import check_losses
 from dpnlu.verification import Evidence, draw_shares
 
@@ -51,15 +49,23 @@ class _Programs:
     """What there is for one shape of the batch.
 
     Attributes:
-        clip: tensors of the batch, number of losses that count, sums -> norms, whether they are
-            finite; adds to the sums.
+        find: tensors of the batch, number of losses that count -> losses, norms, and the tensors of
+            the per-example gradients.
+        forms: of these gradients.
         check: tensors of the batch, number -> the fields of `Evidence`; None once it was enough.
         is_new: not run yet.
     """
 
-    clip: Program
+    find: Program
+    forms: _Forms
     check: Program | None
     is_new: bool = True
+
+    def run(self, inputs: tuple[Tensor, ...], device: torch.device) -> tuple[Parts, Tensor, Tensor]:
+        """The gradients, their norms, and the losses."""
+        with torch.no_grad(), full_precision(device):
+            losses, norms, *tensors = self.find(*inputs)
+        return self.forms.filled(tensors), norms, losses
 
 
 class CompiledClipping:
@@ -117,16 +123,15 @@ class CompiledClipping:
         if programs is None:
             self._run_once(batch, device)
             with self._unchanged(tensors):
-                programs = self._made(leaves, nesting, count, inputs, into)
+                programs = self._made(leaves, nesting, count, inputs, list(into))
             self._programs[key] = programs
             self._warn_of_many()
         with self._unchanged(tensors) if programs.is_new else nullcontext():
             if programs.check is not None and count > 1:
                 self._check(programs, inputs, list(into))
-            with torch.no_grad(), full_precision(device):
-                norms, finite = programs.clip(*inputs, *into.values())
+            parts, norms, losses = programs.run(inputs, device)
         programs.is_new = False
-        return Clipped(norms, finite)
+        return self._engine.add_found(parts, norms, losses, into=into, scale=self._scale)
 
     def _run_once(self, batch: Any, device: torch.device) -> None:
         """Have the model compute what it computes once and keeps while tensors have values."""
@@ -182,11 +187,11 @@ class CompiledClipping:
         nesting: TreeSpec,
         count: int,
         inputs: tuple[Tensor, ...],
-        into: Mapping[nn.Parameter, Tensor],
+        parameters: Parameters,
     ) -> _Programs:
-        """Trace and compile; `inputs` and `into` show the shapes."""
-        parameters, given = list(into), len(inputs)
+        """Trace and compile; `inputs` show the shapes."""
         courses: list[Course] = []
+        forms: list[_Forms] = []
 
         def losses(tensors: tuple[Tensor, ...]) -> Tensor:
             *values, kept = tensors
@@ -195,13 +200,13 @@ class CompiledClipping:
             courses.append(self._engine.course(found))
             return torch.where(torch.arange(count, device=found.device) < kept, found, 0.0)
 
-        def clip(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        def find(*tensors: Tensor) -> list[Tensor]:
             with self._engine.tracing(count):
-                sums = dict(zip(parameters, tensors[given:], strict=True))
-                clipped = self._engine.add_traced(
-                    losses(tensors[:given]), into=sums, scale=self._scale
-                )
-            return clipped.norms, clipped.finite
+                found = losses(tensors)
+                parts = self._engine.gradients(found, parameters)
+                norms = gradient_norms(parts, found)
+            forms.append(_Forms.of(parts))
+            return [found.detach(), norms, *forms[0].tensors()]
 
         def check(shares: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             with self._engine.tracing(count):
@@ -210,118 +215,52 @@ class CompiledClipping:
             return tuple(vars(evidence).values())
 
         shares = draw_shares(torch.empty(count, device=inputs[-1].device))
-        checking = self._traced(check, shares, *inputs) if self._engine.verifies else None
-        clipping = self._traced(clip, *inputs, *into.values())
+        model = self._engine.model
+        checking = traced(check, (shares, *inputs), model=model) if self._engine.verifies else None
+        finding = traced(find, inputs, model=model)
         if any(course != courses[0] or course.chooses_rows for course in courses):
             raise UnsupportedLayerError(
                 "Expected a forward pass that takes the same course every time and the examples as "
                 "they come, got one that changes or picks rows by their values: use "
                 "private.step(losses)."
             )
-        compiled = torch.compile(clipping, backend=self._backend, fullgraph=True, dynamic=False)
-        return _Programs(compiled, None if checking is None else partial(checking, shares))
-
-    def _traced(self, function: Program, *inputs: Tensor) -> fx.GraphModule:
-        """The operations that the function comes to on inputs of these shapes.
-
-        Raises:
-            UnsupportedLayerError: it looks at values, or would keep what may change.
-        """
-        # Inputs that share memory now need not share it the next time.
-        apart = [torch.empty_like(tensor) for tensor in inputs]
-        trace = make_fx(_watched(function), tracing_mode="fake", _allow_non_fake_inputs=True)
-        before = _random_states()
-        try:
-            with torch.enable_grad():
-                program: fx.GraphModule = trace(*apart)
-        except _DEPENDS_ON_VALUES as error:
-            raise _looks_at_values(str(error)) from error
-        except RuntimeError as error:
-            if "tracing tensor" not in str(error):
-                raise
-            raise _looks_at_values(str(error)) from error
-        if before != _random_states():
-            raise UnsupportedLayerError(
-                "Expected random numbers of torch alone, got a forward pass that draws some of "
-                "Python's or NumPy's, which would be the same in every step: draw torch's, or use "
-                "private.step(losses)."
-            )
-        self._check_constants(program)
-        return program
-
-    def _check_constants(self, program: fx.GraphModule) -> None:
-        """Tensors that a program holds must be the model's own, or single numbers written in code.
-
-        Raises:
-            UnsupportedLayerError: another is held.
-        """
-        model = self._engine.model
-        own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-        for node in program.graph.nodes:
-            if node.op != "get_attr":
-                continue
-            held = getattr(program, node.target)
-            if isinstance(held, Tensor) and held.dim() and len(held) and id(held) not in own:
-                raise UnsupportedLayerError(
-                    "Expected losses computed from the batch that is handed over and the model, "
-                    f"got a tensor of shape {tuple(held.shape)} from elsewhere, which would stay "
-                    "the same in every step: put it into the batch, or register it as a buffer."
-                )
+        return _Programs(
+            find=torch.compile(finding, backend=self._backend, fullgraph=True, dynamic=False),
+            forms=forms[0],
+            check=None if checking is None else partial(checking, shares),
+        )
 
 
-class _Watch(TorchFunctionMode):
-    """Refuses what a program could not repeat."""
+@dataclass(frozen=True)
+class _Forms:
+    """Per-example gradients of all parameters, whose tensors can be exchanged for others.
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in _LOOKING:
-            raise _looks_at_values(f"{func.__name__} of a tensor")
-        return func(*args, **(kwargs or {}))
+    Attributes:
+        kinds: the classes of each parameter's uses.
+        leaves: all that the uses hold.
+        nesting: how.
+    """
 
+    kinds: dict[nn.Parameter, list[type[Any]]]
+    leaves: list[Any]
+    nesting: TreeSpec
 
-# How Python gets at a value.
-_LOOKING = frozenset(
-    {
-        Tensor.item,
-        Tensor.tolist,
-        Tensor.numpy,
-        Tensor.__float__,
-        Tensor.__int__,
-        Tensor.__bool__,
-        Tensor.__index__,
-        Tensor.__contains__,
-        Tensor.is_nonzero,
-        torch.is_nonzero,
-        torch.equal,
-        torch.allclose,
-    }
-)
-_DEPENDS_ON_VALUES = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    GuardOnDataDependentSymNode,
-)
+    @classmethod
+    def of(cls, parts: Parts) -> _Forms:
+        kinds = {parameter: [type(use) for use in uses] for parameter, uses in parts.items()}
+        held = [[tuple(vars(use).values()) for use in uses] for uses in parts.values()]
+        return cls(kinds, *tree_flatten(held))
 
+    def tensors(self) -> list[Tensor]:
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
 
-def _watched(function: Program) -> Program:
-    def watched(*tensors: Tensor) -> Any:
-        with _Watch():
-            return function(*tensors)
-
-    return watched
-
-
-def _looks_at_values(what: str) -> UnsupportedLayerError:
-    return UnsupportedLayerError(
-        "Expected a forward pass that does the same operations whatever the values are, got one "
-        f"that looks at some ({what.partition(chr(10))[0]}): use private.step(losses)."
-    )
-
-
-def _random_states() -> tuple[Any, ...]:
-    kind, words, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 — it is what others draw from
-    return (random.getstate(), kind, words.tobytes(), *rest)  # type: ignore[union-attr]
+    def filled(self, tensors: list[Tensor]) -> Parts:
+        """The gradients with these tensors in place of their own."""
+        held = tree_unflatten(_with_tensors(self.leaves, iter(tensors)), self.nesting)
+        return {
+            parameter: [kind(*values) for kind, values in zip(kinds, uses, strict=True)]
+            for (parameter, kinds), uses in zip(self.kinds.items(), held, strict=True)
+        }
 
 
 def _state(module: nn.Module) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ gradient is not finite adds exactly nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -22,10 +22,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dpnlu.clipped import Clipped, Parts, add_clipped, full_precision
+from dpnlu.clipped import Clipped, Parts, add_clipped, full_precision, gradient_norms
 from dpnlu.clipping import CLIPPING_RULES
 from dpnlu.course import Course
-from dpnlu.gradients import Dense, Gradients, combine
+from dpnlu.gradients import Dense, combine
 from dpnlu.plan import PrivacyPlan
 from dpnlu.rules import OPERATIONS
 from dpnlu.tape import Tape, UnsupportedLayerError
@@ -109,10 +109,31 @@ class BookKeeping:
         try:
             if self.verifies:
                 self._check(losses, list(into))
-            parts = self._parts(losses, list(into))
+            parts = self.gradients(losses, list(into))
         finally:
             self._tape.clear()
-        return add_clipped(parts, losses, self._plan, into=into, scale=scale)
+        norms = gradient_norms(parts, losses)
+        return self.add_found(parts, norms, losses, into=into, scale=scale)
+
+    def gradients(
+        self, losses: Tensor, parameters: list[nn.Parameter], *, retain_graph: bool = False
+    ) -> Parts:
+        """What the tape says of each parameter, of the forward pass that led to the losses."""
+        with full_precision(losses.device):
+            found = self._tape.trace.gradients(losses, retain_graph=retain_graph)
+            return {parameter: combine(found.get(parameter, [])) for parameter in parameters}
+
+    def add_found(
+        self,
+        parts: Parts,
+        norms: Tensor,
+        losses: Tensor,
+        *,
+        into: Mapping[nn.Parameter, Tensor],
+        scale: float,
+    ) -> Clipped:
+        """`add_clipped`, of gradients and norms that were found before; `parts` is emptied."""
+        return add_clipped(parts, norms, losses, self._plan, into=into, scale=scale)
 
     def weights_changed(self) -> None:
         self._tape.forget_weights()
@@ -137,27 +158,13 @@ class BookKeeping:
         """The course of the forward pass that led to the losses."""
         return self._tape.trace.course(losses)
 
-    def add_traced(
-        self, losses: Tensor, *, into: Mapping[nn.Parameter, Tensor], scale: float
-    ) -> Clipped:
-        """`add_clipped` without a look at any value: unchecked, and fit for tracing."""
-        parts = self._parts(losses, list(into))
-        return add_clipped(parts, losses, self._plan, into=into, scale=scale, looks=False)
-
     def evidence(
         self, losses: Tensor, parameters: list[nn.Parameter], shares: Tensor, *, turn: int
     ) -> Evidence:
         """Compare with plain automatic differentiation; see `verification.gather`."""
-        parts = self._parts(losses, parameters, retain_graph=True)
+        parts = self.gradients(losses, parameters, retain_graph=True)
         with full_precision(losses.device):
             return gather(parts, losses, shares, turn=turn)
-
-    def _parts(
-        self, losses: Tensor, parameters: list[nn.Parameter], *, retain_graph: bool = False
-    ) -> Parts:
-        with full_precision(losses.device):
-            found = self._tape.trace.gradients(losses, retain_graph=retain_graph)
-            return {parameter: combine(found.get(parameter, [])) for parameter in parameters}
 
     def _check(self, losses: Tensor, parameters: list[nn.Parameter]) -> None:
         """Check the batch, unless one of the same course was checked.
@@ -356,13 +363,14 @@ class Opacus:
         for parameter in into:
             parameter.grad = None  # Opacus' gradients lie beside it
         self._check_forward_passes(list(into))
-        parts: dict[nn.Parameter, Sequence[Gradients]] = {}
+        parts: Parts = {}
         for parameter in into:
             found: Any = getattr(parameter, "grad_sample", None)
             if found is not None:
                 parts[parameter] = [Dense(found)]
         self._hooks.set_grad_sample_to_none()
-        return add_clipped(parts, losses, self._plan, into=into, scale=scale)
+        norms = gradient_norms(parts, losses)
+        return add_clipped(parts, norms, losses, self._plan, into=into, scale=scale)
 
     def _check_forward_passes(self, parameters: list[nn.Parameter]) -> None:
         """Opacus counts forward passes, and delivers nothing while one has had no backward pass.

@@ -1,7 +1,7 @@
 """What torch's compiler makes of ordinary and of private steps: four kinds of step in turn.
 
-Each case has a process of its own. Compiling takes minutes and is not timed. Recurrent networks
-cannot be compiled; their cases are left out.
+Each case has a process of its own, and two more for the memory of compiled steps. Compiling takes
+minutes and is not measured. Recurrent networks cannot be compiled; their cases are left out.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from dpnlu.benchmark import memory
 from dpnlu.benchmark.cases import Case, named
 from dpnlu.benchmark.overhead import seconds
 from dpnlu.benchmark.process import result_of
@@ -24,7 +26,8 @@ from dpnlu.benchmark.steps import ordinary, private
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """Median times of a logical step, in milliseconds, and medians over rounds of their ratios.
+    """Median times of a logical step, in milliseconds, medians over rounds of their ratios, and
+    peaks of memory, in MiB, beyond what the libraries and the compiler take.
 
     Attributes:
         ratio: private / ordinary, neither compiled.
@@ -40,6 +43,8 @@ class Compiled:
     ratio: float
     compiled_ratio: float
     compiled_ratios: tuple[float, float]
+    ordinary_compiled_mib: float
+    private_compiled_mib: float
 
 
 def measure(case: Case, *, pairs: int) -> Compiled:
@@ -49,8 +54,13 @@ def measure(case: Case, *, pairs: int) -> Compiled:
         RuntimeError: the process failed.
     """
     module = "dpnlu.benchmark.compiled"
-    found = result_of(module, case.name, str(pairs), str(torch.get_num_threads()))
-    return Compiled(**found | {"compiled_ratios": tuple(found["compiled_ratios"])})
+    times = result_of(module, case.name, str(pairs), str(torch.get_num_threads()))
+    return Compiled(
+        case=case.name,
+        **times | {"compiled_ratios": tuple(times["compiled_ratios"])},
+        ordinary_compiled_mib=memory.peak(case, "ordinary", compiles=True),
+        private_compiled_mib=memory.peak(case, "private", compiles=True),
+    )
 
 
 def can_compile(case: Case) -> bool:
@@ -58,7 +68,8 @@ def can_compile(case: Case) -> bool:
     return not any(isinstance(module, nn.RNNBase) for module in case.build().modules())
 
 
-def _measure(case: Case, *, rounds: int) -> Compiled:
+def _times(case: Case, *, rounds: int) -> dict[str, Any]:
+    """The fields of `Compiled` that are times or ratios of times."""
     torch.manual_seed(0)
     models = [case.build().train()]
     models += [copy.deepcopy(models[0]) for _ in range(3)]
@@ -75,30 +86,31 @@ def _measure(case: Case, *, rounds: int) -> Compiled:
     medians = [1e3 * statistics.median(kind) for kind in zip(*times, strict=True)]
     ratios = [private / ordinary for _, _, ordinary, private in times]
     quartiles = statistics.quantiles(ratios, n=4)
-    return Compiled(
-        case=case.name,
-        ordinary_ms=medians[0],
-        private_ms=medians[1],
-        ordinary_compiled_ms=medians[2],
-        private_compiled_ms=medians[3],
-        ratio=statistics.median(private / ordinary for ordinary, private, _, _ in times),
-        compiled_ratio=statistics.median(ratios),
-        compiled_ratios=(quartiles[0], quartiles[2]),
-    )
+    return {
+        "ordinary_ms": medians[0],
+        "private_ms": medians[1],
+        "ordinary_compiled_ms": medians[2],
+        "private_compiled_ms": medians[3],
+        "ratio": statistics.median(private / ordinary for ordinary, private, _, _ in times),
+        "compiled_ratio": statistics.median(ratios),
+        "compiled_ratios": (quartiles[0], quartiles[2]),
+    }
 
 
 def table(rows: Sequence[Compiled]) -> str:
     """The results in Markdown."""
     lines = [
         "| work | ordinary ms | private ms | ratio | ordinary compiled ms | private compiled ms | "
-        "ratio | quartiles |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+        "ratio | quartiles | ordinary compiled MiB | private compiled MiB | ratio |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |",
     ]
     lines += [
         f"| {row.case} | {row.ordinary_ms:.1f} | {row.private_ms:.1f} | {row.ratio:.3f} | "
         f"{row.ordinary_compiled_ms:.1f} | {row.private_compiled_ms:.1f} | "
         f"**{row.compiled_ratio:.3f}** | {row.compiled_ratios[0]:.3f} – "
-        f"{row.compiled_ratios[1]:.3f} |"
+        f"{row.compiled_ratios[1]:.3f} | {row.ordinary_compiled_mib:.0f} | "
+        f"{row.private_compiled_mib:.0f} | "
+        f"**{row.private_compiled_mib / row.ordinary_compiled_mib:.2f}** |"
         for row in rows
     ]
     return "\n".join(lines)
@@ -107,4 +119,4 @@ def table(rows: Sequence[Compiled]) -> str:
 if __name__ == "__main__":
     name, pairs, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    print(json.dumps(asdict(_measure(named(name), rounds=int(pairs)))))
+    print(json.dumps(_times(named(name), rounds=int(pairs))))

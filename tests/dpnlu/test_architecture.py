@@ -29,6 +29,7 @@ ORDER = (
     "clipped",
     "verification",
     "engines",
+    "tracing",
     "compiled",
     "sums",
     "training",

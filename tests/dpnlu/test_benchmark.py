@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpnlu.benchmark import memory, overhead, sweep
+from dpnlu.benchmark import compiled, memory, overhead, sweep
 from dpnlu.benchmark.cases import CASES, RecurrentClassifier, losses, named
 from dpnlu.benchmark.steps import ordinary, private
 from dpnlu.cli import main
@@ -85,6 +85,20 @@ def test_tables_say_what_was_measured() -> None:
     assert "| x | 10.0 | 11.0 | **1.100** | 1.050 – 1.150 | 1.20 |" in overhead.table([row])
     row = memory.Memory(case="x", ordinary_mib=10, private_mib=11, ratio=1.1)
     assert "| x | 10 | 11 | **1.10** | 1.20 |" in memory.table([row])
+    row = compiled.Compiled(
+        case="x",
+        ordinary_ms=10,
+        private_ms=12,
+        ordinary_compiled_ms=8,
+        private_compiled_ms=9,
+        ratio=1.2,
+        compiled_ratio=1.125,
+        compiled_ratios=(1.1, 1.15),
+        ordinary_compiled_mib=100,
+        private_compiled_mib=110,
+    )
+    times = "| x | 10.0 | 12.0 | 1.200 | 8.0 | 9.0 | **1.125** | 1.100 – 1.150 |"
+    assert f"{times} 100 | 110 | **1.10** |" in compiled.table([row])
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # torch, of Opacus' hooks

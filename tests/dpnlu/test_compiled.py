@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dpnlu import compiled
+from dpnlu import compiled, tracing
 from dpnlu.tape import UnsupportedLayerError
 from dpnlu.training import privatize
 
@@ -262,22 +262,22 @@ def test_ordinary_and_compiled_steps_may_take_turns(make_plan, data):
 def traced(monkeypatch) -> list[str]:
     """Names of what was traced."""
     names = []
-    watched = compiled._watched
+    watched = tracing._watched
 
     def note(function):
         names.append(function.__name__)
         return watched(function)
 
-    monkeypatch.setattr(compiled, "_watched", note)
+    monkeypatch.setattr(tracing, "_watched", note)
     return names
 
 
 def test_a_shape_is_traced_once(released, data, traced):
     released(Tied(), data, backend="eager")
-    assert sorted(traced) == ["check", "clip"]
+    assert sorted(traced) == ["check", "find"]
     traced.clear()
     released(Tied(), data, backend="eager", fixed_size=False, verify=False)
-    assert 1 < len(traced) <= 3 and set(traced) == {"clip"}
+    assert 1 < len(traced) <= 3 and set(traced) == {"find"}
 
 
 def test_many_shapes_are_warned_of(make_plan, monkeypatch, data):
@@ -316,7 +316,7 @@ def test_switching_modes_makes_a_new_program(make_plan, data, traced):
         for number, batch in enumerate(private.loader(data, collate_fn=collate)):
             model.train(number % 2 == 0)
             step(batch)
-    assert traced == ["clip", "clip"]
+    assert traced == ["find", "find"]
 
 
 @pytest.fixture

@@ -1,0 +1,80 @@
+"""Sums begin as noise: each entry once, of the right scale, whenever it is looked at."""
+
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from dpnlu import sums
+from dpnlu.noise import entropy_generators
+from dpnlu.sums import NoisySums
+
+# A run with fresh entropy must not fail by chance.
+ACCEPTED, REJECTED = 1e-6, 1e-12
+
+
+@pytest.fixture
+def parameters(monkeypatch: pytest.MonkeyPatch) -> list[nn.Parameter]:
+    """Three groups: of two, of one, and a last one that is too small."""
+    monkeypatch.setattr(sums, "_TOGETHER", 6000)
+    shapes = [(100, 50), (1000,), (80, 100), (70, 80)]
+    return [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+
+
+def _noisy(parameters: list[nn.Parameter], std: float = 0.5) -> NoisySums:
+    return NoisySums(parameters, std=std, generators=entropy_generators())
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_every_sum_is_noise_of_the_given_scale(
+    parameters: list[nn.Parameter], backwards: bool
+) -> None:
+    noisy = _noisy(parameters)
+    for parameter in reversed(parameters) if backwards else parameters:
+        draws = noisy[parameter].flatten().numpy()
+        assert noisy[parameter].shape == parameter.shape
+        assert stats.kstest(draws, "norm", args=(0, 0.5)).pvalue > ACCEPTED
+        if len(draws) > 2000:
+            for wrong in (0.5 * 2 / 3, 0.5 * 3 / 2):
+                assert stats.kstest(draws, "norm", args=(0, wrong)).pvalue < REJECTED
+
+
+def test_sums_of_one_group_and_of_several_are_independent(
+    parameters: list[nn.Parameter],
+) -> None:
+    noisy = _noisy(parameters)
+    flat = [noisy[parameter].flatten() for parameter in (parameters[3], *parameters[:3])]
+    for place, one in enumerate(flat):
+        for other in flat[:place]:
+            count = min(len(one), len(other))
+            found = stats.pearsonr(one[:count].numpy(), other[:count].numpy())
+            assert found.pvalue > ACCEPTED
+
+
+def test_a_look_draws_for_the_neighbours_and_for_nobody_else(
+    parameters: list[nn.Parameter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[torch.Size]] = []
+
+    def note(tensors, *, std, generators) -> None:  # type: ignore[no-untyped-def]
+        drawn.append([tensor.shape for tensor in tensors])
+
+    monkeypatch.setattr(sums, "fill_gaussian", note)
+    noisy = _noisy(parameters)
+    assert not drawn
+    for parameter in (parameters[2], parameters[1], parameters[0], parameters[2], parameters[3]):
+        noisy[parameter]
+    shapes = [parameter.shape for parameter in parameters]
+    assert drawn == [[shapes[2]], [shapes[0], shapes[1]], [shapes[3]]]
+
+
+def test_what_was_added_stays(parameters: list[nn.Parameter]) -> None:
+    noisy = _noisy(parameters, std=0.0)
+    noisy[parameters[2]].add_(3.0)
+    assert [float(total.sum()) for total in noisy.values()] == [0.0, 0.0, 24_000.0, 0.0]
+    assert list(noisy) == parameters and len(noisy) == 4
+
+
+def test_sums_of_half_precision_are_float32() -> None:
+    parameter = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    assert _noisy([parameter])[parameter].dtype == torch.float32
