@@ -14,7 +14,7 @@ from dpnlu.gradients import Gradients, GramCache, squared_norms
 from dpnlu.plan import PrivacyPlan
 
 # Parameter -> its uses, whose gradients add up.
-Parts = dict[nn.Parameter, Sequence[Gradients]]
+Parts = Mapping[nn.Parameter, Sequence[Gradients]]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,6 @@ def add_clipped(
     """Clip each example's whole gradient, of all parameters together, and add them up.
 
     Args:
-        parts: emptied, from the last to the first, so that memory is free once it was used.
         norms: (B,) of these gradients.
         into: parameter -> the sum that is added to, in place.
         scale: of all that is added.
@@ -82,14 +81,15 @@ def add_clipped(
         finite = torch.isfinite(norms) & torch.isfinite(losses)
         coefficients = CLIPPING_RULES[plan.clipping](norms, plan.max_grad_norm) * scale
         clipped = Clipped(norms, finite)
-        some_are_not = clipped.non_finite > 0
-        if some_are_not:
+        if clipped.non_finite:
             coefficients = torch.where(finite, coefficients, 0.0)
-        while parts:
-            parameter, uses = parts.popitem()
+            parts = {
+                parameter: [use.finite_rows(finite) for use in uses]
+                for parameter, uses in parts.items()
+            }
+        for parameter, uses in parts.items():
             for use in uses:
-                kept = use.finite_rows(finite) if some_are_not else use
-                kept.add_weighted_sum(coefficients, into[parameter])
+                use.add_weighted_sum(coefficients, into[parameter])
     return clipped
 
 

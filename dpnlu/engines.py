@@ -132,7 +132,7 @@ class BookKeeping:
         into: Mapping[nn.Parameter, Tensor],
         scale: float,
     ) -> Clipped:
-        """`add_clipped`, of gradients and norms that were found before; `parts` is emptied."""
+        """`add_clipped`, of gradients and norms that were found before."""
         return add_clipped(parts, norms, losses, self._plan, into=into, scale=scale)
 
     def weights_changed(self) -> None:
@@ -363,7 +363,7 @@ class Opacus:
         for parameter in into:
             parameter.grad = None  # Opacus' gradients lie beside it
         self._check_forward_passes(list(into))
-        parts: Parts = {}
+        parts: dict[nn.Parameter, list[Dense]] = {}
         for parameter in into:
             found: Any = getattr(parameter, "grad_sample", None)
             if found is not None:

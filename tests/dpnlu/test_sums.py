@@ -14,9 +14,7 @@ ACCEPTED, REJECTED = 1e-6, 1e-12
 
 
 @pytest.fixture
-def parameters(monkeypatch: pytest.MonkeyPatch) -> list[nn.Parameter]:
-    """Three groups: of two, of one, and a last one that is too small."""
-    monkeypatch.setattr(sums, "_TOGETHER", 6000)
+def parameters() -> list[nn.Parameter]:
     shapes = [(100, 50), (1000,), (80, 100), (70, 80)]
     return [nn.Parameter(torch.zeros(shape)) for shape in shapes]
 
@@ -39,7 +37,7 @@ def test_every_sum_is_noise_of_the_given_scale(
                 assert stats.kstest(draws, "norm", args=(0, wrong)).pvalue < REJECTED
 
 
-def test_sums_of_one_group_and_of_several_are_independent(
+def test_sums_are_independent(
     parameters: list[nn.Parameter],
 ) -> None:
     noisy = _noisy(parameters)
@@ -51,7 +49,7 @@ def test_sums_of_one_group_and_of_several_are_independent(
             assert found.pvalue > ACCEPTED
 
 
-def test_a_look_draws_for_the_neighbours_and_for_nobody_else(
+def test_noise_is_drawn_once_and_not_before_a_look(
     parameters: list[nn.Parameter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[list[torch.Size]] = []
@@ -61,18 +59,17 @@ def test_a_look_draws_for_the_neighbours_and_for_nobody_else(
 
     monkeypatch.setattr(sums, "fill_gaussian", note)
     noisy = _noisy(parameters)
+    assert list(noisy) == parameters and len(noisy) == 4
     assert not drawn
-    for parameter in (parameters[2], parameters[1], parameters[0], parameters[2], parameters[3]):
+    for parameter in (parameters[2], *parameters):
         noisy[parameter]
-    shapes = [parameter.shape for parameter in parameters]
-    assert drawn == [[shapes[2]], [shapes[0], shapes[1]], [shapes[3]]]
+    assert drawn == [[parameter.shape for parameter in parameters]]
 
 
 def test_what_was_added_stays(parameters: list[nn.Parameter]) -> None:
     noisy = _noisy(parameters, std=0.0)
     noisy[parameters[2]].add_(3.0)
     assert [float(total.sum()) for total in noisy.values()] == [0.0, 0.0, 24_000.0, 0.0]
-    assert list(noisy) == parameters and len(noisy) == 4
 
 
 def test_sums_of_half_precision_are_float32() -> None:
