@@ -241,14 +241,14 @@ class PrivateTraining:
     def compile(
         self, losses_of: Callable[[Any], Tensor], *, backend: str = "inductor"
     ) -> Callable[[Any], bool]:
-        """Compile whole steps, from the batch to the clipped sums, with `torch.compile`.
+        """Compile steps, from the batch to the norms of its gradients, with `torch.compile`.
 
         step = private.compile(per_example_loss)
         for batch in private.loader(dataset, physical_batch_size=64, fixed_size=True):
             step(batch)
 
-        Forward pass, backward pass, clipping and sums become one program for each shape of the
-        batch, so that few shapes should occur. The model itself must not be compiled.
+        Forward pass, backward pass and norms become one program for each shape of the batch, so
+        that few shapes should occur. The model itself must not be compiled.
 
         Args:
             losses_of: batch -> (B,), the loss of each example. The batch holds tensors, numbers and
