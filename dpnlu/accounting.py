@@ -27,8 +27,7 @@ _GRID_FINEST, _GRID_COARSEST = 1e-6, 1e-3
 # Calibration searches on a coarser grid first: faster, and still on the safe side.
 _COARSE = 5.0
 _ROUGH = 0.05  # relative width of a bracket in which log ε is almost a line in log σ
-
-_NEWTON_STEPS = 3
+_NEWTON_STEPS = 3  # then the slope was wrong
 
 # Probabilities are convolved by Fourier transforms, whose rounding errors, about 1e-15, are no
 # longer small against a smaller δ: the ε found would not be an upper bound.
@@ -223,7 +222,10 @@ def _newton(excess: Callable[[float], float], line: _Line, *, tolerance: float) 
     sigma: float = line.low * (line.high / line.low) ** line.root_share()
     off = 0.0
     for _ in range(_NEWTON_STEPS):
-        sigma *= math.exp(-(off + tolerance / 4) / line.slope())
+        step = -(off + tolerance / 4) / line.slope()
+        if not abs(step) <= 1:
+            return None
+        sigma *= math.exp(step)
         off = excess(sigma)
         if -tolerance <= off <= 0:
             return sigma

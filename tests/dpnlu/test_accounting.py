@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, optimize, stats
 
+from dpnlu import accounting
 from dpnlu.accounting import (
     ACCOUNTANTS,
     SMALLEST_DELTA,
@@ -253,6 +254,20 @@ def test_calibration_takes_the_safe_side_of_a_decaying_schedule():
 
     sigma = calibrate_noise_multiplier(events, target_epsilon=3.0, delta=DELTA)
     assert 0.998 * 3.0 <= epsilon(events(sigma), delta=DELTA) <= 3.0
+
+
+def test_calibration_goes_on_where_the_slope_leads_nowhere(monkeypatch):
+    """Newton steps along a line are a short cut: without an answer of theirs, σ is bracketed."""
+
+    def events(sigma):
+        return [gaussian(sigma, 0.05, 40)]
+
+    for size in (1e-9, 1.0):  # a line too flat to follow, and one too steep
+        line = accounting._Line(low=1.0, low_excess=size, high=2.0, high_excess=-size)
+        assert accounting._newton(lambda sigma: 0.1 * (5 - sigma), line, tolerance=1e-3) is None
+    monkeypatch.setattr(accounting, "_newton", lambda *_, **__: None)
+    sigma = calibrate_noise_multiplier(events, target_epsilon=2.0, delta=DELTA)
+    assert 0.998 * 2.0 <= epsilon(events(sigma), delta=DELTA) <= 2.0
 
 
 def test_an_unreachable_target_is_refused():

@@ -1,6 +1,7 @@
 """Answers on disk: given back whole, and only to the question they were given to."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_an_edited_source_is_another_installation(
     ],
     ids=["changed", "cut", "another kind", "without digest", "empty"],
 )
-def test_a_damaged_answer_is_none(caches: Path, damage) -> None:  # type: ignore[no-untyped-def]
+def test_a_damaged_answer_is_none(caches: Path, damage: Callable[[str], str]) -> None:
     answers.keep(QUESTION, ANSWER)
     path = _only_file(caches)
     path.write_text(damage(path.read_text()))

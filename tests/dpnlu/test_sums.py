@@ -37,9 +37,7 @@ def test_every_sum_is_noise_of_the_given_scale(
                 assert stats.kstest(draws, "norm", args=(0, wrong)).pvalue < REJECTED
 
 
-def test_sums_are_independent(
-    parameters: list[nn.Parameter],
-) -> None:
+def test_sums_are_independent(parameters: list[nn.Parameter]) -> None:
     noisy = _noisy(parameters)
     flat = [noisy[parameter].flatten() for parameter in (parameters[3], *parameters[:3])]
     for place, one in enumerate(flat):
@@ -54,7 +52,7 @@ def test_noise_is_drawn_once_and_not_before_a_look(
 ) -> None:
     drawn: list[list[torch.Size]] = []
 
-    def note(tensors, *, std, generators) -> None:  # type: ignore[no-untyped-def]
+    def note(tensors, **_):
         drawn.append([tensor.shape for tensor in tensors])
 
     monkeypatch.setattr(sums, "fill_gaussian", note)
