@@ -1,10 +1,10 @@
 """Events to ε and back.
 
 An event is an immutable description of what was released; an accountant turns a list of events
-and δ into ε. The default accountant is the privacy loss distribution (PLD) of `dp-accounting`,
-which is tight and pessimistic: discretisation can only raise the ε it reports. Two further
-accountants serve as second opinions. The libraries are imported when first needed, since importing
-them costs about a second.
+and δ into ε. The default accountant composes privacy loss distributions (`pld.py`): tight and
+pessimistic, for what it approximates can only raise ε. Three others serve as second opinions:
+`dp-accounting`'s PLD and RDP, and Opacus' PRV. Their libraries are imported when first needed,
+since importing them costs about two seconds.
 """
 
 from __future__ import annotations
@@ -18,22 +18,19 @@ from functools import lru_cache
 from numbers import Real
 from typing import Any
 
-# How finely privacy losses are discretised, as a share of a step's typical loss, and the finest and
-# coarsest grid worth using. A grid ten times finer takes ten times as long and lowers ε by less
-# than 0.1 %.
-_GRID_SHARE = 0.1
-_GRID_FINEST, _GRID_COARSEST = 1e-6, 1e-3
+from dpnlu.pld import Release, grid_for, pld_epsilon
 
 # Calibration searches on a coarser grid first: faster, and still on the safe side.
 _COARSE = 5.0
 _ROUGH = 0.05  # relative width of a bracket in which log ε is almost a line in log σ
 _NEWTON_STEPS = 3  # then the slope was wrong
 
-# Probabilities are convolved by Fourier transforms, whose rounding errors, about 1e-15, are no
-# longer small against a smaller δ: the ε found would not be an upper bound.
+# The smallest δ of all accountants, and where `dp-accounting` composes, which tilts nothing: its
+# rounding errors, about 1e-17 a step, must be small against δ.
 SMALLEST_DELTA = 1e-12
+_SMALLEST_DELTA_PER_STEP = 1e-13
 
-# With less noise ε is beyond 5000: not worth the minutes and gigabytes it takes to compute.
+# With less noise ε is beyond 5000: as good as infinite.
 _SMALLEST_NOISE_MULTIPLIER = 0.01
 _LARGEST_NOISE_MULTIPLIER = 1e6
 
@@ -78,7 +75,8 @@ def epsilon(events: Iterable[SampledGaussian], *, delta: float, accountant: str 
     Args:
         events: what was released; an empty list costs nothing.
         delta: in [1e-12, 1).
-        accountant: a key of `ACCOUNTANTS`; truncated batches need "pld".
+        accountant: a key of `ACCOUNTANTS`; truncated batches need "pld" or
+            "dp-accounting".
 
     Returns:
         An upper bound on ε, never negative; infinite if some event carries (almost) no noise.
@@ -251,25 +249,35 @@ def _pld_epsilon(events: tuple[SampledGaussian, ...], delta: float) -> float:
 def _pld_epsilon_on_grid(
     events: tuple[SampledGaussian, ...], delta: float, coarsening: float
 ) -> float:
+    if _is_truncated(events):
+        return _dp_accounting_epsilon_on_grid(events, delta, coarsening)
+    return pld_epsilon(_releases(events), delta, coarsening=coarsening)
+
+
+def _releases(events: tuple[SampledGaussian, ...]) -> list[Release]:
+    return [(event.noise_multiplier, event.sample_rate, event.steps) for event in events]
+
+
+def _dp_accounting_epsilon(events: tuple[SampledGaussian, ...], delta: float) -> float:
+    return _dp_accounting_epsilon_on_grid(events, delta, 1.0)
+
+
+@lru_cache(maxsize=4096)
+def _dp_accounting_epsilon_on_grid(
+    events: tuple[SampledGaussian, ...], delta: float, coarsening: float
+) -> float:
     from dp_accounting import pld
 
-    grid = min(max(_GRID_SHARE * _typical_loss(events), _GRID_FINEST), _GRID_COARSEST) * coarsening
+    least = _SMALLEST_DELTA_PER_STEP * sum(event.steps for event in events)
+    if delta < least:
+        raise ValueError(
+            f"Expected δ of at least {least:.2g} for so many steps where dp-accounting composes "
+            f"(truncated batches, or accountant='dp-accounting'), got {delta}: raise δ, or use "
+            "untruncated batches and the accountant 'pld'."
+        )
+    grid = grid_for(_releases(events), delta) * coarsening
     accountant = pld.PLDAccountant(_relation(events), value_discretization_interval=grid)
     return _composed_epsilon(accountant, events, delta)
-
-
-def _typical_loss(events: tuple[SampledGaussian, ...]) -> float:
-    """The root mean square over all steps of q √(exp(1/σ²) − 1), the standard deviation of the
-    likelihood ratio. Squares add up, and so do those of the errors that a grid makes at each step.
-    """
-    steps = sum(event.steps for event in events)
-    squares = sum(e.steps * e.sample_rate**2 * _chi_square(e.noise_multiplier) for e in events)
-    return math.sqrt(squares / steps)
-
-
-def _chi_square(noise_multiplier: float) -> float:
-    """exp(1/σ²) − 1, as far as it is finite."""
-    return math.expm1(min(1 / noise_multiplier**2, 700.0))
 
 
 @lru_cache(maxsize=4096)
@@ -287,9 +295,7 @@ def _prv_epsilon(events: tuple[SampledGaussian, ...], delta: float) -> float:
 
     _refuse_truncation(events, "prv")
     accountant = PRVAccountant()
-    accountant.history = [
-        (event.noise_multiplier, event.sample_rate, event.steps) for event in events
-    ]
+    accountant.history = list(_releases(events))
     return float(accountant.get_epsilon(delta))
 
 
@@ -348,6 +354,7 @@ def _quiet_absl() -> Iterator[None]:
 
 ACCOUNTANTS: dict[str, Callable[[tuple[SampledGaussian, ...], float], float]] = {
     "pld": _pld_epsilon,
+    "dp-accounting": _dp_accounting_epsilon,
     "rdp": _rdp_epsilon,
     "prv": _prv_epsilon,
 }

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import warnings
 from typing import Any
 
-from dpnlu import answers
 from dpnlu.accounting import ACCOUNTANTS
 from dpnlu.plan import PrivacyPlan
 
@@ -29,47 +27,8 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-# What decides about the answer.
-_QUESTION = (
-    "num_examples",
-    "batch_size",
-    "epochs",
-    "delta",
-    "epsilon",
-    "noise_multiplier",
-    "noise_schedule",
-    "microbatches",
-    "accountant",
-)
-
-
 def run(options: argparse.Namespace) -> None:
     """Print the plan that the options describe, and its ε."""
-    question = {name: getattr(options, name) for name in _QUESTION}
-    answer = answers.recall(question)
-    if answer is None:
-        answer = _answer(options)
-        answers.keep(question, answer)
-    for warning in answer["warnings"]:
-        warnings.warn(warning, stacklevel=1)
-    if options.json:
-        print(json.dumps(answer["found"]))
-        return
-    for name, value in answer["found"].items():
-        number = f"{value:.6g}" if isinstance(value, float) else value
-        print(f"{name.replace('_', ' ')}: {number}")
-
-
-def _answer(options: argparse.Namespace) -> dict[str, Any]:
-    """What is found, and the warnings that come with it."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        found = _found(options)
-    texts = [str(warning.message) for warning in caught if warning.category is UserWarning]
-    return {"found": found, "warnings": list(dict.fromkeys(texts))}
-
-
-def _found(options: argparse.Namespace) -> dict[str, Any]:
     plan = plan_of(options)
     found = {
         "epsilon": plan.epsilon(accountant=options.accountant),
@@ -83,7 +42,12 @@ def _found(options: argparse.Namespace) -> dict[str, Any]:
     }
     if plan.noise_schedule != "constant":
         found["constant_noise_multiplier_of_equal_epsilon"] = _constant(plan).noise_multiplier
-    return found
+    if options.json:
+        print(json.dumps(found))
+        return
+    for name, value in found.items():
+        number = f"{value:.6g}" if isinstance(value, float) else value
+        print(f"{name.replace('_', ' ')}: {number}")
 
 
 def plan_of(options: argparse.Namespace) -> PrivacyPlan:

@@ -31,9 +31,9 @@ def privacy_statement(plan: PrivacyPlan | None, ledger: Ledger | None) -> str:
         f"norm at most {plan.max_grad_norm:g} per {plan.clipping_unit} ({plan.clipping} clipping), "
         f"Gaussian noise of multiplier {plan.noise_multiplier:.4g} ({plan.noise_schedule}), "
         f"batches sampled by Poisson with probability {plan.sample_rate:.4g}"
-        f"{truncated if plan.max_batch_size else ''}. Accountant: privacy loss distributions "
-        f"(dp-accounting). The number of training examples, {plan.num_examples}, is treated as "
-        "public."
+        f"{truncated if plan.max_batch_size else ''}. Accountant: privacy loss distributions"
+        f"{' (dp-accounting)' if plan.max_batch_size else ''}. The number of training examples, "
+        f"{plan.num_examples}, is treated as public."
     )
 
 

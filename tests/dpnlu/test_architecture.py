@@ -12,6 +12,9 @@ ROOT = Path(__file__).parents[2]
 
 # A module, or a package taken as a whole, imports only from those before it.
 ORDER = (
+    "privacy_loss",
+    "composition",
+    "pld",
     "accounting",
     "clipping",
     "plan",
@@ -43,7 +46,6 @@ ORDER = (
     "evaluation",
     "checkpoint",
     "fitting",
-    "answers",
     "budget",
     "saving",
     "card",
