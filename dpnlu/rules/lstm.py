@@ -168,7 +168,7 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs, before, *factors = ctx.saved_tensors
         directions, onward = len(before), ctx.needs_input_grad[1]
-        delta, found, cell = _scan_back(
+        delta, d_read, hidden, cell = _scan_back(
             ctx.prepared.back if onward else ctx.prepared.back_to_state,
             tuple(_apart(gradient, directions, ctx.turn, before) for gradient in gradients[:2]),
             tuple(factors),
@@ -185,10 +185,8 @@ class _Layer(torch.autograd.Function):
             sums += [rows.sum(0) if is_wanted else None for is_wanted in want[2:]]
         d_inputs = None
         if onward:
-            d_read = found[..., : inputs.shape[2]]
             d_inputs = d_read[0] if directions == 1 else d_read[0] + ctx.turn(d_read[1])
             d_inputs = d_inputs.to(ctx.kind)
-        hidden = found[:, 0, :, -before.shape[3] :]
         return delta if tap else None, d_inputs, hidden, cell, None, None, *sums
 
 
@@ -203,13 +201,15 @@ def _scan(multiply: Multiplier, slots: Tensor, cell: Tensor) -> tuple[Tensor, Te
     units = cell.shape[2]
     entering, leaving = slots[:, :-1], slots[:, 1:, :, -units:]
     gates = slots.new_empty(*entering.shape[:3], 4 * units)
+    # Products are faster into a whole than into a slice of `gates`, where σ goes anyway.
+    product = gates.new_empty(len(gates), gates.shape[2], 4 * units)
     cells = slots.new_empty(*slots.shape[:3], units)
     cells[:, 0] = cell
     squashed = torch.empty_like(leaving)
     before, after = cells[:, :-1], cells[:, 1:]
     views = (entering, gates, *gates.chunk(4, dim=3), before, after, squashed, leaving)
     for x_h, gate, i, f, s_g, o, old, new, s_c, minus_h in _steps(views):
-        torch.sigmoid_(multiply(x_h, out=gate))
+        torch.sigmoid(multiply(x_h, out=product), out=gate)
         torch.mul(f, old, out=new).addcmul_(i, s_g, value=4).sub_(i, alpha=2)
         torch.addcmul(o, o, torch.sigmoid(new, out=s_c), value=-2, out=minus_h)
     return cells, squashed, gates
@@ -234,16 +234,21 @@ def _factors(
 
 def _scan_back(
     multiply: Multiplier, gradients: tuple[Tensor | None, ...], factors: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Back through time.
 
+    Args:
+        multiply: δ -> what goes back, in the last H columns to the state before.
+
     Returns:
-        δ (D, T, B, 4H); what goes back to each step's input and the state before it, the latter in
-        the last H columns; the gradient of the cell state started from (D, B, H).
+        δ (D, T, B, 4H); what the other columns, if any, send back to each step's input; the
+        gradients of the hidden and the cell state started from (D, B, H).
     """
     gates, through, kept = factors
     delta, units = torch.empty_like(gates), kept.shape[3]
-    found = gates.new_empty(*gates.shape[:3], multiply.outputs)
+    to_inputs = gates.new_empty(*gates.shape[:3], multiply.outputs - units)
+    product = gates.new_zeros(len(gates), gates.shape[2], multiply.outputs)
+    to_state = product[..., -units:]
     d_hidden, d_cells = gradients
     none = kept.new_zeros(1).expand_as(kept)
     views = (
@@ -254,23 +259,22 @@ def _scan_back(
         *_cell_and_output(gates),
         *_cell_and_output(delta),
         delta,
-        found,
+        to_inputs,
     )
     dc = torch.zeros_like(kept[:, 0])  # dC
-    onward: Tensor | None = None
-    for dh, d_cell, into_c, out_of_c, k_ifg, k_o, d_ifg, d_o, d_gates, back in reversed(
+    for dh, d_cell, into_c, out_of_c, k_ifg, k_o, d_ifg, d_o, d_gates, to_input in reversed(
         _steps(views)
     ):
-        if onward is not None:
-            dh = dh + onward[..., -units:]
+        dh = dh + to_state
         if d_cells is not None:
             dc.add_(d_cell, alpha=0.5)
         dc.addcmul_(dh, into_c, value=0.5)
         torch.mul(k_ifg, dc[:, :, None], out=d_ifg)
         torch.mul(k_o, dh, out=d_o)
         dc.mul_(out_of_c)
-        onward = multiply(d_gates, out=back)
-    return delta, found, dc.mul_(2)
+        multiply(d_gates, out=product)
+        to_input.copy_(product[..., :-units])
+    return delta, to_inputs, to_state, dc.mul_(2)
 
 
 def _joined(states: Tensor, turn: Turn) -> Tensor:
