@@ -32,8 +32,9 @@ _SHORT_OF_BOUND = 0.7  # the bound is above ε; and rare great losses are fewer 
 _NEWTON_STEPS = 30
 _CLOSE = 1e-4  # two tilts so close, as a ratio less 1, do as well
 
-# How much the rounding of one step may change δ, as a share of δ: far more than is seen.
-_ROUNDING = 1e-13
+# How much the rounding of one step may change δ, as a share of δ: far more than is seen, and still
+# a hundred times less than what the grid adds.
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def tilt_towards(
             off = sign * tilt * mean - (value - at_factor) + math.log(_OUTSIDE)
             return off, tilt**2 * variance
 
-        return sign * _zero(of_window, start=1 / math.sqrt(variance))
+        return sign * _zero(of_window, start=1 / math.sqrt(max(variance, 1e-200)))
 
     return Tilt(factor, further(-1), further(1), max(0.0, bound))
 

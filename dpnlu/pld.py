@@ -17,6 +17,9 @@ _GRID_ERROR = 2e-5
 _LEAST_EPSILON = 1e-3
 _COARSEST = 0.02
 
+# How much finer a second grid may be, for it takes as much longer.
+_FINEST = 1 / 8
+
 # What share of δ unlikely outcomes that count as an unbounded loss may take.
 _TAIL = 1e-10
 
@@ -32,6 +35,9 @@ def pld_epsilon(releases: Sequence[Release], delta: float, *, coarsening: float 
         delta: in (0, 1).
         coarsening: how many times coarser than usual the grid is: faster, and ε larger.
     """
+    never_drawn = sum(steps * math.log1p(-q) for _, q, steps in releases if q < 1)
+    if all(q < 1 for _, q, _ in releases) and -math.expm1(never_drawn) <= delta:
+        return 0.0  # the example is in no batch at all but with probability δ
     tail = _TAIL * delta / _steps(releases)
     tilts = tuple(_tilt(releases, delta, tail, removed) for removed in (True, False))
 
@@ -48,9 +54,11 @@ def pld_epsilon(releases: Sequence[Release], delta: float, *, coarsening: float 
         )
 
     larger = max(tilts, key=lambda tilt: tilt.epsilon)
-    found = on_grid(_grid(releases, larger, larger.epsilon))
+    grid = _grid(releases, larger, larger.epsilon)
+    found = on_grid(grid)
     if found < larger.epsilon / 2:  # it was a grid for an ε far above
-        found = min(found, on_grid(_grid(releases, larger, found)))
+        finer = max(_grid(releases, larger, found), _FINEST * grid)
+        found = min(found, on_grid(finer))
     return found
 
 

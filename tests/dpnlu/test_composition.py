@@ -119,11 +119,11 @@ def test_an_unbounded_loss_likelier_than_delta_has_no_epsilon():
 
 
 def test_rounding_of_many_steps_is_allowed_for():
-    """A million of them may move δ by a ten-millionth."""
+    """A million of them may move δ by a millionth."""
     nothing = LossDistribution(0.1, -1, np.array([0.0, 1 - 1e-9, 0.0]), 1e-9)
     infinite, tilt = -math.expm1(1e6 * math.log1p(-1e-9)), tilt_of(GAUSSIAN, 1e-5, 0)
-    assert composed_epsilon([(nothing, 1_000_000)], tilt, infinite * (1 + 0.5e-7)) == math.inf
-    assert composed_epsilon([(nothing, 1_000_000)], tilt, infinite * (1 + 2e-7)) == 0
+    assert composed_epsilon([(nothing, 1_000_000)], tilt, infinite * (1 + 0.5e-6)) == math.inf
+    assert composed_epsilon([(nothing, 1_000_000)], tilt, infinite * (1 + 2e-6)) == 0
 
 
 def test_a_loss_of_nothing_costs_nothing():

@@ -37,6 +37,14 @@ def test_levels_of_noise_in_any_order_and_number():
     assert pld_epsilon(levels, 1e-5) > pld_epsilon([(1.0, 0.04, 240)], 1e-5)
 
 
+def test_who_is_hardly_ever_drawn_loses_nothing():
+    """Not with noise as little as this, where a single batch with the example gives it away."""
+    drawn = -math.expm1(100 * math.log1p(-1e-6))
+    assert pld_epsilon([(0.02, 1e-6, 100)], drawn * 1.001) == 0
+    assert pld_epsilon([(0.02, 1e-6, 100)], drawn * 0.99) > 1
+    assert pld_epsilon([(0.02, 1e-6, 100), (1.0, 1.0, 1)], drawn * 1.001) > 1
+
+
 def test_hardly_any_loss_is_no_loss():
     assert pld_epsilon([(1e6, 1.0, 1)], 1e-5) == 0
     assert pld_epsilon([(5.0, 1e-7, 1)], 1e-5) == 0
