@@ -268,13 +268,7 @@ def _dp_accounting_epsilon_on_grid(
 ) -> float:
     from dp_accounting import pld
 
-    least = _SMALLEST_DELTA_PER_STEP * sum(event.steps for event in events)
-    if delta < least:
-        raise ValueError(
-            f"Expected δ of at least {least:.2g} for so many steps where dp-accounting composes "
-            f"(truncated batches, or accountant='dp-accounting'), got {delta}: raise δ, or use "
-            "untruncated batches and the accountant 'pld'."
-        )
+    check_digits(delta, sum(event.steps for event in events))
     grid = grid_for(_releases(events), delta) * coarsening
     accountant = pld.PLDAccountant(_relation(events), value_discretization_interval=grid)
     return _composed_epsilon(accountant, events, delta)
@@ -295,7 +289,7 @@ def _prv_epsilon(events: tuple[SampledGaussian, ...], delta: float) -> float:
 
     _refuse_truncation(events, "prv")
     accountant = PRVAccountant()
-    accountant.history = list(_releases(events))
+    accountant.history = _releases(events)
     return float(accountant.get_epsilon(delta))
 
 
@@ -339,6 +333,21 @@ def _relation(events: tuple[SampledGaussian, ...]) -> Any:
     if _is_truncated(events):
         return NeighboringRelation.REPLACE_SPECIAL
     return NeighboringRelation.ADD_OR_REMOVE_ONE
+
+
+def check_digits(delta: float, steps: int) -> None:
+    """Whether `dp-accounting`, which composes truncated batches, has digits left for δ.
+
+    Raises:
+        ValueError: its rounding after so many steps is not small against δ.
+    """
+    least = _SMALLEST_DELTA_PER_STEP * steps
+    if delta < least:
+        raise ValueError(
+            f"Expected δ of at least {least:.2g} for so many steps where dp-accounting composes "
+            f"(truncated batches, or accountant='dp-accounting'), got {delta}: raise δ, or use "
+            "untruncated batches and the accountant 'pld'."
+        )
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from dpnlu.accounting import (
     SMALLEST_DELTA,
     SampledGaussian,
     calibrate_noise_multiplier,
+    check_digits,
     epsilon,
 )
 from dpnlu.clipping import CLIPPING_RULES
@@ -78,6 +79,8 @@ class PrivacyPlan:
         _check_choice("clipping_unit", self.clipping_unit, CLIPPING_UNITS)
         _check_paired("microbatches", self.microbatches, self.clipping_unit == "microbatch")
         _check_paired("max_batch_size", self.max_batch_size, self.sampling == "truncated_poisson")
+        if self.max_batch_size is not None:
+            check_digits(self.target_delta, self.steps)  # now, and not after hours of training
         _schedule(self.noise_schedule)
 
     @classmethod

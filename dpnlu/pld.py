@@ -64,7 +64,7 @@ def pld_epsilon(releases: Sequence[Release], delta: float, *, coarsening: float 
 
 
 def grid_for(releases: Sequence[Release], delta: float) -> float:
-    """The grid on which `pld_epsilon` begins."""
+    """A grid as fine as that of `pld_epsilon`, for accountants that take one only."""
     tilt = _tilt(releases, delta, _TAIL * delta / _steps(releases), removed=True)
     return _grid(releases, tilt, tilt.epsilon)
 

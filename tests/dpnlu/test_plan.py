@@ -60,6 +60,7 @@ INVALID_PLANS = [
     Invalid({"sampling": "truncated_poisson"}, "`max_batch_size` exactly together with sampling"),
     Invalid({"max_batch_size": 9}, "`max_batch_size` exactly together"),
     Invalid({**TRUNCATED, "max_batch_size": 0}, "`max_batch_size` to be an integer >= 1"),
+    Invalid({**TRUNCATED, "target_delta": 1e-9, "steps": 20_000}, "at least 2e-09 for so many"),
     *(
         Invalid({"noise_schedule": spec}, "`noise_schedule` to be constant, exponential:F with F")
         for spec in (
