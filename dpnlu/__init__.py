@@ -7,12 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dpnlu.errors import UnsupportedLayerError as UnsupportedLayerError
     from dpnlu.fitting import ComputeConfig as ComputeConfig
     from dpnlu.fitting import Recipe as Recipe
     from dpnlu.fitting import fit as fit
     from dpnlu.ledger import Ledger as Ledger
     from dpnlu.plan import PrivacyPlan as PrivacyPlan
-    from dpnlu.tape import UnsupportedLayerError as UnsupportedLayerError
     from dpnlu.training import PrivateTraining as PrivateTraining
     from dpnlu.training import privatize as privatize
 
@@ -22,7 +22,7 @@ _HOMES = {
     "PrivacyPlan": "plan",
     "PrivateTraining": "training",
     "Recipe": "fitting",
-    "UnsupportedLayerError": "tape",
+    "UnsupportedLayerError": "errors",
     "fit": "fitting",
     "privatize": "training",
 }

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpnlu.clipping import CLIPPING_RULES
-from dpnlu.gradients import Gradients, GramCache, squared_norms
+from dpnlu.gradients import Gradients, GramCache, SquaredNorms
 from dpnlu.plan import PrivacyPlan
+from dpnlu.rounding import full_precision, growth, underflow
+from dpnlu.uses import norms_written_out, squared_norms
 
 # Parameter -> its uses, whose gradients add up.
-Parts = Mapping[nn.Parameter, Sequence[Gradients]]
+Parts = Mapping[Tensor, Sequence[Gradients]]
+_Rule = Callable[[Tensor, float], Tensor]
+
+# What rounding may cost an example of its coefficient before its norm is taken more exactly.
+_LOOSE = 0.01
 
 
 @dataclass(frozen=True)
@@ -44,12 +50,23 @@ class Clipped:
         return Clipped(self.norms[:count], self.finite[:count])
 
 
-def gradient_norms(parts: Parts, losses: Tensor) -> Tensor:
-    """(B,) norms of the gradients of all parameters together."""
+def gradient_norms(parts: Parts, losses: Tensor) -> SquaredNorms:
+    """(B,) squared norms of the gradients of all parameters together."""
     grams = GramCache()
     with full_precision(losses.device):
-        squares = [squared_norms(uses, grams) for uses in parts.values() if uses]
-        return sum(squares, losses.new_zeros(len(losses))).sqrt()
+        found = [squared_norms(uses, grams) for uses in parts.values() if uses]
+        return _added(found, losses.new_zeros(len(losses)))
+
+
+def _added(found: Sequence[SquaredNorms], zeros: Tensor) -> SquaredNorms:
+    """Of several tensors together."""
+    total = SquaredNorms(zeros, zeros)
+    for norms in found:
+        total += norms
+    dtype = total.values.dtype
+    # This sum is rounded too; what underflow leaves is far below any bound that makes sense.
+    lost = growth(len(found) + 8, dtype) * total.values + 16 * underflow(dtype)
+    return SquaredNorms(total.values, total.slack + lost)
 
 
 def weighted_sum(uses: Sequence[Gradients], weights: Tensor, like: Tensor) -> Tensor:
@@ -63,14 +80,18 @@ def weighted_sum(uses: Sequence[Gradients], weights: Tensor, like: Tensor) -> Te
 
 def add_clipped(
     parts: Parts,
-    norms: Tensor,
+    norms: SquaredNorms,
     losses: Tensor,
     plan: PrivacyPlan,
     *,
-    into: Mapping[nn.Parameter, Tensor],
+    into: Mapping[Any, Tensor],
     scale: float,
 ) -> Clipped:
     """Clip each example's whole gradient, of all parameters together, and add them up.
+
+    Guarantee: coefficient times gradient, as the factors of `parts` define it, has norm at most
+    `plan.max_grad_norm` (1 + 1e-5), whatever was lost to rounding in the norms; for clipping takes
+    upper bounds of them.
 
     Args:
         norms: (B,) of these gradients.
@@ -78,13 +99,14 @@ def add_clipped(
         scale: of all that is added.
     """
     with full_precision(losses.device):
-        finite = torch.isfinite(norms) & torch.isfinite(losses)
-        coefficients = CLIPPING_RULES[plan.clipping](norms, plan.max_grad_norm) * scale
-        clipped = Clipped(norms, finite)
+        clipped = Clipped(
+            norms.values.sqrt(), torch.isfinite(norms.values) & torch.isfinite(losses)
+        )
+        coefficients = scale * _coefficients(parts, norms, clipped, plan)
         if clipped.non_finite:
-            coefficients = torch.where(finite, coefficients, 0.0)
+            coefficients = torch.where(clipped.finite, coefficients, 0.0)
             parts = {
-                parameter: [use.finite_rows(finite) for use in uses]
+                parameter: [use.finite_rows(clipped.finite) for use in uses]
                 for parameter, uses in parts.items()
             }
         for parameter, uses in parts.items():
@@ -93,10 +115,23 @@ def add_clipped(
     return clipped
 
 
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Without autocast, under which norms would be those of rounded products."""
-    with ExitStack() as stack:
-        for kind in {"cpu", device.type}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
+def _coefficients(parts: Parts, norms: SquaredNorms, clipped: Clipped, plan: PrivacyPlan) -> Tensor:
+    """(B,) clip coefficients for upper bounds of the norms.
+
+    Where the bound is so far above the norm that it costs the example more than a percent of its
+    coefficient, its gradient is written out, for a closer one.
+    """
+    rule, bound = CLIPPING_RULES[plan.clipping], plan.max_grad_norm
+    coefficients = rule(_upper(norms), bound)
+    is_loose = coefficients < (1 - _LOOSE) * rule(clipped.norms, bound)
+    examples = (is_loose & clipped.finite).nonzero()[:, 0]
+    if len(examples):
+        found = [norms_written_out(uses, examples) for uses in parts.values() if uses]
+        closer = _added(found, norms.values.new_zeros(len(examples)))
+        coefficients[examples] = rule(_upper(closer), bound)
+    return coefficients
+
+
+def _upper(norms: SquaredNorms) -> Tensor:
+    """(B,) norms that are not exceeded."""
+    return (norms.values + norms.slack).sqrt()

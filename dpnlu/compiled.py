@@ -19,23 +19,25 @@ they were.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from dpnlu.clipped import Clipped, Parts, full_precision, gradient_norms
-from dpnlu.course import Course
+from dpnlu.checks import own_generator
+from dpnlu.clipped import Clipped, Parts
 from dpnlu.engines import BookKeeping
-from dpnlu.tape import UnsupportedLayerError
+from dpnlu.errors import UnsupportedLayerError
+from dpnlu.gradients import SquaredNorms
+from dpnlu.rounding import full_precision
+from dpnlu.signature import Signature
 from dpnlu.tracing import traced
 from dpnlu.validation import check_losses
-from dpnlu.verification import Evidence, draw_shares
+from dpnlu.verification import Evidence, draw_weights
 
 # That many programs are compiled without a word.
 _PROGRAMS = 8
@@ -52,7 +54,8 @@ class _Programs:
         find: tensors of the batch, number of losses that count -> losses, norms, and the tensors of
             the per-example gradients.
         forms: of these gradients.
-        check: tensors of the batch, number -> the fields of `Evidence`; None once it was enough.
+        check: weights, draws, tensors of the batch, number -> whether examples keep apart, and the
+            fields of `Evidence`; None: nothing is checked.
         is_new: not run yet.
     """
 
@@ -61,11 +64,13 @@ class _Programs:
     check: Program | None
     is_new: bool = True
 
-    def run(self, inputs: tuple[Tensor, ...], device: torch.device) -> tuple[Parts, Tensor, Tensor]:
-        """The gradients, their norms, and the losses."""
+    def run(
+        self, inputs: tuple[Tensor, ...], device: torch.device
+    ) -> tuple[Parts, SquaredNorms, Tensor]:
+        """The gradients, their squared norms, and the losses."""
         with torch.no_grad(), full_precision(device):
-            losses, norms, *tensors = self.find(*inputs)
-        return self.forms.filled(tensors), norms, losses
+            losses, values, slack, *tensors = self.find(*inputs)
+        return self.forms.filled(tensors), SquaredNorms(values, slack), losses
 
 
 class CompiledClipping:
@@ -98,6 +103,7 @@ class CompiledClipping:
                 )
         self._engine, self._losses_of = engine, losses_of
         self._scale, self._backend = scale, backend
+        self._generator = own_generator()
         self._programs: dict[Any, _Programs] = {}
 
     def add_clipped(
@@ -127,8 +133,8 @@ class CompiledClipping:
             self._programs[key] = programs
             self._warn_of_many()
         with self._unchanged(tensors) if programs.is_new else nullcontext():
-            if programs.check is not None and count > 1:
-                self._check(programs, inputs, list(into))
+            if programs.check is not None:
+                self._check(programs.check, key, inputs, list(into))
             parts, norms, losses = programs.run(inputs, device)
         programs.is_new = False
         return self._engine.add_found(parts, norms, losses, into=into, scale=self._scale)
@@ -140,13 +146,33 @@ class CompiledClipping:
             self._losses_of(batch)
 
     def _check(
-        self, programs: _Programs, inputs: tuple[Tensor, ...], parameters: Parameters
+        self,
+        check: Program,
+        key: tuple[Any, ...],
+        inputs: tuple[Tensor, ...],
+        parameters: Parameters,
     ) -> None:
-        assert programs.check is not None
-        with torch.no_grad(), full_precision(inputs[-1].device):
-            evidence = Evidence(*programs.check(*inputs))
-        if evidence.proves([self._engine.names[parameter] for parameter in parameters]):
-            programs.check = None
+        """Check the batch, if it is its turn."""
+        checks, names = self._engine.checks, self._engine.names
+        assert checks is not None
+        rows, gradients = checks.meet(key)
+        if not (rows or gradients):
+            return
+        like = torch.empty(key[0], device=inputs[-1].device)
+        narrow = torch.get_autocast_dtype(like.device.type) is torch.float16
+        with torch.no_grad(), full_precision(like.device):
+            weights = draw_weights(like, narrow=narrow, generator=self._generator)
+            draws = torch.rand(key[0], generator=self._generator).to(like)
+            agree, *found = check(weights, draws, *inputs)
+        if not bool(agree):
+            raise UnsupportedLayerError(
+                "Expected the loss of one example to depend on that example alone, and dimension 0 "
+                "of every activation to hold the examples, got a forward pass in which examples "
+                "mix or lie otherwise: use private.stepper, which says where."
+            )
+        if Evidence(*found).proves([names[parameter] for parameter in parameters]):
+            checks.show_rows(key, [])
+            checks.show_parameters(key)
 
     def _modes(self, device: str) -> tuple[Any, ...]:
         """What else decides about the program: autocast, and all that modules keep beside the
@@ -190,35 +216,44 @@ class CompiledClipping:
         parameters: Parameters,
     ) -> _Programs:
         """Trace and compile; `inputs` show the shapes."""
-        courses: list[Course] = []
+        engine, model = self._engine, self._engine.model
+        signatures: list[Signature] = []
         forms: list[_Forms] = []
 
         def losses(tensors: tuple[Tensor, ...]) -> Tensor:
             *values, kept = tensors
-            found = self._losses_of(tree_unflatten(_with_tensors(leaves, iter(values)), nesting))
+            batch = tree_unflatten(_with_tensors(leaves, iter(values)), nesting)
+            with engine.recording(batch, count):
+                found = self._losses_of(batch)
             check_losses(found, count)
-            courses.append(self._engine.course(found))
+            if engine.is_checkpointed:
+                raise UnsupportedLayerError(
+                    "Expected every module to run once, but activation checkpointing runs some "
+                    "again, with other units dropped if a program is traced: switch it off, or use "
+                    "private.stepper."
+                )
+            signatures.append(engine.signature_of(found))
             return torch.where(torch.arange(count, device=found.device) < kept, found, 0.0)
 
         def find(*tensors: Tensor) -> list[Tensor]:
-            with self._engine.tracing(count):
-                found = losses(tensors)
-                parts = self._engine.gradients(found, parameters)
-                norms = gradient_norms(parts, found)
+            found = losses(tensors)
+            parts, norms = engine.found_unchecked(found, parameters)
+            engine.expect(None)
             forms.append(_Forms.of(parts))
-            return [found.detach(), norms, *forms[0].tensors()]
+            return [found.detach(), norms.values, norms.slack, *forms[0].tensors()]
 
-        def check(shares: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-            with self._engine.tracing(count):
-                found = losses(tensors)
-                evidence = self._engine.evidence(found, parameters, shares.to(found), turn=0)
-            return tuple(vars(evidence).values())
+        def check(weights: Tensor, draws: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            found = losses(tensors)
+            agree, evidence = engine.evidence(found, parameters, weights, draws)
+            engine.expect(None)
+            return agree, *vars(evidence).values()
 
-        shares = draw_shares(torch.empty(count, device=inputs[-1].device))
-        model = self._engine.model
-        checking = traced(check, (shares, *inputs), model=model) if self._engine.verifies else None
+        drawn = [torch.ones(count, device=inputs[-1].device)] * 2
+        checking = None
+        if engine.checks is not None:
+            checking = traced(check, (*drawn, *inputs), model=model)
         finding = traced(find, inputs, model=model)
-        if any(course != courses[0] or course.chooses_rows for course in courses):
+        if any(signature != signatures[0] or signature.chooses_rows for signature in signatures):
             raise UnsupportedLayerError(
                 "Expected a forward pass that takes the same course every time and the examples as "
                 "they come, got one that changes or picks rows by their values: use "
@@ -227,7 +262,7 @@ class CompiledClipping:
         return _Programs(
             find=torch.compile(finding, backend=self._backend, fullgraph=True, dynamic=False),
             forms=forms[0],
-            check=None if checking is None else partial(checking, shares),
+            check=checking,
         )
 
 
@@ -241,7 +276,7 @@ class _Forms:
         nesting: how.
     """
 
-    kinds: dict[nn.Parameter, list[type[Any]]]
+    kinds: Mapping[Tensor, Sequence[type[Any]]]
     leaves: list[Any]
     nesting: TreeSpec
 

@@ -7,30 +7,41 @@ All engines keep the same contract and differ in how they find an example's grad
 - `Microbatch`: one ordinary backward pass per micro-batch, whose mean is clipped (eDP-SGD).
 - `Opacus`: per-example gradients by Opacus' hooks. The reference.
 
-Guarantee, of all of them: with norms computed to working precision, each clipping unit adds at most
-`max_grad_norm` in L2 norm to what `add_clipped` accumulates per unit of `scale`. A unit whose
-gradient is not finite adds exactly nothing.
+Guarantee, of all of them, where the loss of an example depends on that example alone: each clipping
+unit adds at most `max_grad_norm` in L2 norm to what `add_clipped` accumulates per unit of `scale`,
+rounding of its norm included. A unit whose gradient is not finite adds exactly nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from dpnlu.clipped import Clipped, Parts, add_clipped, full_precision, gradient_norms
+from dpnlu.checks import Checks, own_generator
+from dpnlu.clipped import Clipped, Parts, add_clipped, gradient_norms
 from dpnlu.clipping import CLIPPING_RULES
-from dpnlu.course import Course
-from dpnlu.gradients import Dense, combine
+from dpnlu.errors import UnsupportedLayerError
+from dpnlu.gradients import Dense, SquaredNorms
+from dpnlu.layout import Layout
 from dpnlu.plan import PrivacyPlan
+from dpnlu.rounding import full_precision, growth, squared_sums, squared_terms
 from dpnlu.rules import OPERATIONS
-from dpnlu.tape import Tape, UnsupportedLayerError
-from dpnlu.validation import check_visible
-from dpnlu.verification import Evidence, draw_shares, gather
+from dpnlu.signature import Edge, Signature, signature_of, walk
+from dpnlu.tape import Call, Tape
+from dpnlu.uses import combine
+from dpnlu.validation import check_batch_size, check_losses, check_visible
+from dpnlu.verification import (
+    Evidence,
+    check_seen,
+    do_rows_agree,
+    find_layouts,
+    gather,
+)
 
 
 class Engine(Protocol):
@@ -42,8 +53,9 @@ class Engine(Protocol):
 
     takes_whole_batches: bool
 
-    def expect(self, batch_size: int | None) -> None:
-        """Announce the size of the coming physical batch; None: it is not known beforehand."""
+    def expect(self, batch_size: int | None, batch: Any = None) -> None:
+        """Announce the coming physical batch: its size, None if it is not known beforehand, and
+        its data."""
 
     def add_clipped(
         self,
@@ -74,14 +86,16 @@ class Engine(Protocol):
 class BookKeeping:
     """Per-example clipping in one backward pass (Bu et al. 2023), without weight gradients.
 
-    Whenever the forward pass takes a course not seen before, and always if it picks rows out of
-    the batch by their values, the gradients are compared with plain automatic differentiation
-    before anything is released.
+    That the tape saw every use of a parameter is checked for every batch, and before anything is
+    released, as often as `dpnlu.checks` says, that examples do not mix and that gradients are
+    those of plain automatic differentiation.
 
     Attributes:
         model: whose forward passes are recorded.
-        names: of its parameters.
-        verifies: whether gradients are compared.
+        names: of its trainable parameters.
+        checks: when to check; None: never.
+        signature: of the last batch; None: it was not looked at.
+        coarsest: distance from 1 to the next number, of the coarsest gradients of that batch.
     """
 
     takes_whole_batches = True
@@ -89,14 +103,57 @@ class BookKeeping:
     def __init__(self, model: nn.Module, plan: PrivacyPlan, *, verify: bool = True) -> None:
         check_visible(model)
         self.model = model
-        self.names = {parameter: name for name, parameter in model.named_parameters()}
-        self.verifies = verify
+        self.names: dict[Tensor, str] = {
+            p: name for name, p in model.named_parameters() if p.requires_grad
+        }
+        self.checks = Checks(model) if verify else None
+        self.signature: Signature | None = None
+        self.coarsest = 0.0
         self._plan = plan
+        self._generator = own_generator()
         self._tape = Tape(model, OPERATIONS)
-        self._checked: set[Course] = set()
 
-    def expect(self, batch_size: int | None) -> None:
-        self._tape.expect(batch_size)
+    def expect(self, batch_size: int | None, batch: Any = None) -> None:
+        self._tape.expect(batch_size, batch)
+
+    @property
+    def calls(self) -> list[Call]:
+        """The forward passes of outermost modules that were recorded."""
+        return self._tape.calls
+
+    def recording(self, batch: Any, batch_size: int | None) -> AbstractContextManager[None]:
+        """In here, whatever is computed of a batch is seen, in modules and outside of them; see
+        `Tape.recording`."""
+        return self._tape.recording(batch, batch_size)
+
+    def losses(
+        self, losses_of: Callable[[Any], Tensor], batch: Any, batch_size: int | None
+    ) -> Tensor:
+        """Have the losses of a batch computed, and see all of it.
+
+        Args:
+            batch_size: None: as many as there are losses.
+        """
+        with self.recording(batch, batch_size):
+            losses = losses_of(batch)
+        check_losses(losses, batch_size)
+        if self._tape.batch_size != len(losses):
+            return self.losses(losses_of, batch, len(losses))
+        return losses
+
+    def norms(self, losses: Tensor) -> Tensor:
+        """(B,) norms of the gradients of losses that were recorded; nothing is added up."""
+        trace = self._tape.trace
+        try:
+            with self._tape.on_the_way_back():
+                arrived = trace.backward(losses, retain_graph=True)
+                layouts = trace.usual_layouts(arrived, len(losses))
+                layouts = find_layouts(
+                    trace, losses, arrived, layouts, chooses_rows=True, generator=self._generator
+                )
+                return self._parts(arrived, layouts, list(self.names), losses)[1].values.sqrt()
+        finally:
+            self._tape.clear()
 
     def add_clipped(
         self,
@@ -107,26 +164,16 @@ class BookKeeping:
         closes_unit: bool | None = True,
     ) -> Clipped:
         try:
-            if self.verifies:
-                self._check(losses, list(into))
-            parts = self.gradients(losses, list(into))
+            with self._tape.on_the_way_back(), nothing_accumulated(into):
+                parts, norms = self._found(losses, list(into))
         finally:
             self._tape.clear()
-        norms = gradient_norms(parts, losses)
         return self.add_found(parts, norms, losses, into=into, scale=scale)
-
-    def gradients(
-        self, losses: Tensor, parameters: list[nn.Parameter], *, retain_graph: bool = False
-    ) -> Parts:
-        """What the tape says of each parameter, of the forward pass that led to the losses."""
-        with full_precision(losses.device):
-            found = self._tape.trace.gradients(losses, retain_graph=retain_graph)
-            return {parameter: combine(found.get(parameter, [])) for parameter in parameters}
 
     def add_found(
         self,
         parts: Parts,
-        norms: Tensor,
+        norms: SquaredNorms,
         losses: Tensor,
         *,
         into: Mapping[nn.Parameter, Tensor],
@@ -136,54 +183,114 @@ class BookKeeping:
         return add_clipped(parts, norms, losses, self._plan, into=into, scale=scale)
 
     def weights_changed(self) -> None:
-        self._tape.forget_weights()
+        if self.checks is not None:
+            self.checks.weights_changed()
 
     def close(self) -> None:
         self._tape.close()
 
     # ---- for programs that are traced --------------------------------------------------------
 
-    @contextmanager
-    def tracing(self, batch_size: int) -> Iterator[None]:
-        """For one forward pass whose tensors have no values, and what is made of its losses."""
-        self._tape.forget_weights()
-        self._tape.expect(batch_size, runs_once=True)
-        try:
-            yield
-        finally:
-            self._tape.forget_weights()
-            self._tape.expect(batch_size)
+    @property
+    def is_checkpointed(self) -> bool:
+        """Whether the forward pass that was recorded computes activations anew on the way back."""
+        return self._tape.is_checkpointed
 
-    def course(self, losses: Tensor) -> Course:
-        """The course of the forward pass that led to the losses."""
-        return self._tape.trace.course(losses)
+    def found_unchecked(
+        self, losses: Tensor, parameters: Sequence[Tensor]
+    ) -> tuple[Parts, SquaredNorms]:
+        """The gradients that the tape saw, with their norms."""
+        trace = self._tape.trace
+        arrived = trace.backward(losses)
+        return self._parts(arrived, trace.usual_layouts(arrived, len(losses)), parameters, losses)
 
     def evidence(
-        self, losses: Tensor, parameters: list[nn.Parameter], shares: Tensor, *, turn: int
-    ) -> Evidence:
-        """Compare with plain automatic differentiation; see `verification.gather`."""
-        parts = self.gradients(losses, parameters, retain_graph=True)
-        with full_precision(losses.device):
-            return gather(parts, losses, shares, turn=turn)
+        self, losses: Tensor, parameters: list[nn.Parameter], weights: Tensor, draws: Tensor
+    ) -> tuple[Tensor, Evidence]:
+        """Whether examples keep apart where they usually lie, (), and what `gather` finds; nothing
+        looks at a value."""
+        trace = self._tape.trace
+        arrived = trace.backward(losses, retain_graph=True)
+        layouts = trace.usual_layouts(arrived, len(losses))
+        agree = do_rows_agree(trace, losses, arrived, layouts, weights)
+        parts, norms = self._parts(arrived, layouts, parameters, losses)
+        bound = self._plan.max_grad_norm
+        return agree, gather(parts, norms, losses, draws, arrived=arrived, bound=bound)
 
-    def _check(self, losses: Tensor, parameters: list[nn.Parameter]) -> None:
-        """Check the batch, unless one of the same course was checked.
-
-        A batch of one example proves nothing, nor does one with infinities; then a later batch is
-        checked.
+    def signature_of(self, losses: Tensor) -> Signature:
+        """What was done in the forward pass that led to the losses, all of which was seen.
 
         Raises:
-            UnsupportedLayerError: examples mix, or dimension 0 is not the batch.
+            UnsupportedLayerError: something was not.
         """
-        if len(losses) < 2:
-            return
-        course = self.course(losses)
-        if course in self._checked and not course.chooses_rows:
-            return
-        shares = draw_shares(losses)
-        evidence = self.evidence(losses, parameters, shares, turn=len(self._checked))
-        if evidence.proves([self.names[parameter] for parameter in parameters]):
-            self._checked.add(course)
+        edges = list(walk(losses))
+        check_seen(edges, self._tape.trace, self._tape.free_learned(), self.names)
+        return self._signature(edges, len(losses))
+
+    # ------------------------------------------------------------------------------------------
+
+    def _found(self, losses: Tensor, parameters: list[nn.Parameter]) -> tuple[Parts, SquaredNorms]:
+        """The gradients that the tape saw, with their norms, and checked.
+
+        Raises:
+            UnsupportedLayerError: a parameter is used where the tape does not see it, examples mix,
+                or the gradients are not those of plain automatic differentiation.
+        """
+        trace, batch = self._tape.trace, len(losses)
+        self.signature = None
+        if self.checks is None or not batch:
+            return self.found_unchecked(losses, parameters)
+        check_batch_size(self._tape.batch_size, batch)
+        self.signature = signature = self.signature_of(losses)
+        check_rows, check_parameters = self.checks.meet(
+            signature, chooses_rows=signature.chooses_rows
+        )
+        check_rows = check_rows and batch > 1
+        arrived = trace.backward(losses, retain_graph=check_rows or check_parameters)
+        self.coarsest = max((torch.finfo(g.dtype).eps for g in arrived if g is not None), default=0)
+        layouts = self.checks.layouts(signature, batch)
+        if layouts is None:
+            layouts = trace.usual_layouts(arrived, batch)
+        if check_rows:
+            layouts = find_layouts(
+                trace,
+                losses,
+                arrived,
+                layouts,
+                chooses_rows=signature.chooses_rows,
+                generator=self._generator,
+            )
+        parts, norms = self._parts(arrived, layouts, parameters, losses)
+        if check_rows and bool(torch.isfinite(norms.values).all()):
+            self.checks.show_rows(signature, layouts)
+        if check_parameters:
+            draws = torch.rand(batch, generator=self._generator).to(losses)
+            evidence = gather(
+                parts, norms, losses, draws, arrived=arrived, bound=self._plan.max_grad_norm
+            )
+            if evidence.proves([self.names[parameter] for parameter in parameters]):
+                self.checks.show_parameters(signature)
+        return parts, norms
+
+    def _parts(
+        self,
+        arrived: Sequence[Tensor | None],
+        layouts: Sequence[Layout],
+        parameters: Sequence[Tensor],
+        losses: Tensor,
+    ) -> tuple[Parts, SquaredNorms]:
+        with full_precision(losses.device):
+            found = self._tape.trace.gradients(arrived, layouts)
+            parts = {parameter: combine(found.get(parameter, [])) for parameter in parameters}
+        return parts, gradient_norms(parts, losses)
+
+    def _signature(self, edges: Sequence[Edge], batch: int) -> Signature:
+        """What was done in the forward pass, and how the tape understood it: which operation used
+        parameters, on how many entries per example."""
+        tape = self._tape
+        graph = signature_of(edges, batch, may_unpack=not tape.is_checkpointed)
+        understood = (place.described(batch) for place in tape.trace.places)
+        return replace(graph, steps=(*graph.steps, *understood, str(len(tape.trace.lookups))))
 
 
 class PerExample:
@@ -198,7 +305,7 @@ class PerExample:
     def __init__(self, model: nn.Module, plan: PrivacyPlan) -> None:
         self._plan = plan
 
-    def expect(self, batch_size: int | None) -> None:
+    def expect(self, batch_size: int | None, batch: Any = None) -> None:
         pass
 
     def add_clipped(
@@ -213,7 +320,8 @@ class PerExample:
         rule = CLIPPING_RULES[self._plan.clipping]
         norms, finite = [], []
         for loss in losses:
-            gradients = _gradient(loss, parameters, keep_graph=True)
+            with nothing_accumulated(parameters):
+                gradients = _gradient(loss, parameters, keep_graph=True)
             norm = _norm(gradients)
             norms.append(norm)
             if len(losses) > 1 and not bool(torch.isfinite(norm)):
@@ -259,7 +367,7 @@ class Microbatch:
         self._plan = plan
         self._unit = _Unit()
 
-    def expect(self, batch_size: int | None) -> None:
+    def expect(self, batch_size: int | None, batch: Any = None) -> None:
         if batch_size is None:
             self._unit = _Unit()  # the one before was broken off
 
@@ -346,7 +454,7 @@ class Opacus:
             raise UnsupportedLayerError(f"Opacus refuses this model: {error}") from None
         self._model, self._plan = model, plan
 
-    def expect(self, batch_size: int | None) -> None:
+    def expect(self, batch_size: int | None, batch: Any = None) -> None:
         pass
 
     def add_clipped(
@@ -363,7 +471,7 @@ class Opacus:
         for parameter in into:
             parameter.grad = None  # Opacus' gradients lie beside it
         self._check_forward_passes(list(into))
-        parts: dict[nn.Parameter, list[Dense]] = {}
+        parts: dict[Tensor, list[Dense]] = {}
         for parameter in into:
             found: Any = getattr(parameter, "grad_sample", None)
             if found is not None:
@@ -409,6 +517,25 @@ ENGINES: dict[str, Callable[..., Engine]] = {
 }
 
 
+@contextmanager
+def nothing_accumulated(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Refuse backward passes that leave gradients at parameters, where nothing clips them.
+
+    Raises:
+        UnsupportedLayerError: one does.
+    """
+    before = {parameter for parameter in parameters if parameter.grad is not None}
+    yield
+    if any(parameter.grad is not None for parameter in parameters if parameter not in before):
+        for parameter in set(parameters) - before:
+            parameter.grad = None
+        raise UnsupportedLayerError(
+            "Expected gradients that automatic differentiation returns, got some that the model's "
+            "own autograd function adds to parameters by calling backward() inside (reversible "
+            "layers do): switch to layers without it, or freeze their parameters."
+        )
+
+
 def _gradient(loss: Tensor, parameters: list[nn.Parameter], *, keep_graph: bool) -> list[Tensor]:
     """The gradient of a scalar, zero where it does not depend on a parameter."""
     found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=keep_graph)
@@ -419,6 +546,14 @@ def _gradient(loss: Tensor, parameters: list[nn.Parameter], *, keep_graph: bool)
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:
-    """L2 norm over several tensors together."""
-    norm: Tensor = torch.stack(torch._foreach_norm(gradients)).norm()
-    return norm
+    """() L2 norm over several tensors together, rounded up."""
+    squares = torch.stack([squared_sums(full[None]).sum() for full in map(_full, gradients)])
+    terms = len(gradients) + max(squared_terms(gradient.numel()) for gradient in gradients)
+    return (squares.sum() * (1 + growth(terms, squares.dtype))).sqrt()
+
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _full(gradient: Tensor) -> Tensor:
+    return gradient.float() if gradient.dtype in _HALF else gradient

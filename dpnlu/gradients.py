@@ -4,12 +4,20 @@ A linear layer delivers its weight's gradient as two factors, an embedding as ro
 small as plain tensors. Each form gives squared norms and weighted sums without being written out
 where that is dearer. All sums and norms are kept in float32 or better.
 
+Guarantee: the squared norm of an example's gradient, as the factors define it, is at most
+`values + slack` of what `squared_norms` returns, whatever the rounding; and still is if rounding in
+a sum of the gradient's own terms is added to it. The slack is a small share of (Σ_t ‖a_t‖‖b_t‖)²,
+the norms that the terms would have if none cancelled another: it is small unless they all but
+cancel. For the Gram matrices A, B of the factors, entry by entry (γ of `dpnlu.rounding`),
+
+    |fl(A_st) - a_s·a_t| <= γ(d) ‖a_s‖‖a_t‖,    and so for B with γ(p),
+    |fl(Σ_st A_st B_st) - ‖G‖²| <= γ(d + p + 2T + 2) (Σ_t ‖a_t‖‖b_t‖)².
+
 Shapes: B examples, T positions, d inputs, p outputs, V rows of a table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,16 +26,50 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dpnlu.products import add_product_
+from dpnlu.rounding import growth, squared_sums, squared_terms, underflow
 
 # Up to this many positions, comparing all pairs of ids beats sorting them.
 _PAIRWISE_POSITIONS = 128
 
 
-class Gradients(Protocol):
-    """The gradients (B, *shape) of B examples with respect to one tensor of that shape."""
+@dataclass(frozen=True)
+class SquaredNorms:
+    """Squared norms as computed, and how much larger they may truly be.
 
-    def squared_norms(self, grams: GramCache) -> Tensor:
-        """(B,) squared L2 norms."""
+    Attributes:
+        values: (B,).
+        slack: (B,), >= 0.
+    """
+
+    values: Tensor
+    slack: Tensor
+
+    def __add__(self, other: SquaredNorms) -> SquaredNorms:
+        return SquaredNorms(self.values + other.values, self.slack + other.slack)
+
+
+class Gradients(Protocol):
+    """The gradients (B, *shape) of B examples with respect to one tensor of that shape.
+
+    Attributes:
+        terms: how many terms an entry of a gradient is the sum of, at most.
+        entries: how many entries a gradient has.
+    """
+
+    @property
+    def terms(self) -> int: ...
+
+    @property
+    def entries(self) -> int: ...
+
+    def squared_norms(self, grams: GramCache) -> SquaredNorms:
+        """Of each example's gradient, in the cheapest way."""
+
+    def norms_written_out(self) -> SquaredNorms:
+        """The same from gradients whose terms are added up, where slack is least."""
+
+    def sizes(self) -> Tensor:
+        """(B,) sums of the norms of a gradient's terms: an upper bound of its norm."""
 
     def dense(self) -> Tensor:
         """The gradients themselves, (B, *shape)."""
@@ -38,6 +80,9 @@ class Gradients(Protocol):
 
     def finite_rows(self, finite: Tensor) -> Gradients:
         """The same with everything of the examples outside `finite`, (B,) bool, set to zero."""
+
+    def of(self, examples: Tensor) -> Gradients:
+        """The gradients of some examples, given by number, (n,)."""
 
 
 class GramCache:
@@ -71,10 +116,20 @@ class OuterProducts:
     right: Tensor
     transposed: bool = False
 
-    def squared_norms(self, grams: GramCache) -> Tensor:
+    @property
+    def terms(self) -> int:
+        return self.left.shape[1]
+
+    @property
+    def entries(self) -> int:
+        return self.left.shape[2] * self.right.shape[2]
+
+    def squared_norms(self, grams: GramCache) -> SquaredNorms:
         """By whichever way takes fewer multiplications."""
-        if self.left.shape[1] == 1:
-            return _squared_sums(self.left) * _squared_sums(self.right)
+        if self.terms == 1:
+            values = (_squared_lengths(self.left) * _squared_lengths(self.right))[:, 0]
+            share = growth(self._widths + 8, values.dtype)
+            return SquaredNorms(values, self.sizes().square() * share)
         return self.norms_by_gram(grams) if self.takes_gram else self.norms_written_out()
 
     @property
@@ -84,15 +139,26 @@ class OuterProducts:
         p = self.right.shape[2]
         return positions * (d + p) <= d * p
 
-    def norms_by_gram(self, grams: GramCache) -> Tensor:
+    def norms_by_gram(self, grams: GramCache) -> SquaredNorms:
         """‖Σ b aᵀ‖² = Σ_st (a_s·a_t)(b_s·b_t) (Li et al. 2022)."""
-        products = grams(self.left) * grams(self.right)
+        lefts, rights = grams(self.left), grams(self.right)
         # Rounding may leave a vanishing norm slightly negative.
-        return products.flatten(1).sum(1).clamp_(min=0)
+        values = (lefts * rights).sum(2).sum(1).clamp_(min=0)
+        lengths = _lengths(_diagonal(lefts)) * _lengths(_diagonal(rights))
+        # 2T for the sum here, and 2T for that of the gradient's own terms.
+        share = growth(self._widths + 4 * self.terms + 4, values.dtype)
+        return SquaredNorms(values, lengths.sum(1).square() * share)
 
-    def norms_written_out(self) -> Tensor:
-        """From the gradients themselves."""
-        return _squared_sums(self.dense())
+    def norms_written_out(self) -> SquaredNorms:
+        return _of_written_out(squared_sums(self.dense()), squared_terms(self.entries), self)
+
+    @property
+    def _widths(self) -> int:
+        return self.left.shape[2] + self.right.shape[2]
+
+    def sizes(self) -> Tensor:
+        lengths = _lengths(_squared_lengths(self.left)) * _lengths(_squared_lengths(self.right))
+        return lengths.sum(1)
 
     def dense(self) -> Tensor:
         if self.transposed:
@@ -116,6 +182,9 @@ class OuterProducts:
             _zeroed(self.left, finite), _zeroed(self.right, finite), self.transposed
         )
 
+    def of(self, examples: Tensor) -> OuterProducts:
+        return OuterProducts(self.left[examples], self.right[examples], self.transposed)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -131,11 +200,35 @@ class Rows:
     values: Tensor
     shape: tuple[int, ...]
 
-    def squared_norms(self, grams: GramCache) -> Tensor:
+    @property
+    def terms(self) -> int:
+        return self.ids.shape[1]
+
+    @property
+    def entries(self) -> int:
+        return self.shape[0] * self.values.shape[2]
+
+    def squared_norms(self, grams: GramCache) -> SquaredNorms:
         if not self._is_pairwise:
-            return _squared_sums_by_example(*self._merged())
+            return self.norms_written_out()
         same = (self.ids[:, :, None] == self.ids[:, None, :]) & (self.ids >= 0)[:, None, :]
-        return (grams(self.values) * same).flatten(1).sum(1).clamp_(min=0)
+        products = grams(self.values)
+        values = (products * same).sum(2).sum(1).clamp_(min=0)
+        sizes = self._added(_lengths(_diagonal(products)))
+        share = growth(self.values.shape[2] + 4 * self.terms + 4, values.dtype)
+        return SquaredNorms(values, sizes.square() * share)
+
+    def norms_written_out(self) -> SquaredNorms:
+        sums, example, batch = self._merged()
+        squares = sums.new_zeros(batch).index_add_(0, example, squared_sums(sums))
+        return _of_written_out(squares, squared_terms(sums.shape[1]) + self.terms, self)
+
+    def sizes(self) -> Tensor:
+        return self._added(_lengths(_squared_lengths(self.values)))
+
+    def _added(self, lengths: Tensor) -> Tensor:
+        """(B, T) -> (B,), without what is left out."""
+        return torch.where(self.ids >= 0, lengths, 0.0).sum(1)
 
     def dense(self) -> Tensor:
         batch, rows = self.ids.shape[0], self.shape[0]
@@ -158,6 +251,9 @@ class Rows:
 
     def finite_rows(self, finite: Tensor) -> Rows:
         return Rows(self.ids, _zeroed(self.values, finite), self.shape)
+
+    def of(self, examples: Tensor) -> Rows:
+        return Rows(self.ids[examples], self.values[examples], self.shape)
 
     @property
     def _is_pairwise(self) -> bool:
@@ -185,79 +281,61 @@ class Dense:
 
     values: Tensor
 
-    def squared_norms(self, grams: GramCache) -> Tensor:
-        return _squared_sums(self.values)
+    @property
+    def terms(self) -> int:
+        return 0
+
+    @property
+    def entries(self) -> int:
+        return self.values.shape[1:].numel()
+
+    def squared_norms(self, grams: GramCache) -> SquaredNorms:
+        return self.norms_written_out()
+
+    def norms_written_out(self) -> SquaredNorms:
+        values = squared_sums(self.values)
+        share = growth(squared_terms(self.entries), values.dtype)
+        return SquaredNorms(values, values * share)
+
+    def sizes(self) -> Tensor:
+        return _lengths(squared_sums(self.values))
 
     def dense(self) -> Tensor:
         return self.values
 
     def add_weighted_sum(self, coefficients: Tensor, out: Tensor) -> None:
-        rows = _flat(self.values).to(out.dtype)
+        rows = self.values.reshape(len(self.values), self.entries).to(out.dtype)
         out.view(-1).addmv_(rows.mT, coefficients.to(out.dtype))
 
     def finite_rows(self, finite: Tensor) -> Dense:
         return Dense(_zeroed(self.values, finite))
 
-
-def combine(uses: Sequence[Gradients]) -> list[Gradients]:
-    """Several uses of one tensor as at most one of each form and shape; their sum stays."""
-    outer = [use for use in uses if isinstance(use, OuterProducts)]
-    rows = [use for use in uses if isinstance(use, Rows)]
-    dense = [use for use in uses if isinstance(use, Dense)]
-    parts: list[Gradients] = []
-    for transposed in (False, True):
-        alike = [use for use in outer if use.transposed is transposed]
-        if alike:
-            parts.append(
-                OuterProducts(
-                    _joined([use.left for use in alike]),
-                    _joined([use.right for use in alike]),
-                    transposed,
-                )
-            )
-    for shape in dict.fromkeys(use.shape for use in rows):
-        of_this = [use for use in rows if use.shape == shape]
-        parts.append(
-            Rows(
-                _joined([use.ids for use in of_this]),
-                _joined([use.values for use in of_this]),
-                shape,
-            )
-        )
-    if dense:
-        parts.append(Dense(torch.stack([use.values for use in dense]).sum(0)))
-    return parts
+    def of(self, examples: Tensor) -> Dense:
+        return Dense(self.values[examples])
 
 
-def squared_norms(parts: Sequence[Gradients], grams: GramCache) -> Tensor:
-    """(B,) squared norms of the sum of `parts`, cross terms included."""
-    total = parts[0].squared_norms(grams)
-    for index, part in enumerate(parts[1:], start=1):
-        total = total + part.squared_norms(grams)
-        for earlier in parts[:index]:
-            total = total + 2 * _inner_products(earlier, part)
-    return total.clamp(min=0) if len(parts) > 1 else total
+def _of_written_out(squares: Tensor, terms: int, use: Gradients) -> SquaredNorms:
+    """The squared norms of gradients that were written out: (B,) sums of squares over `terms`
+    terms. Rounding, then and in later sums, moves a gradient by at most γ(2T) Σ_t ‖a_t‖‖b_t‖."""
+    moved = growth(2 * use.terms, squares.dtype) * use.sizes()
+    share = growth(terms, squares.dtype)
+    return SquaredNorms(squares, squares * share + (2 * squares.sqrt() + moved) * moved)
 
 
-def _inner_products(one: Gradients, other: Gradients) -> Tensor:
-    """(B,) inner product of the two gradients of each example."""
-    if isinstance(one, OuterProducts) and isinstance(other, Rows) and _is_tied(one, other):
-        return _tied_inner_products(one, other)
-    return (one.dense().flatten(1) * other.dense().flatten(1)).sum(1)
+def _diagonal(grams: Tensor) -> Tensor:
+    """(B, T, T) -> (B, T), as a view that can be compiled."""
+    return grams.flatten(1)[:, :: grams.shape[1] + 1]
 
 
-def _is_tied(head: OuterProducts, table: Rows) -> bool:
-    """Whether the table's rows are those of the head's matrix."""
-    return not head.transposed and table.values.shape[2] == head.left.shape[2]
+def _squared_lengths(rows: Tensor) -> Tensor:
+    """(B, T, d) -> (B, T)."""
+    squares: Tensor = torch.linalg.vecdot(rows, rows)
+    return squares
 
 
-def _tied_inner_products(head: OuterProducts, table: Rows) -> Tensor:
-    """An embedding tied to an output layer (Ding et al. 2024): ⟨Σ_s b_s a_sᵀ, Σ_t e_t v_tᵀ⟩ is
-    Σ_st b_s[id_t] (a_s · v_t), so only the looked-up entries of b are needed."""
-    kept = table.ids >= 0
-    index = table.ids.clamp(min=0)[:, None, :].expand(-1, head.right.shape[1], -1)
-    looked_up = head.right.gather(2, index) * kept[:, None, :]
-    return (looked_up * torch.bmm(head.left, table.values.mT)).flatten(1).sum(1)
+def _lengths(squares: Tensor) -> Tensor:
+    """Roots of sums of squares, raised by what may have vanished in underflow."""
+    return (squares + underflow(squares.dtype)).sqrt()
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
@@ -269,26 +347,6 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
         and one.stride() == other.stride()
         and one.dtype == other.dtype
     )
-
-
-def _squared_sums(values: Tensor) -> Tensor:
-    """(B, …) -> (B,) sums of squares."""
-    flat = _flat(values)
-    squares: Tensor = torch.linalg.vecdot(flat, flat)
-    return squares
-
-
-def _flat(values: Tensor) -> Tensor:
-    """(B, …) -> (B, n), for any B."""
-    return values.reshape(values.shape[0], values.shape[1:].numel())
-
-
-def _squared_sums_by_example(values: Tensor, example: Tensor, batch: int) -> Tensor:
-    return values.new_zeros(batch).index_add_(0, example, _squared_sums(values))
-
-
-def _joined(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1)
 
 
 def _as_rows(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

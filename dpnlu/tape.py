@@ -5,9 +5,9 @@ parameter to the examples is *recorded*: the gradient edge of its output, and a 
 the gradient with respect to that output into per-example gradients of the parameter. Modules,
 parameters and tensors are left as they are.
 
-Two kinds of tensors are told apart by where they come from:
+Two kinds of tensors are told apart by where they come from (`dpnlu.provenance`):
 
-- *batched*: derived from the examples, which lie along dimension 0.
+- *batched*: derived from the examples.
 - *free* of the batch: parameters, buffers, constants, and what is computed from these alone, such
   as position embeddings, a relative attention bias or a normalised weight. Back-propagation adds
   up their gradient over the examples, so it is caught where a free tensor *meets* the batch.
@@ -15,10 +15,10 @@ Two kinds of tensors are told apart by where they come from:
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,107 +26,46 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
-from dpnlu.gradients import Gradients
-from dpnlu.trace import Finish, Lookup, Meeting, Record, Trace
+from dpnlu.errors import UnsupportedLayerError
+from dpnlu.layout import Layout
+from dpnlu.operations import (
+    COPIES,
+    INSPECTIONS,
+    Operations,
+    Rule,
+    replaced,
+    tensors_held,
+    tensors_in,
+    values_of,
+    with_numbers,
+)
+from dpnlu.provenance import Provenance
+from dpnlu.trace import Finish, Lookup, Meeting, PerExample, Record, Trace, naming_refusals
 
-
-class UnsupportedLayerError(ValueError):
-    """A trainable parameter is used in a way whose per-example gradients cannot be had."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How an operation that applies weights to a batched input is recorded.
-
-    Attributes:
-        finish: has the operation's signature; returns the `Finish` of its output.
-        input: position of the batched argument.
-    """
-
-    finish: Callable[..., Finish]
-    input: int = 0
-
-
-@dataclass(frozen=True)
-class Operations:
-    """What the tape knows about torch's operations, keyed by function.
-
-    Attributes:
-        rules: operations that apply weights to the examples.
-        rewrites: computed anew, out of recorded pieces. A rewrite has the operation's signature,
-            after the tape as first argument; it may return NotImplemented.
-        rearrangements: likewise, of operations that no weights take part in.
-        broadcasting: arguments are aligned by their last dimension, and one whose dimension 0 is
-            missing or of size 1 may as well be expanded to that of the others.
-        row_wise: keep the entries of dimension 0 apart, if all arguments have one.
-        fallback: (function, args, kwargs, batched, learned) -> `Finish`, for all others.
-    """
-
-    rules: Mapping[Any, Rule]
-    rewrites: Mapping[Any, Callable[..., Any]]
-    rearrangements: Mapping[Any, Callable[..., Any]]
-    broadcasting: frozenset[Any]
-    row_wise: frozenset[Any]
-    fallback: Callable[..., Finish]
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Copies of a free tensor, made by torch's `expand` or `repeat`.
-
-    That they are one per example cannot be seen before they meet the batch: there may be as many
-    positions as examples.
-    """
-
-    source: Tensor
-    copies: Tensor
-
-    @property
-    def _shape(self) -> tuple[int, ...]:
-        """The source's shape with as many dimensions as the copies'."""
-        return (1,) * (self.copies.dim() - self.source.dim()) + tuple(self.source.shape)
-
-    def holds_a_copy_for_each(self, batch: int) -> bool:
-        """Whether the rows are `batch` copies of the source, one after the other."""
-        first, *inner = zip(self._shape, self.copies.shape, strict=True)
-        return first[0] in (1, first[1] // batch) and all(
-            known in (1, size) for known, size in inner
-        )
-
-    def per_example(self, batch: int) -> Callable[[Tensor], Tensor]:
-        """The gradient of the copies -> that of the source, (B, *shape)."""
-        shape = self._shape
-
-        def per_example(gradient: Tensor) -> Tensor:
-            apart = gradient.reshape(batch, -1, *gradient.shape[1:])
-            return apart.sum_to_size(batch, *shape).reshape(batch, *self.source.shape)
-
-        return per_example
+# What the calls of outermost modules were: the module and what it was called with.
+Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
 
 class Tape(TorchFunctionMode):
     """Records the forward passes of one model.
 
     The tape is active inside the forward of the model and of each of its modules, through forward
-    hooks that `close` removes.
+    hooks that `close` removes, and inside `recording`.
     """
 
     def __init__(self, model: nn.Module, operations: Operations) -> None:
         super().__init__()
         self._operations = operations
-        self._trainable = {id(p) for p in model.parameters() if p.requires_grad}
-        self._constant = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        self._free = dict(self._constant)
-        self._data: dict[int, Tensor] = {}  # batched, and not differentiated: ids, masks
-        self._layouts: dict[int, _Layout] = {}  # by the id of the copies
+        self._trainable = {id(p): p for p in model.parameters() if p.requires_grad}
+        self._provenance = Provenance(model)
+        self._copies: dict[int, _Copies] = {}  # by the id of the copies
         self._memory: dict[Any, Any] = {}
-        self.trace = Trace()
         self._modules: list[tuple[str, tuple[Any, ...]]] = []
+        self._is_active = False
         self._expected: int | None = None
-        self._runs_once = False
-        self.batch_size: int | None = None
         self._hooks = [
             hook
             for name, module in model.named_modules()
@@ -135,6 +74,12 @@ class Tape(TorchFunctionMode):
                 module.register_forward_hook(self._closing, always_call=True),
             )
         ]
+        self.trace = Trace()
+        self.calls: list[Call] = []
+        self.batch_size: int | None = None
+        #: Whether activations are computed anew on the way back.
+        self.is_checkpointed = False
+        self._meets_batch = False  # whether a module was called with what was announced
 
     def close(self) -> None:
         """Remove the hooks and forget everything recorded."""
@@ -145,62 +90,107 @@ class Tape(TorchFunctionMode):
 
     def clear(self) -> None:
         """Forget what was recorded, and release its memory."""
-        self.trace = Trace()
-        self._free = dict(self._constant)
-        self._data = {}
-        self._layouts = {}
+        self.trace, self.calls = Trace(), []
+        self._copies = {}
+        self._provenance.forget()
         self.batch_size = None
+        self.is_checkpointed = self._meets_batch = False
 
-    def expect(self, batch_size: int | None, *, runs_once: bool = False) -> None:
+    def expect(self, batch_size: int | None, batch: Any = None) -> None:
         """Forget what was recorded; the coming forward passes hold so many examples (None: look at
         the input).
 
         Args:
-            runs_once: refuse activation checkpointing, which runs modules again.
+            batch: what holds them; it may be moved or changed before a module is called with it.
         """
         self.clear()
-        self._expected, self._runs_once = batch_size, runs_once
+        self._expected = batch_size
+        self._provenance.announce(tensors_held(batch))
 
-    def record(self, output: Tensor, finish: Finish, *, rows: int | None = None) -> None:
+    @contextmanager
+    def recording(self, batch: Any, batch_size: int | None = None) -> Iterator[None]:
+        """See every operation in here, inside modules and outside of them.
+
+        Args:
+            batch: what is handed over; everything else that comes from outside is free of it.
+            batch_size: number of examples; None: what the first tensor's dimension 0 says.
+        """
+        self.expect(batch_size)
+        tensors = tensors_held(batch)
+        self.batch_size = _leading_size(tensors) if batch_size is None else batch_size
+        self._provenance.hand_over(tensors)
+        self._memory = {}
+        with self._active(), _nothing_compiled(), self:
+            yield
+
+    @contextmanager
+    def on_the_way_back(self) -> Iterator[None]:
+        """Backward passes go here: what is checkpointed is then computed as it was before."""
+        if not self.is_checkpointed:
+            yield
+            return
+        with self._active(), self:
+            yield
+
+    def record(self, output: Tensor, finish: Finish, *, dims: Sequence[int] | None = None) -> None:
         """Have `finish` called with the gradient of `output`.
 
         Args:
-            rows: size of the dimension that holds the examples; None: dimension 0 does.
+            dims: that may hold the examples; None: all but the last.
         """
+        self._notice_checkpointing()
         edge, base = get_gradient_edge(output), output._base
-        if base is not None and base.is_contiguous() and output.is_contiguous():
+        strides = None
+        is_whole = base is not None and base.numel() == output.numel() and base.grad_fn is not None
+        if base is not None and is_whole and base.is_contiguous():
             # A later operation in place gives a view a new past, but not what it is a view of.
-            edge, finish = get_gradient_edge(base), _reshaping(finish, output.shape)
-        finish = _with_refusals_named(finish, self._module)
-        self.trace.records.append(Record(edge, finish, rows or output.shape[0]))
+            edge, strides = get_gradient_edge(base), output.stride()
+        self.trace.records.append(
+            Record(
+                edge=edge,
+                shape=output.shape,
+                strides=strides,
+                dims=range(max(1, output.dim() - 1)) if dims is None else dims,
+                module=self._module,
+                finish=finish,
+            )
+        )
 
     def meet(
         self,
         target: Tensor,
         arriving: Tensor,
-        per_example: Callable[[Tensor], Tensor],
+        per_example: PerExample,
         *,
+        dims: Sequence[int] = (0,),
         aligned: bool = False,
     ) -> None:
         """State that the free tensor `target` enters the batch as `arriving`; for rewrites.
 
         Args:
             per_example: the gradient of `arriving` -> that of `target`, (B, *target.shape).
-            aligned: `arriving` has the target's shape, with the examples along dimension 0.
+            dims: of `arriving`, that may hold the examples.
+            aligned: `arriving` has the target's shape, and an example's rows are its share of it.
         """
-        edge = get_gradient_edge(arriving)
-        self.trace.meetings.append(Meeting(edge, target, per_example, aligned))
+        self._notice_checkpointing()
+        self.trace.meetings.append(
+            Meeting(
+                edge=get_gradient_edge(arriving),
+                shape=arriving.shape,
+                dims=dims,
+                module=self._module,
+                target=target,
+                per_example=per_example,
+                aligned=aligned,
+            )
+        )
 
     def remembered(self, weights: tuple[Tensor, ...], make: Callable[[], Any]) -> Any:
-        """What `make` makes of these weights, made anew only when they have changed."""
-        key = tuple((id(weight), weight._version) for weight in weights)
+        """What `make` makes of these weights; made once in a forward pass."""
+        key = tuple(id(weight) for weight in weights)
         if key not in self._memory:
             self._memory[key] = make()
         return self._memory[key]
-
-    def forget_weights(self) -> None:
-        """The weights have changed: forget what was made of them."""
-        self._memory = {}
 
     @property
     def module_inputs(self) -> tuple[Any, ...]:
@@ -209,56 +199,80 @@ class Tape(TorchFunctionMode):
 
     def is_free(self, tensor: Tensor) -> bool:
         """Whether the tensor is derived from parameters and constants alone."""
-        return id(tensor) in self._free
+        return self._provenance.is_free(tensor)
+
+    @property
+    def trainable(self) -> Mapping[int, Tensor]:
+        """The parameters that are trained, by id."""
+        return self._trainable
+
+    def free_learned(self) -> list[Tensor]:
+        """The free tensors that were computed from trainable parameters."""
+        return self._provenance.free_learned()
 
     # ---- during the forward pass -------------------------------------------------------------
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
-            return func(*args, **kwargs)  # evaluation, or recomputation in a backward pass
-        tensors = _tensors((args, kwargs) if kwargs else args)
-        batched = [tensor for tensor in tensors if self._is_batched(tensor)]
-        learned = [t for t in tensors if t.requires_grad and id(t) in self._free]
-        if not batched:
-            return self._apply_free(func, args, kwargs, learned)
-        if learned:
-            with _naming_refusals(self._module):
-                output = self._apply_learned(func, args, kwargs, batched, learned)
-        else:
-            rearrange = self._operations.rearrangements.get(func)
-            output = NotImplemented if rearrange is None else rearrange(self, *args, **kwargs)
-            if output is NotImplemented:
-                output = func(*args, **kwargs)
-        self._data |= {id(t): t for t in _tensors(output) if not t.requires_grad}
+        if func in INSPECTIONS:
+            return func(*args, **(kwargs or {}))
+        if torch._C._current_graph_task_id() != -1:
+            return self._run_again(func, args, kwargs or {})
+        start = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        output = self._run(func, args, kwargs or {})
+        self.trace.saw(start, torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
         return output
 
-    def _is_batched(self, tensor: Tensor) -> bool:
-        if id(tensor) in self._free:
-            return False
-        if tensor.requires_grad or id(tensor) in self._data or not self.batch_size:
-            return True
-        # Neither computed during this forward pass nor handed to it: a constant, or data?
-        return self._may_hold_examples(tensor)
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        provenance = self._provenance
+        if func is Tensor.__getitem__ and args[0].requires_grad and provenance.is_free(args[0]):
+            args = (args[0], with_numbers(args[1]))
+        tensors = values_of(func, args, kwargs)
+        with naming_refusals(self._module):
+            batched = [tensor for tensor in tensors if provenance.is_batched(tensor)]
+            learned: list[Tensor] = []
+            if torch.is_grad_enabled():
+                learned = [t for t in tensors if t.requires_grad and provenance.is_free(t)]
+            if not batched:
+                output = self._apply_free(func, args, kwargs, learned)
+            elif learned:
+                output = self._apply_learned(func, args, kwargs, batched, learned)
+            else:
+                rearrange = self._operations.rearrangements.get(func)
+                output = NotImplemented if rearrange is None else rearrange(self, *args, **kwargs)
+                if output is NotImplemented:
+                    output = func(*args, **kwargs)
+            provenance.derive(func, args, output, batched=bool(batched))
+        return output
 
-    def _may_hold_examples(self, tensor: Tensor) -> bool:
-        return tensor.dim() > 0 and (not self.batch_size or tensor.shape[0] % self.batch_size == 0)
+    def _run_again(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Activations are computed anew, in a backward pass: by the same operations, which are not
+        recorded twice."""
+        trace, self.trace = self.trace, Trace()
+        self._provenance.recognise(tensors_in((args, kwargs)))
+        try:
+            return self._run(func, args, kwargs)
+        finally:
+            self.trace = trace
+
+    def _notice_checkpointing(self) -> None:
+        hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+        if hooks is not None and hooks(True) is not None:
+            self.is_checkpointed = True
 
     def _apply_free(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], learned: list[Tensor]
     ) -> Any:
         """An operation on free tensors: what it returns is free."""
         output: Any = func(*args, **kwargs)
-        if learned and any(tensor.requires_grad for tensor in _tensors(output)):
+        if learned and any(tensor.requires_grad for tensor in tensors_in(output)):
             if func is F.embedding:
                 self._look_up(output, *args, **kwargs)
             else:
                 self.trace.in_free |= {id(t): t for t in learned if id(t) in self._trainable}
-            if func in _LAYING_OUT:
-                self._layouts[id(output)] = _Layout(args[0], output)
-        self._free |= {id(tensor): tensor for tensor in _tensors(output)}
+            if func in COPIES:
+                self._copies[id(output)] = _Copies(args[0], output)
         return output
 
     def _look_up(
@@ -292,7 +306,8 @@ class Tape(TorchFunctionMode):
                 return output
         rule = table.rules.get(func)
         if rule is not None and not self.is_free(_argument(rule, args, kwargs)):
-            return self._recorded(func(*args, **kwargs), rule.finish(*args, **kwargs))
+            output = func(*args, **kwargs)
+            return self._recorded(output, rule.finish(*args, **kwargs), rule.dims(output.dim()))
         if func in table.broadcasting or func in table.row_wise:
             stretches = func in table.broadcasting
             stand_ins = {id(t): self._joined(t, batched, stretches=stretches) for t in learned}
@@ -300,20 +315,21 @@ class Tape(TorchFunctionMode):
                 args, kwargs = replaced((args, kwargs), stand_ins)
                 return func(*args, **kwargs)
         finish = table.fallback(func, args, kwargs, batched, learned)
-        return self._recorded(func(*args, **kwargs), finish)
+        return self._recorded(func(*args, **kwargs), finish, (0,))
 
-    def _recorded(self, output: Any, finish: Finish) -> Any:
+    def _recorded(self, output: Any, finish: Finish, dims: Sequence[int]) -> Any:
         if not isinstance(output, Tensor):
             raise UnsupportedLayerError(
                 "an operation with trainable weights returns several tensors"
             )
         if output.requires_grad:
-            self.record(output, finish)
+            self.record(output, finish, dims=dims)
         return output
 
     @property
     def _module(self) -> str:
-        return self._modules[-1][0] or "(the model itself)"
+        name = self._modules[-1][0] if self._modules else None
+        return "(the loss function)" if name is None else name or "(the model itself)"
 
     def _joined(self, free: Tensor, batched: list[Tensor], *, stretches: bool) -> Tensor | None:
         """A stand-in for `free` whose gradient keeps the examples apart; None: not possible.
@@ -327,61 +343,127 @@ class Tape(TorchFunctionMode):
         batch = rows if self.batch_size is None else self.batch_size
         if not batch:
             return free  # nobody's gradient is to be kept apart
-        if rows % batch:
+        if rows % batch and (dims < 2 or widest.shape[1] % batch):
             return None
         if free.dim() == dims and free.shape[0] == rows:
             stand_in = free.view_as(free)
-            layout = self._layouts.get(id(free))
-            if layout is not None and layout.holds_a_copy_for_each(batch):
-                self.meet(layout.source, stand_in, layout.per_example(batch))
+            copies = self._copies.get(id(free))
+            if copies is not None and copies.are_one_for_each(batch):
+                self.meet(copies.source, stand_in, copies.per_example)
             else:
-                self.meet(free, stand_in, _rows_apart(batch), aligned=rows == batch)
+                self.meet(free, stand_in, _rows_apart, aligned=rows == batch)
             return stand_in
         if stretches and (free.dim() < dims or (free.dim() == dims and free.shape[0] == 1)):
-            inner = ((1,) * dims + tuple(free.shape))[-(dims - 1) :] if dims > 1 else ()
-            stand_in = free.expand(rows, *inner)
-            self.meet(free, stand_in, _copies_added(batch, free.shape))
+            shape = ((1,) * dims + tuple(free.shape))[-dims:]
+            # Where dimension 1 may hold the examples as well, copies are made along both.
+            outer = 2 if dims > 1 and widest.shape[1] == batch and shape[1] == 1 else 1
+            stand_in = free.expand(*widest.shape[:outer], *shape[outer:])
+            self.meet(free, stand_in, _copies_added(free.shape, outer), dims=range(outer))
             return stand_in
         return None
 
     # ---- hooks -------------------------------------------------------------------------------
 
+    @contextmanager
+    def _active(self) -> Iterator[None]:
+        before, self._is_active = self._is_active, True
+        try:
+            yield
+        finally:
+            self._is_active = before
+
     def _opening(self, name: str) -> Callable[..., None]:
         def open_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not self._modules:
-                if self.batch_size is None:
-                    self.batch_size = self._expected or _leading_size((args, kwargs))
-                given = (t for t in _tensors((args, kwargs)) if not t.requires_grad)
-                self._data |= {id(t): t for t in given if self._may_hold_examples(t)}
+            if torch.compiler.is_compiling():  # what is compiled is not seen, and refused later
+                return
+            runs_again = torch._C._current_graph_task_id() != -1
+            is_outermost = not self._modules and not self._is_active and torch.is_grad_enabled()
+            if is_outermost:
+                self._modules.append((_OUTERMOST, ()))
+                self._is_active = True
                 self.__enter__()  # type: ignore[no-untyped-call]
             self._modules.append((name, (*args, *kwargs.values())))
-            if self._runs_once and torch._C._current_graph_task_id() != -1:
-                raise UnsupportedLayerError(
-                    f"Module {name or '(the model itself)'}: expected to run once, but activation "
-                    "checkpointing runs it again, with other units dropped if a program is traced: "
-                    "switch it off, or use private.step(losses)."
-                )
+            if is_outermost and not runs_again:
+                with naming_refusals(self._module):
+                    self._begin(module, args, kwargs)
 
         return open_module
 
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The forward pass of an outermost module begins: its arguments are the batch, but for
+        what is known to be free of it."""
+        self._memory = {}
+        given = [t for t in tensors_held((args, kwargs)) if not self._provenance.is_known(t)]
+        if self.batch_size is None:
+            self.batch_size = self._expected or _leading_size(given)
+        is_announced = any(self._provenance.is_announced(tensor) for tensor in given)
+        if self._meets_batch and not is_announced:
+            # Beside the batch, as many rows as examples, or multiples, may be of something else.
+            given = [tensor for tensor in given if self.batch_size in tensor.shape[:2]]
+        self._meets_batch |= is_announced
+        packed = [held for held in (*args, *kwargs.values()) if isinstance(held, PackedSequence)]
+        self._provenance.hand_over(tensor for tensor in given if self._may_hold_examples(tensor))
+        self._provenance.hand_over(tensors_held(packed))
+        self.calls.append((module, args, kwargs))
+
+    def _may_hold_examples(self, tensor: Tensor) -> bool:
+        """Whether a tensor that a module is called with, of which nothing else is known, may be of
+        the batch."""
+        if not tensor.dim() or not self.batch_size:
+            return tensor.dim() > 0
+        first, *others = tensor.shape
+        is_time_first = first > 1 and bool(others) and others[0] == self.batch_size
+        return first % self.batch_size == 0 or is_time_first
+
     def _closing(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         self._modules.pop()
-        if not self._modules:
+        if self._modules and self._modules[-1][0] is _OUTERMOST:
+            self._modules.pop()
+            self._is_active = False
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
-# Operations that copy a free tensor, perhaps once per example.
-_LAYING_OUT = frozenset(
-    {
-        Tensor.expand,
-        Tensor.expand_as,
-        Tensor.repeat,
-        Tensor.broadcast_to,
-        torch.broadcast_to,
-        Tensor.tile,
-        torch.tile,
-    }
-)
+def _nothing_compiled() -> AbstractContextManager[Any]:
+    """Have functions that went through torch.compile run as they were written, to be seen."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+# Stands below the names of the modules that run while the tape is active on their behalf.
+_OUTERMOST = "(outermost)"
+
+
+@dataclass(frozen=True)
+class _Copies:
+    """Copies of a free tensor, made by torch's `expand` or `repeat`.
+
+    That they are one per example cannot be seen before they meet the batch: there may be as many
+    positions as examples.
+    """
+
+    source: Tensor
+    copies: Tensor
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        """The source's shape with as many dimensions as the copies'."""
+        return (1,) * (self.copies.dim() - self.source.dim()) + tuple(self.source.shape)
+
+    def are_one_for_each(self, batch: int) -> bool:
+        """Whether the rows are `batch` copies of the source, one after the other."""
+        first, *inner = zip(self._shape, self.copies.shape, strict=True)
+        return first[0] in (1, first[1] // batch) and all(
+            known in (1, size) for known, size in inner
+        )
+
+    def per_example(self, gradient: Tensor, layout: Layout) -> Tensor:
+        """The gradient of the copies -> that of the source, (B, *shape)."""
+        apart = layout.apart(gradient).sum_to_size(layout.batch, *self._shape)
+        return apart.reshape(layout.batch, *self.source.shape)
 
 
 def _argument(rule: Rule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -391,88 +473,24 @@ def _argument(rule: Rule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> A
     return inspect.signature(rule.finish).bind(*args, **kwargs).args[rule.input]
 
 
-@contextmanager
-def _naming_refusals(module: str) -> Iterator[None]:
-    """Name the module in what is refused here."""
-    try:
-        yield
-    except UnsupportedLayerError as error:
-        raise UnsupportedLayerError(f"Module {module}: {error}") from None
+def _rows_apart(gradient: Tensor, layout: Layout) -> Tensor:
+    """(R, …) whose rows belong to examples -> (B, R, …), zero where a row is another's."""
+    rows = torch.arange(len(gradient), device=gradient.device)
+    apart = gradient.new_zeros(layout.batch, *gradient.shape)
+    apart[layout.owner(len(gradient)).to(gradient.device), rows] = gradient
+    return apart
 
 
-def _with_refusals_named(finish: Finish, module: str) -> Finish:
-    """The same, though it runs when the module no longer does."""
+def _copies_added(shape: torch.Size, outer: int) -> PerExample:
+    """The gradients of copies along the first `outer` dimensions -> (B, *shape)."""
 
-    @functools.wraps(finish)
-    def named(gradient: Tensor, batch: int) -> list[tuple[Tensor, Gradients]]:
-        with _naming_refusals(module):
-            return list(finish(gradient, batch))
-
-    return named
-
-
-def _reshaping(finish: Finish, shape: torch.Size) -> Finish:
-    """The same for a gradient that arrives in another shape."""
-
-    @functools.wraps(finish)
-    def reshaping(gradient: Tensor, batch: int) -> Iterable[tuple[Tensor, Gradients]]:
-        return finish(gradient.reshape(shape), batch)
-
-    return reshaping
-
-
-def _rows_apart(batch: int) -> Callable[[Tensor], Tensor]:
-    """(B·k, …) whose rows belong to the examples in turn -> (B, B·k, …), zero elsewhere."""
-
-    def per_example(gradient: Tensor) -> Tensor:
-        rows = gradient.shape[0]
-        apart = gradient.new_zeros(batch, *gradient.shape)
-        blocks = apart.view(batch, batch, rows // batch, *gradient.shape[1:])
-        index = torch.arange(batch, device=gradient.device)
-        blocks[index, index] = gradient.view(batch, rows // batch, *gradient.shape[1:])
-        return apart
+    def per_example(gradient: Tensor, layout: Layout) -> Tensor:
+        apart = layout.apart(gradient).sum(tuple(range(1, outer + 1)))
+        return apart.reshape(layout.batch, *shape)
 
     return per_example
 
 
-def _copies_added(batch: int, shape: torch.Size) -> Callable[[Tensor], Tensor]:
-    """(B·k, …), the gradients of copies in turn -> (B, *shape)."""
-
-    def per_example(gradient: Tensor) -> Tensor:
-        apart = gradient.reshape(batch, -1, *gradient.shape[1:])
-        return apart.sum(1).reshape(batch, *shape)
-
-    return per_example
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    """The tensors in nested tuples, lists and dictionaries."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    if isinstance(tree, dict):
-        tree = tuple(tree.values())
-    if not isinstance(tree, (tuple, list)):
-        return []
-    found = []
-    for branch in tree:
-        if isinstance(branch, Tensor):  # most of them are; every operation passes here
-            found.append(branch)
-        elif isinstance(branch, (tuple, list, dict)):
-            found += _tensors(branch)
-    return found
-
-
-def replaced(tree: Any, stand_ins: Mapping[int, Tensor | None]) -> Any:
-    """The same nesting with some tensors, known by id, exchanged."""
-    if isinstance(tree, Tensor):
-        return stand_ins.get(id(tree), tree)
-    if isinstance(tree, (tuple, list)):
-        return type(tree)(replaced(branch, stand_ins) for branch in tree)
-    if isinstance(tree, dict):
-        return {key: replaced(branch, stand_ins) for key, branch in tree.items()}
-    return tree
-
-
-def _leading_size(tree: Any) -> int | None:
+def _leading_size(tensors: list[Tensor]) -> int | None:
     """Size of dimension 0 of the first tensor that has one."""
-    return next((tensor.shape[0] for tensor in _tensors(tree) if tensor.dim()), None)
+    return next((tensor.shape[0] for tensor in tensors if tensor.dim()), None)

@@ -2,50 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import _len_torch_function_stack  # type: ignore[attr-defined]
+from torch.utils.checkpoint import CheckpointError
 
-from dpnlu.course import Course, course_of
+from dpnlu.errors import UnsupportedLayerError
 from dpnlu.gradients import Dense, Gradients, Rows
+from dpnlu.layout import Layout, candidates, full_precision
 
-# (gradient w.r.t. a recorded output, number of examples) -> per-example gradients of the tensors
-# that made it.
-Finish = Callable[[Tensor, int], Iterable[tuple[Tensor, Gradients]]]
+# (gradient w.r.t. a recorded output, where the examples lie in it) -> per-example gradients of the
+# tensors that made it.
+Finish = Callable[[Tensor, Layout], Iterable[tuple[Tensor, Gradients]]]
+# (gradient that arrives where a free tensor met the batch, likewise) -> (B, *shape of that tensor).
+PerExample = Callable[[Tensor, Layout], Tensor]
 
 
-@dataclass(frozen=True)
-class Record:
-    """A batched output of trainable weights.
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A place in the graph where a gradient arrives with the examples apart.
 
     Attributes:
-        edge: where its gradient arrives.
-        rows: size of its dimension 0.
+        edge: where exactly.
+        shape: what the gradient is to be seen as.
+        strides: how it lies in what arrives, in contiguous memory; None: as it is.
+        dims: the dimensions that may hold the examples, the likeliest first.
+        module: name of the module that ran.
     """
 
     edge: GradientEdge
+    shape: torch.Size
+    dims: Sequence[int]
+    module: str
+    strides: tuple[int, ...] | None = None
+
+    def seen(self, gradient: Tensor) -> Tensor:
+        """What arrives at the edge, in its shape."""
+        if self.strides is None:
+            return gradient
+        return gradient.contiguous().as_strided(self.shape, self.strides)
+
+    def layouts(self, batch: int) -> Iterator[Layout]:
+        """How the examples may lie in it."""
+        return candidates(self.shape, self.dims, batch)
+
+    def described(self, batch: int) -> str:
+        """The same for batches of any size and length in which the examples lie alike."""
+        layout = next(self.layouts(batch), None)
+        if layout is None:
+            return f"{self.module} apart"
+        return f"{self.module} {layout.dim} {self.shape[layout.dim] // batch}"
+
+    def usual_layout(self, batch: int) -> Layout:
+        """How they lie unless it is known otherwise.
+
+        Raises:
+            UnsupportedLayerError: no dimension can hold the examples.
+        """
+        layout = next(self.layouts(batch), None)
+        if layout is None and batch:
+            raise UnsupportedLayerError(
+                f"Module {self.module}: expected the {batch} examples in dimension 0 of what it "
+                f"computes, got shape {tuple(self.shape)}: put the examples first "
+                "(batch_first=True), and let nothing be added up or picked over them."
+            )
+        return layout or Layout(batch, self.dims[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record(Place):
+    """A batched output of trainable weights."""
+
     finish: Finish
-    rows: int
 
 
-@dataclass(frozen=True)
-class Meeting:
+@dataclass(frozen=True, kw_only=True)
+class Meeting(Place):
     """A place where a free tensor met the batch.
 
     Attributes:
-        edge: where its gradient arrives, examples kept apart.
         target: the free tensor.
-        per_example: the gradient at `edge` -> (B, *target.shape).
-        aligned: the gradient at `edge` has the target's shape, with the examples in dimension 0.
+        per_example: its gradients from what arrives.
+        aligned: what arrives has the target's shape, and an example's own rows are its share of it.
     """
 
-    edge: GradientEdge
     target: Tensor
-    per_example: Callable[[Tensor], Tensor]
+    per_example: PerExample
     aligned: bool = False
 
 
@@ -58,14 +106,26 @@ class Lookup:
     table: Tensor
     padding_idx: int | None
 
-    def rows(self, gradient: Tensor, *, aligned: bool) -> tuple[Tensor, Gradients]:
-        """The table's gradients from those of `output`: (B, *output.shape), or its own shape."""
-        batch = gradient.shape[0]
-        ids = self.ids if aligned else self.ids.expand(batch, *self.ids.shape)
-        if self.padding_idx is not None:
-            ids = ids.masked_fill(ids == self.padding_idx % self.table.shape[0], -1)
-        values = gradient.reshape(batch, -1, self.table.shape[1])
-        return self.table, Rows(ids.reshape(batch, -1), values, tuple(self.table.shape))
+    def aligned_rows(self, gradient: Tensor, layout: Layout) -> tuple[Tensor, Gradients]:
+        """The table's gradients from that of `output`, of which each example has rows of its
+        own."""
+        return self._rows(layout.apart(self._kept_ids()), layout.apart(gradient))
+
+    def rows(self, gradients: Tensor) -> tuple[Tensor, Gradients]:
+        """The table's gradients from those of `output`, (B, *output.shape)."""
+        ids = self._kept_ids()
+        return self._rows(ids.expand(len(gradients), *ids.shape), gradients)
+
+    def _kept_ids(self) -> Tensor:
+        if self.padding_idx is None:
+            return self.ids
+        return self.ids.masked_fill(self.ids == self.padding_idx % self.table.shape[0], -1)
+
+    def _rows(self, ids: Tensor, gradients: Tensor) -> tuple[Tensor, Gradients]:
+        batch = len(ids)
+        positions = ids.shape[1:].numel()
+        values = gradients.reshape(batch, positions, self.table.shape[1])
+        return self.table, Rows(ids.reshape(batch, positions), values, tuple(self.table.shape))
 
 
 @dataclass
@@ -77,64 +137,81 @@ class Trace:
         meetings: where tensors free of the batch, parameters or made from them, met it.
         lookups: table lookups free of the batch, by the id of their output.
         in_free: parameters that entered computations free of the batch, by id.
+        seen: spans of torch's count of nodes, from … to, in which operations were seen.
     """
 
     records: list[Record] = field(default_factory=list)
     meetings: list[Meeting] = field(default_factory=list)
     lookups: dict[int, Lookup] = field(default_factory=dict)
     in_free: dict[int, Tensor] = field(default_factory=dict)
+    seen: list[tuple[int, int]] = field(default_factory=list)
 
-    def course(self, losses: Tensor) -> Course:
-        """The course that led to `losses` (B,), and how the tape understood it: which operation
-        used parameters, on how many rows per example."""
-        graph = course_of(losses)
-        records = (
-            f"{record.finish.__qualname__} {record.rows / max(len(losses), 1):g}"
-            for record in self.records
-        )
-        meetings = (meeting.per_example.__qualname__ for meeting in self.meetings)
-        understood = (*records, *meetings, f"{len(self.lookups)} lookups")
-        return replace(graph, steps=graph.steps + understood)
+    def saw(self, start: int, end: int) -> None:
+        """The nodes of the graph numbered from `start` to before `end` are of a seen operation."""
+        if self.seen and self.seen[-1][1] == start:
+            self.seen[-1] = (self.seen[-1][0], end)
+        elif end > start:
+            self.seen.append((start, end))
+
+    @property
+    def places(self) -> list[Place]:
+        """Where gradients arrive."""
+        return [*self.records, *self.meetings]
+
+    def backward(self, losses: Tensor, *, retain_graph: bool = False) -> list[Tensor | None]:
+        """Back-propagate the sum of `losses` (B,) once; what arrives at each of `places`, None
+        where nothing does."""
+        places = self.places
+        if not places or not len(losses):
+            return [None] * len(places)
+        edges = [place.edge for place in places]
+        found = back_propagate(losses.sum(), edges, retain_graph=retain_graph)
+        return [
+            None if gradient is None else place.seen(gradient)
+            for gradient, place in zip(found, places, strict=True)
+        ]
+
+    def usual_layouts(self, arrived: Sequence[Tensor | None], batch: int) -> list[Layout]:
+        """Where the examples lie at each place, unless it is known otherwise."""
+        return [
+            Layout(batch, place.dims[0]) if gradient is None else place.usual_layout(batch)
+            for place, gradient in zip(self.places, arrived, strict=True)
+        ]
 
     def gradients(
-        self, losses: Tensor, *, retain_graph: bool = False
+        self, arrived: Sequence[Tensor | None], layouts: Sequence[Layout]
     ) -> dict[Tensor, list[Gradients]]:
-        """Back-propagate `losses` (B,) once and return the per-example gradients.
+        """The per-example gradients, from what arrived at each of `places`.
 
         Returns:
             Parameter -> its uses, whose gradients add up. A parameter on which the losses do not
             depend is absent.
         """
-        edges = [record.edge for record in self.records]
-        edges += [meeting.edge for meeting in self.meetings]
-        if not edges or not len(losses):
-            return {}
-        found = torch.autograd.grad(
-            losses.sum(), edges, allow_unused=True, retain_graph=retain_graph
-        )
         count = len(self.records)
-        pairs = [
-            pair
-            for record, gradient in zip(self.records, found[:count], strict=True)
-            if gradient is not None
-            for pair in record.finish(gradient, len(losses))
-        ]
-        pairs += [
-            self._arrival(meeting, gradient)
-            for meeting, gradient in zip(self.meetings, found[count:], strict=True)
-            if gradient is not None
-        ]
+        pairs: list[tuple[Tensor, Gradients]] = []
+        for record, gradient, layout in zip(self.records, arrived, layouts, strict=False):
+            if gradient is not None:
+                with naming_refusals(record.module):
+                    pairs += record.finish(gradient, layout)
+        for meeting, gradient, layout in zip(
+            self.meetings, arrived[count:], layouts[count:], strict=True
+        ):
+            if gradient is not None:
+                pairs.append(self._arrival(meeting, gradient, layout))
         return self._by_parameter(pairs)
 
-    def _arrival(self, meeting: Meeting, gradient: Tensor) -> tuple[Tensor, Gradients]:
+    def _arrival(
+        self, meeting: Meeting, gradient: Tensor, layout: Layout
+    ) -> tuple[Tensor, Gradients]:
         """What arrived at a meeting, as per-example gradients of the table or tensor behind it."""
+        gradient = full_precision(gradient)
         lookup = self.lookups.get(id(meeting.target))
         if lookup is not None and meeting.aligned:
-            return lookup.rows(gradient, aligned=True)
-        apart = meeting.per_example(gradient)
+            return lookup.aligned_rows(gradient, layout)
+        apart = meeting.per_example(gradient, layout)
         if lookup is None or id(lookup.table) in self.in_free:
             return meeting.target, Dense(apart)
-        return lookup.rows(apart, aligned=False)
+        return lookup.rows(apart)
 
     def _by_parameter(
         self, pairs: Iterable[tuple[Tensor, Gradients]]
@@ -173,4 +250,47 @@ class Trace:
                 yield parameter, Dense(gradient)
         for use, gradient in zip(lookups, found[len(parameters) :], strict=True):
             if gradient is not None:
-                yield use.rows(gradient, aligned=False)
+                yield use.rows(gradient)
+
+
+def back_propagate(
+    output: Tensor, inputs: Sequence[Any], *, retain_graph: bool
+) -> Sequence[Tensor | None]:
+    """The gradients of a scalar, None where it does not depend on an input. A tape that is active
+    stays so, which it does not in `torch.autograd.grad`: that is an operation that a tape sees.
+
+    Args:
+        inputs: tensors or gradient edges.
+
+    Raises:
+        UnsupportedLayerError: what is computed anew for it is not what it was.
+    """
+    found: Sequence[Tensor | None]
+    try:
+        if _len_torch_function_stack():
+            run, ones = torch.autograd.graph._engine_run_backward, (torch.ones_like(output),)
+            found = run(
+                (output,), ones, retain_graph, False, tuple(inputs), True, accumulate_grad=False
+            )
+        else:
+            found = torch.autograd.grad(
+                output, inputs, allow_unused=True, retain_graph=retain_graph
+            )
+    except CheckpointError as error:
+        raise UnsupportedLayerError(
+            "Expected activation checkpointing to compute what it computed before, got something "
+            f"else ({str(error).strip().splitlines()[0]}): compute what depends on parameters "
+            "alone inside what is checkpointed, or switch it off."
+        ) from error
+    return found
+
+
+@contextmanager
+def naming_refusals(module: str) -> Iterator[None]:
+    """Name the module in what is refused here."""
+    try:
+        yield
+    except UnsupportedLayerError as error:
+        if str(error).startswith("Module "):
+            raise
+        raise UnsupportedLayerError(f"Module {module}: {error}") from None

@@ -1,17 +1,16 @@
 """Private training: the handle that a plain loop uses, and a loop of our own on top of it.
 
 private = privatize(model, optimizer, plan)
+step = private.stepper(per_example_loss)         # batch -> (B,) losses
 for batch in private.loader(dataset, collate_fn=collate, physical_batch_size=64):
-    losses = per_example_loss(model, batch)      # (B,)
-    private.step(losses)
+    step(batch)
 print(private.epsilon())
 """
 
 from __future__ import annotations
 
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -20,16 +19,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dpnlu.clipped import Clipped
 from dpnlu.engines import ENGINES, BookKeeping, Engine
+from dpnlu.independence import (
+    Answers,
+    Independence,
+    Randomness,
+    Run,
+    buffers_kept,
+    by_example,
+)
 from dpnlu.ledger import Ledger, LedgerError
+from dpnlu.loader import PrivateLoader
 from dpnlu.noise import entropy_generators
 from dpnlu.plan import PrivacyPlan
-from dpnlu.sampling import PhysicalBatch, logical_batches, physical_batches
+from dpnlu.sampling import PhysicalBatch
 from dpnlu.sums import NoisySums
-from dpnlu.validation import check_losses, check_trainable
+from dpnlu.tape import Call
+from dpnlu.validation import check_losses, check_trainable, check_unchanged
 
 
 class NonFiniteBatchError(RuntimeError):
@@ -70,11 +79,10 @@ def privatize(
             slow; a generator of your own, to repeat an experiment: never for a model that is
             released.
         sampling_rng: the coins of Poisson sampling; None: fresh entropy.
-        verify: compare with plain automatic differentiation, before it is released, a randomly
-            weighted sum of all gradients of a physical batch and one example's norm, whenever the
-            forward pass takes a course not seen before or picks rows by their values
-            (book_keeping only). A batch of one example, or with a gradient that is not finite,
-            cannot be checked so: the next batch of that course is.
+        verify: check before anything is released that every use of a parameter was recorded, that
+            no example has a part in another's gradient, loss or norm, and that gradients are those
+            of plain automatic differentiation: the first of every batch, the others as often as
+            `dpnlu.checks` says.
 
     Raises:
         UnsupportedLayerError: the model has a layer that mixes examples or modifies weights by
@@ -99,12 +107,14 @@ def privatize(
         raise
     return PrivateTraining(
         plan=plan,
+        model=model,
         parameters=parameters,
         optimizer=optimizer,
         engine=made,
         ledger=ledger,
         generators=generators,
         sampling_rng=sampling_rng or np.random.default_rng(),
+        verify=verify,
     )
 
 
@@ -120,17 +130,24 @@ class PrivateTraining:
         self,
         *,
         plan: PrivacyPlan,
+        model: nn.Module,
         parameters: list[nn.Parameter],
         optimizer: Optimizer,
         engine: Engine,
         ledger: Ledger,
         generators: Sequence[torch.Generator],
         sampling_rng: np.random.Generator,
+        verify: bool,
     ) -> None:
         self.plan = plan
         self.ledger = ledger
         self.steps_taken = 0
+        self._model = model
         self._parameters = parameters
+        self._recorder = engine if isinstance(engine, BookKeeping) else None
+        # A micro-batch is clipped as a whole: what its members do to each other does not matter.
+        checks = verify and plan.clipping_unit == "example"
+        self._independence = Independence(model) if checks else None
         self._optimizer = optimizer
         self._engine = engine
         self._generators = generators
@@ -201,11 +218,56 @@ class PrivateTraining:
             num_workers=num_workers,
         )
 
+    def stepper(self, losses_of: Callable[[Any], Tensor]) -> Callable[[Any], bool]:
+        """Make steps of batches: the way to train, as it sees and can check all that is computed.
+
+        step = private.stepper(per_example_loss)
+        for batch in private.loader(dataset, collate_fn=collate, physical_batch_size=64):
+            step(batch)
+
+        Args:
+            losses_of: batch -> (B,), the loss of each example, depending on that example alone.
+                It may use the model's modules and parameters in any way, and must read the batch
+                through this argument. It is called again, with half of the batch exchanged, when
+                that is checked.
+
+        Returns:
+            What is called with each batch of the loader, and answers as `step` does. Outside a loop
+            over the loader, its examples count as one whole logical batch.
+        """
+
+        def step(data: Any) -> bool:
+            batch = self._pending
+            if batch is None:
+                self._check_unsampled()
+            moment = Randomness(self._parameters[0].device)
+            losses = self._losses(losses_of, data, batch)
+
+            def again(other: Any) -> Answers:
+                with moment.repeated(), buffers_kept(self._model):
+                    return self._answers(self._losses(losses_of, other, batch))
+
+            def add(sums: NoisySums) -> Clipped | None:
+                clipped = self._add(losses, batch, sums)
+                if clipped is not None and self._is_to_be_exchanged(len(losses)):
+                    norms = [] if self._recorder is None else [clipped.norms]
+                    known = [losses.detach()[: len(clipped.norms)], *norms]
+                    self._exchange([Run(again, data, known)], len(losses))
+                return clipped
+
+            return self._advance(batch, add)
+
+        return step
+
     def step(self, losses: Tensor) -> bool:
         """Clip and add up the gradients of these examples; release at the end of a logical batch.
 
         Outside a loop over the loader the examples count as one whole logical batch. As they were
         not sampled, that release is accounted without amplification.
+
+        What is computed outside the model's modules is not seen here: parameters that are used
+        there are refused, and what mixes examples there without a gradient is not noticed. Let
+        `stepper` call the function that computes the losses where you can.
 
         Args:
             losses: (B,), the loss of each example of the batch, depending on that example alone.
@@ -223,18 +285,13 @@ class PrivateTraining:
         check_losses(losses, None if batch is None else len(batch.ids))
         if batch is None:
             self._check_unsampled()
-        closes_unit, fillers = (None, 0) if batch is None else (batch.closes_unit, batch.fillers)
+        calls = [] if self._recorder is None else self._recorder.calls
 
         def add(sums: NoisySums) -> Clipped | None:
-            clipped = self._engine.add_clipped(
-                self._without(losses, fillers),
-                into=sums,
-                scale=1 / self.plan.divisor,
-                closes_unit=closes_unit,
-            )
-            if clipped is None or self.plan.clipping_unit != "example":
-                return clipped
-            return clipped.first(len(losses) - fillers)
+            clipped = self._add(losses, batch, sums)
+            if calls and self._is_to_be_exchanged(len(losses)):
+                self._exchange([self._again(call, len(losses)) for call in calls], len(losses))
+            return clipped
 
         return self._advance(batch, add)
 
@@ -282,9 +339,17 @@ class PrivateTraining:
                     "call it inside the loop, with the loop's batch."
                 )
             count, kept = len(batch.ids), len(batch.ids) - batch.fillers
+            moment = Randomness(self._parameters[0].device)
+
+            def again(other: Any) -> Answers:
+                with torch.no_grad(), moment.repeated(), buffers_kept(self._model):
+                    return [losses_of(other)[:kept]]
 
             def add(sums: NoisySums) -> Clipped:
-                return clipping.add_clipped(data, count=count, kept=kept, into=sums).first(kept)
+                clipped = clipping.add_clipped(data, count=count, kept=kept, into=sums).first(kept)
+                if self._is_to_be_exchanged(count):
+                    self._exchange([Run(again, data, None)], count)
+                return clipped
 
             return self._advance(batch, add)
 
@@ -318,12 +383,12 @@ class PrivateTraining:
         self._loop = object()
         return self._loop
 
-    def begin(self, batch: PhysicalBatch) -> None:
-        """A physical batch is about to be computed."""
+    def begin(self, batch: PhysicalBatch, data: Any = None) -> None:
+        """A physical batch is about to be computed from its data."""
         if self._sums is None:
             self._released = {}  # room for its activations
         self._pending = batch
-        self._engine.expect(len(batch.ids))
+        self._engine.expect(len(batch.ids), data)
 
     def check_answered(self, loop: object) -> None:
         """Refuse to go on with a loop that has been replaced, or whose last batch has no step."""
@@ -361,6 +426,7 @@ class PrivateTraining:
             raise RuntimeError(
                 f"All {self.plan.steps} planned steps are taken; to train on, plan more steps."
             )
+        check_unchanged(self._model, self._parameters)
         self._check_no_gradients()
         std = self.plan.noise_std_at(len(self.ledger)) / self.plan.divisor
         self._released = {}
@@ -386,6 +452,63 @@ class PrivateTraining:
             return False
         self._release(sums, sampled=batch is not None)
         return True
+
+    def _losses(
+        self, losses_of: Callable[[Any], Tensor], data: Any, batch: PhysicalBatch | None
+    ) -> Tensor:
+        """The losses of a batch, computed where the engine sees it if it has to."""
+        count = None if batch is None else len(batch.ids)
+        if self._recorder is not None:
+            return self._recorder.losses(losses_of, data, count)
+        losses = losses_of(data)
+        check_losses(losses, count)
+        return losses
+
+    def _answers(self, losses: Tensor) -> Answers:
+        """What is compared of a batch, from losses that were computed for it alone."""
+        norms = [] if self._recorder is None else [self._recorder.norms(losses)]
+        return [losses.detach(), *norms]
+
+    def _is_to_be_exchanged(self, count: int) -> bool:
+        """Whether to check of the last batch, of `count` examples, that they are independent."""
+        signature = None if self._recorder is None else self._recorder.signature
+        return self._independence is not None and self._independence.is_due(signature, count)
+
+    def _exchange(self, runs: Sequence[Run], count: int) -> None:
+        """Check it by exchanging examples in the runs that led to the batch's losses."""
+        assert self._independence is not None
+        recorder = self._recorder
+        self._independence.check(
+            runs,
+            count=count,
+            signature=None if recorder is None else recorder.signature,
+            coarsest=torch.finfo(torch.float32).eps if recorder is None else recorder.coarsest,
+        )
+
+    def _again(self, call: Call, count: int) -> Run:
+        """The call of a module, to run once more with other examples."""
+        module, args, kwargs = call
+        moment = Randomness(self._parameters[0].device)
+
+        def again(given: Any) -> Answers:
+            args, kwargs = given
+            with torch.no_grad(), moment.repeated(), buffers_kept(module):
+                return by_example(module(*args, **kwargs), count)
+
+        return Run(again, (args, kwargs), None)
+
+    def _add(self, losses: Tensor, batch: PhysicalBatch | None, sums: NoisySums) -> Clipped | None:
+        """Add the clipped gradients of a batch to the sums."""
+        closes_unit, fillers = (None, 0) if batch is None else (batch.closes_unit, batch.fillers)
+        clipped = self._engine.add_clipped(
+            self._without(losses, fillers),
+            into=sums,
+            scale=1 / self.plan.divisor,
+            closes_unit=closes_unit,
+        )
+        if clipped is None or self.plan.clipping_unit != "example":
+            return clipped
+        return clipped.first(len(losses) - fillers)
 
     def _without(self, losses: Tensor, fillers: int) -> Tensor:
         """The losses without the last ones, or with constants, whose gradients are zero, in their
@@ -417,6 +540,8 @@ class PrivateTraining:
             for parameter in self._parameters:
                 parameter.grad = None
             self._engine.weights_changed()
+            if self._independence is not None:
+                self._independence.weights_changed()
         self.steps_taken += 1
 
     def _check_no_gradients(self) -> None:
@@ -441,88 +566,6 @@ class PrivateTraining:
                 stacklevel=3,
             )
             self._warned = True
-
-
-class PrivateLoader:
-    """Physical batches, step by step, until the plan's steps are taken; see `loader`."""
-
-    def __init__(
-        self,
-        private: PrivateTraining,
-        dataset: Dataset[Any] | Sequence[Any],
-        *,
-        collate_fn: Callable[[list[Any]], Any] | None,
-        physical_batch_size: int | None,
-        fixed_size: bool,
-        num_workers: int,
-    ) -> None:
-        size = len(dataset)  # type: ignore[arg-type]
-        if size != private.plan.num_examples:
-            raise ValueError(
-                f"Expected the {private.plan.num_examples} examples of the plan, got a data set of "
-                f"{size}: plan for the data set that is trained on."
-            )
-        if physical_batch_size is not None and physical_batch_size < 1:
-            raise ValueError(f"Expected `physical_batch_size` >= 1, got {physical_batch_size}.")
-        if fixed_size and physical_batch_size is None:
-            raise ValueError(
-                "Expected `physical_batch_size` for batches of a fixed size, got None: say how "
-                "many examples to compute at once."
-            )
-        self._private = private
-        self._dataset = dataset
-        self._collate = collate_fn
-        self._size, self._fixed = physical_batch_size or size, fixed_size
-        self._workers = num_workers
-
-    def __len__(self) -> int:
-        """Number of logical batches to come; physical ones are not known beforehand."""
-        return self._private.remaining_steps
-
-    def __iter__(self) -> Iterator[Any]:
-        private = self._private
-        loop = private.begin_loop()
-        plan: deque[list[PhysicalBatch]] = deque()
-        data = iter(
-            DataLoader(
-                self._dataset,  # type: ignore[arg-type]
-                batch_sampler=self._ids(plan),
-                collate_fn=self._collate,
-                num_workers=self._workers,
-            )
-        )
-        try:
-            for batch in self._batches(plan, data):
-                yield batch
-                private.check_answered(loop)
-        finally:
-            private.end_loop(loop)
-
-    def _batches(self, plan: deque[list[PhysicalBatch]], data: Iterator[Any]) -> Iterator[Any]:
-        """Data in the order in which `plan` announces it, empty logical batches included."""
-        pieces: deque[PhysicalBatch] = deque()
-        for batch in data:
-            while not pieces:
-                pieces.extend(self._next(plan))
-            self._private.begin(pieces.popleft())
-            yield batch
-        while plan:
-            self._next(plan)
-
-    def _next(self, plan: deque[list[PhysicalBatch]]) -> list[PhysicalBatch]:
-        """The next logical batch, in pieces; an empty one is released at once."""
-        pieces = plan.popleft()
-        if not pieces:
-            self._private.release_empty()
-        return pieces
-
-    def _ids(self, plan: deque[list[PhysicalBatch]]) -> Iterator[list[int]]:
-        """Ids of the physical batches; what they belong to is noted in `plan`."""
-        batches = logical_batches(self._private.plan, rng=self._private.sampling_rng)
-        for _ in range(self._private.remaining_steps):
-            pieces = physical_batches(next(batches), size=self._size, fixed_size=self._fixed)
-            plan.append(pieces)
-            yield from (piece.ids.tolist() for piece in pieces)
 
 
 def _generators(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from dpnlu.tape import UnsupportedLayerError
+from dpnlu.errors import UnsupportedLayerError
 
 
 def check_trainable(model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
@@ -42,6 +42,26 @@ def check_trainable(model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter
     return list(named)
 
 
+def check_unchanged(model: nn.Module, trained: Sequence[nn.Parameter]) -> None:
+    """Whether the parameters that are trained are those they were when training began.
+
+    Raises:
+        ValueError: some were frozen, unfrozen, added or exchanged.
+    """
+    now = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    if now == set(trained):
+        return
+    named = dict(model.named_parameters())
+    changed = next(
+        (name for name, p in named.items() if p.requires_grad != (p in set(trained))), None
+    )
+    what = "some are no longer the model's" if changed is None else f"{changed} has changed"
+    raise ValueError(
+        f"Expected the same trainable parameters from privatize to the end, but {what}: freeze, "
+        "unfreeze and add parameters before, and call privatize anew."
+    )
+
+
 def check_visible(model: nn.Module) -> None:
     """Whether every operation of the model can be seen as it runs.
 
@@ -56,6 +76,20 @@ def check_visible(model: nn.Module) -> None:
                 "that its operations cannot be seen: hand over the module that was compiled, and "
                 "compile its steps by private.compile, or use engine='per_example'."
             )
+
+
+def check_batch_size(recorded: int | None, batch: int) -> None:
+    """Whether the forward pass that was recorded is that of these losses.
+
+    Raises:
+        ValueError: it was of another number of examples.
+    """
+    if recorded is not None and recorded != batch:
+        raise ValueError(
+            f"Expected the losses of the {recorded} examples that the model was run on, got "
+            f"{batch}: run it under torch.no_grad() for anything but training, and let "
+            "private.stepper call the function that computes the losses."
+        )
 
 
 def check_losses(losses: Tensor, expected: int | None) -> None:

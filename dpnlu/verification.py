@@ -1,40 +1,348 @@
-"""Whether the gradients of the tape are those of plain automatic differentiation."""
+"""Whether what the tape says of a batch is so.
+
+Three questions, each with an answer that does not depend on how small or large gradients are:
+
+1. *Was everything seen?* Every node of the graph that uses a trainable parameter must come from an
+   operation that the tape saw. No number is looked at, so that this is asked of every batch.
+2. *Is each example's gradient its own?* The losses are back-propagated a second time with weights,
+   powers of two drawn for each example. Multiplying by a power of two commutes with rounding: where
+   examples do not mix, the rows of an example are exactly as many times what they were. Where they
+   do, the others' weights, up to 2³¹ times as large, show in them.
+3. *Are the parameters' gradients right?* A weighted sum of them is compared with what automatic
+   differentiation says of the same weighted losses, and the norms of some with those of gradients
+   that are written out.
+
+The second is a matter of the guarantee: what it lets pass is an influence of one example on the
+gradients of another that is smaller than their rounding. The third is one of our own mistakes: an
+example's contribution is clipped by its own norm whatever it is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
-from dpnlu.clipped import Parts, gradient_norms, weighted_sum
-from dpnlu.tape import UnsupportedLayerError
+from dpnlu.clipped import Parts, weighted_sum
+from dpnlu.errors import UnsupportedLayerError
+from dpnlu.gradients import Gradients, SquaredNorms
+from dpnlu.layout import Layout
+from dpnlu.rounding import full_precision, growth
+from dpnlu.signature import OF_A_PARAMETER, Edge
+from dpnlu.trace import Place, Trace, back_propagate
 
-# Largest error of a weighted sum of gradients that passes as rounding; models in float64 may take
-# norms and softmaxes in float32.
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 5e-3}
-_LOW_PRECISION_TOLERANCE = 0.2
+# Exponents of the random powers of two; few where they would leave a narrow range of numbers.
+_EXPONENTS, _FEW_EXPONENTS = 32, 4
+# A row may differ by so many units in the last place of its largest entry, where kernels add up in
+# another order every time.
+_UNITS = 16
+# Error of a sum of gradients that passes as rounding inside an operation, relative to the sum of
+# the norms of all its terms.
+_TOLERANCE = 1e-4
+# How many examples have their norms compared.
+_NORMS = 3
+
+
+# ---- was everything seen? --------------------------------------------------------------------
+
+
+def check_seen(
+    edges: Sequence[Edge], trace: Trace, free: Sequence[Tensor], names: Mapping[Tensor, str]
+) -> None:
+    """Every use of a trainable parameter, and of what was computed from some alone, was seen.
+
+    Args:
+        free: tensors free of the batch that were computed from parameters.
+        names: of the trainable parameters.
+
+    Raises:
+        UnsupportedLayerError: one was not.
+    """
+    made = {tensor.grad_fn: "a tensor computed from parameters" for tensor in free}
+    unseen: list[tuple[Edge, str]] = []
+    for edge in edges:
+        name = edge.node.name()
+        if name == "CheckpointFunctionBackward":
+            raise UnsupportedLayerError(_REENTRANT)
+        if name == OF_A_PARAMETER:
+            used = names.get(edge.node.variable)  # type: ignore[attr-defined]
+        else:
+            used = made.get(edge.node)
+        if used is not None and not _is_seen(edge.user, trace):
+            unseen.append((edge, used))
+    if unseen:
+        _check_users(edges, unseen, trace)
+
+
+def _check_users(edges: Sequence[Edge], unseen: Sequence[tuple[Edge, str]], trace: Trace) -> None:
+    """What used parameters unseen must be a cast that autocast kept for later, and seen itself."""
+    casts = {edge.user: used for edge, used in unseen if _is_cast(edge.user)}
+    unseen = [(edge, used) for edge, used in unseen if edge.user not in casts]
+    unseen += [(e, casts[e.node]) for e in edges if e.node in casts and not _is_seen(e.user, trace)]
+    if not unseen:
+        return
+    edge, used = unseen[0]
+    where = "" if edge.user is None else f" (by {edge.user.name()})"
+    raise UnsupportedLayerError(
+        f"Expected every use of a trainable parameter where it can be recorded, but {used} is used "
+        f"elsewhere{where}: let private.stepper call the function that computes the losses, call "
+        "modules instead of their forward, take torch.compile and torch.jit off, or freeze it by "
+        "requires_grad_(False)."
+    )
+
+
+def _is_cast(node: Node | None) -> bool:
+    return node is not None and node.name() == "ToCopyBackward0"
+
+
+_REENTRANT = (
+    "Expected activation checkpointing by torch.utils.checkpoint with use_reentrant=False, got the "
+    "reentrant kind, which hides its operations: pass use_reentrant=False."
+)
+
+
+def _is_seen(node: Node | None, trace: Trace) -> bool:
+    if node is None:
+        return False
+    number = node._sequence_nr()
+    return any(start <= number < end for start, end in trace.seen)
+
+
+# ---- is each example's gradient its own? -----------------------------------------------------
+
+
+def draw_weights(losses: Tensor, *, narrow: bool, generator: torch.Generator) -> Tensor:
+    """(B,) random powers of two, of as many exponents as the range of numbers allows.
+
+    Args:
+        narrow: some gradients are kept in float16.
+    """
+    count = _FEW_EXPONENTS if narrow else _EXPONENTS
+    order = torch.randperm(len(losses), generator=generator)
+    return torch.exp2((order % count).to(losses))
+
+
+def _is_narrow(losses: Tensor, arrived: Sequence[Tensor | None]) -> bool:
+    kinds = {losses.dtype} | {gradient.dtype for gradient in arrived if gradient is not None}
+    return torch.float16 in kinds
+
+
+def do_rows_agree(
+    trace: Trace,
+    losses: Tensor,
+    arrived: Sequence[Tensor | None],
+    layouts: Sequence[Layout],
+    weights: Tensor,
+) -> Tensor:
+    """() whether at each place the rows of an example are its own, if they lie as expected; the
+    graph of the losses stays."""
+    again = trace.backward(losses * weights, retain_graph=True)
+    return _all_agree(arrived, again, layouts, weights)
+
+
+def _all_agree(
+    arrived: Sequence[Tensor | None],
+    again: Sequence[Tensor | None],
+    layouts: Sequence[Layout],
+    weights: Tensor,
+) -> Tensor:
+    agree = [
+        rows_agree(first, second, layout, weights).all()
+        for first, second, layout in zip(arrived, again, layouts, strict=True)
+        if first is not None and second is not None
+    ]
+    return torch.stack(agree).all() if agree else weights.new_ones((), dtype=torch.bool)
+
+
+def rows_agree(first: Tensor, second: Tensor, layout: Layout, weights: Tensor) -> Tensor:
+    """(B,) whether each example's rows in `second` are those of `first` times its weight; where
+    they are not finite nothing can be said."""
+    return _agree(layout.apart(first), layout.apart(second), weights)
+
+
+def _agree(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
+    expected = first * weights.to(first.dtype).view(-1, *(1,) * (first.dim() - 1))
+    known = torch.isfinite(expected) & torch.isfinite(second)
+    expected = torch.where(known, expected, 0).flatten(1)
+    difference = (torch.where(known, second, 0).flatten(1) - expected).abs()
+    if not difference.shape[1]:
+        return known.new_ones(len(first))
+    info = torch.finfo(first.dtype)
+    largest = expected.abs().amax(1, keepdim=True)
+    lost = _UNITS * (info.eps * largest + weights[:, None].to(first.dtype) * info.smallest_normal)
+    return (difference <= lost).all(1)
+
+
+def find_layouts(
+    trace: Trace,
+    losses: Tensor,
+    arrived: Sequence[Tensor | None],
+    layouts: Sequence[Layout],
+    *,
+    chooses_rows: bool,
+    generator: torch.Generator,
+) -> list[Layout]:
+    """Where the examples truly lie at each place; the graph of the losses stays.
+
+    Args:
+        arrived: what a backward pass from `losses` (B,), B >= 2, brought to each place.
+        layouts: where they are expected.
+        chooses_rows: rows were chosen by their values, which the message says.
+        generator: of weights.
+
+    Raises:
+        UnsupportedLayerError: examples mix.
+    """
+    narrow = _is_narrow(losses, arrived)
+    weights = draw_weights(losses, narrow=narrow, generator=generator)
+    again = trace.backward(losses * weights, retain_graph=True)
+    places = trace.places
+    if bool(_all_agree(arrived, again, layouts, weights)):
+        return list(layouts)
+    found, unknown = list(layouts), []
+    for number, (place, first, second) in enumerate(zip(places, arrived, again, strict=True)):
+        if first is None or second is None:
+            continue
+        fitting = (
+            layout
+            for layout in (layouts[number], *place.layouts(len(losses)))
+            if bool(rows_agree(first, second, layout, weights).all())
+        )
+        layout = next(fitting, None)
+        if layout is None:
+            unknown.append(number)
+        else:
+            found[number] = layout
+    del again
+    if unknown:
+        unknown = _find_owners(trace, losses, arrived, found, unknown, narrow=narrow)
+    if unknown:
+        raise UnsupportedLayerError(_mixing(trace, losses, unknown[-1], chooses_rows=chooses_rows))
+    return found
+
+
+def _find_owners(
+    trace: Trace,
+    losses: Tensor,
+    arrived: Sequence[Tensor | None],
+    layouts: list[Layout],
+    unknown: Sequence[int],
+    *,
+    narrow: bool,
+) -> list[int]:
+    """Find out whose each row is at the places `unknown`, and put that into `layouts`.
+
+    The weights of the examples spell their numbers, digit by digit.
+
+    Returns:
+        The places at which some row is nobody's own.
+    """
+    batch = len(losses)
+    base = _FEW_EXPONENTS if narrow else _EXPONENTS // 2
+    owners: dict[int, dict[int, Tensor]] = {number: {} for number in unknown}
+    for power in _powers(base, batch):
+        digits = torch.arange(batch, device=losses.device) // power % base
+        again = trace.backward(losses * torch.exp2(digits.to(losses)), retain_graph=True)
+        for number in unknown:
+            first, second = arrived[number], again[number]
+            assert first is not None and second is not None
+            for dim in trace.places[number].dims:
+                digit = _digits(first.movedim(dim, 0), second.movedim(dim, 0), base)
+                known = owners[number].get(dim, torch.zeros_like(digit))
+                owners[number][dim] = torch.where((digit < 0) | (known < 0), -2, known)
+                owners[number][dim] += torch.where(owners[number][dim] < 0, 0, digit * power)
+    still = []
+    for number in unknown:
+        first = arrived[number]
+        assert first is not None
+        for dim, owner in owners[number].items():
+            is_zero = ~first.movedim(dim, 0).flatten(1).any(1)
+            owner = torch.where(is_zero, -1, owner)
+            if bool(((owner >= -1) & (owner < batch)).all()):
+                layouts[number] = Layout(batch, dim, owners=owner)
+                break
+        else:
+            still.append(number)
+    return still
+
+
+def _powers(base: int, batch: int) -> Iterator[int]:
+    power = 1
+    while power < batch:
+        yield power
+        power *= base
+
+
+def _digits(first: Tensor, second: Tensor, base: int) -> Tensor:
+    """(n, …) twice -> (n,) the digit d with second = 2^d first in each row; -1 where there is
+    none."""
+    first, second = first.flatten(1), second.flatten(1)
+    place = first.abs().argmax(1, keepdim=True)
+    ratio = (second.gather(1, place) / first.gather(1, place))[:, 0]
+    digit = torch.log2(ratio.clamp(min=0.25).nan_to_num(0.25, posinf=0.25)).round()
+    fits = (digit >= 0) & (digit < base) & _agree(first, second, torch.exp2(digit))
+    return torch.where(fits | ~first.any(1), digit.clamp(min=0).long(), -1)
+
+
+def _mixing(trace: Trace, losses: Tensor, number: int, *, chooses_rows: bool) -> str:
+    """What to say of a place where examples mix, with the first two that do."""
+    place = trace.places[number]
+    pair = _mixed_pair(place, losses)
+    evidence = ""
+    if pair is not None:
+        evidence = f": the loss of example {pair[0]} depends on what it is for example {pair[1]}"
+    routing = (
+        "; rows are chosen by their values, by routing, sorting or a mask" if chooses_rows else ""
+    )
+    return (
+        f"Module {place.module}: examples mix in what is made of its output{evidence}{routing}; "
+        "expected the loss of one example to depend on that example alone: remove what mixes them "
+        "(batch statistics, in-batch negatives, a mean over the batch inside the loss)."
+    )
+
+
+def _mixed_pair(place: Place, losses: Tensor) -> tuple[int, int] | None:
+    """An example whose loss reaches the rows of another, and that one."""
+    layout = next(place.layouts(len(losses)), None)
+    if layout is None:
+        return None
+    for number, loss in enumerate(losses):
+        (found,) = back_propagate(loss, [place.edge], retain_graph=True)
+        if found is None:
+            continue
+        touched = layout.apart(place.seen(found)).flatten(1).ne(0).any(1)
+        touched[number] = False
+        if bool(touched.any()):
+            return number, int(touched.nonzero()[0])
+    return None
+
+
+# ---- are the parameters' gradients right? ----------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was compared on one batch; tensors without dimensions, but for `errors`.
+    """What was compared on one batch.
 
     Attributes:
-        is_finite: whether the losses, the norms and what they are compared with are. Infinities
-            prove nothing: plain automatic differentiation spreads them over all examples.
-        errors: (P,) of each parameter, the distance between the two gradients of a randomly
-            weighted sum of the losses, which are equal only if all per-example gradients are.
-        size: the norm of the random weights, which count gradients of norm 1.
-        norm: of one example's gradient, as it is taken for clipping.
-        written_out: the norm of that gradient written out.
+        is_finite: () whether all of it is finite. Infinities prove nothing: plain automatic
+            differentiation spreads them over all examples.
+        errors: (P,) of each parameter, the distance between the two gradients of a weighted sum of
+            the losses.
+        tolerances: (P,) what passes as rounding.
+        norms: (n,) squared norms of some examples' gradients, as they are taken for clipping.
+        slack: (n,) how far these may be off.
+        written_out: (n,) the squared norms of those gradients written out.
     """
 
     is_finite: Tensor
     errors: Tensor
-    size: Tensor
-    norm: Tensor
+    tolerances: Tensor
+    norms: Tensor
+    slack: Tensor
     written_out: Tensor
 
     def proves(self, names: Sequence[str]) -> bool:
@@ -47,73 +355,89 @@ class Evidence:
             False where the batch shows neither that nor the opposite.
 
         Raises:
-            UnsupportedLayerError: examples mix, or dimension 0 is not the batch.
+            UnsupportedLayerError: they are wrong.
         """
         if not bool(self.is_finite):
             return False
-        if not float(self.errors.max()) <= _tolerance(self.size) * float(self.size):
+        excess = self.errors - self.tolerances
+        if not bool((excess <= 0).all()):
             raise UnsupportedLayerError(
-                "Expected the loss of one example to depend on that example alone, and dimension 0 "
-                "of every activation to hold the examples; the gradient of "
-                f"{names[int(self.errors.argmax())]} says otherwise. Remove what mixes examples "
-                "(batch statistics, in-batch negatives, a mean over the batch inside the loss), "
-                "put the batch first, or use engine='per_example'."
+                f"Expected the gradient of {names[int(excess.argmax())]} that automatic "
+                "differentiation finds, got another: a defect of dpnlu. Use engine='per_example', "
+                "and report the model's layers."
             )
-        norm, written_out = float(self.norm), float(self.written_out)
-        if not abs(norm - written_out) <= _tolerance(self.norm) * written_out:
+        off = (self.norms - self.written_out).abs() - self.slack
+        if not bool((off <= 0).all()):
+            norm, right = (
+                float(values[int(off.argmax())]) ** 0.5 for values in (self.norms, self.written_out)
+            )
             raise UnsupportedLayerError(
-                f"Expected the norm {written_out:g} of an example's gradient, got {norm:g}: a "
-                "defect of dpnlu. Use engine='per_example', and report the model's layers."
+                f"Expected the norm {right:g} of an example's gradient, got {norm:g}: a defect of "
+                "dpnlu. Use engine='per_example', and report the model's layers."
             )
         return True
 
 
-def gather(parts: Parts, losses: Tensor, shares: Tensor, *, turn: int) -> Evidence:
+def gather(
+    parts: Parts,
+    norms: SquaredNorms,
+    losses: Tensor,
+    draws: Tensor,
+    *,
+    arrived: Sequence[Tensor | None],
+    bound: float,
+) -> Evidence:
     """Compare with plain automatic differentiation, which needs the graph of the losses once more.
 
     Nothing here looks at a value, so that it can be traced.
 
     Args:
-        parts: the per-example gradients of all parameters.
+        parts: the per-example gradients of all parameters, and `norms` theirs.
         losses: (B,), B >= 1.
-        shares: (B,) random weights, see `draw_shares`.
-        turn: which of the examples with a gradient has its norm compared, modulo their number.
+        draws: (B,) random numbers in (0, 1), for the signs of weights and for the examples whose
+            norms are compared.
+        arrived: what the gradients were made of.
+        bound: on the norm of an example's gradient; longer ones count as if they were so long.
     """
-    norms = gradient_norms(parts, losses)
-    weights = shares / norms.clamp(min=torch.finfo(norms.dtype).tiny ** 0.5)
-    errors, is_finite = _errors(parts, losses, weights.detach())
-    has_gradient = norms > 0
-    place = has_gradient.cumsum(0) - 1
-    chosen = has_gradient & (place == turn % has_gradient.sum().clamp(min=1))
-    one = chosen.to(norms.dtype)
-    sizes = [weighted_sum(uses, one, parameter).norm() for parameter, uses in parts.items()]
+    lengths = norms.values.detach().sqrt().clamp(min=bound)
+    signs = torch.where(draws < 0.5, -1.0, 1.0)
+    weights = (signs * torch.exp2(-torch.log2(lengths).round())).to(losses)
+    expected = back_propagate((losses * weights).sum(), list(parts), retain_graph=True)
+    coarsest = max((torch.finfo(g.dtype).eps for g in arrived if g is not None), default=0.0)
+    errors, tolerances = [], []
+    with full_precision(losses.device):
+        # What cancels inside one parameter's gradient is of the size of others'.
+        lost = 1e3 * torch.finfo(losses.dtype).eps + 4 * coarsest
+        size = lost * (weights.abs() * norms.values.sqrt()).sum()
+        for (parameter, uses), right in zip(parts.items(), expected, strict=True):
+            errors.append(_distance(weighted_sum(uses, weights, parameter), right))
+            tolerances.append(size + _tolerance(uses, weights, errors[-1], coarsest))
+        counts = torch.isfinite(norms.values) & (norms.values > 0)
+        chosen = torch.where(counts, 2 * draws % 1, 0).topk(min(_NORMS, len(losses))).indices
+        written_out = [
+            _square(parts, torch.arange(len(losses), device=one.device) == one) for one in chosen
+        ]
     return Evidence(
-        is_finite=torch.isfinite(norms).all() & torch.isfinite(losses).all() & is_finite,
-        errors=errors,
-        size=shares.norm(),
-        norm=torch.where(chosen, norms, 0.0).sum(),
-        written_out=torch.stack(sizes).norm(),
+        is_finite=torch.isfinite(norms.values).all() & torch.isfinite(losses).all(),
+        errors=torch.stack(errors),
+        tolerances=torch.stack(tolerances),
+        norms=norms.values[chosen],
+        slack=norms.slack[chosen] + _TOLERANCE * norms.values[chosen],
+        written_out=torch.stack(written_out),
     )
 
 
-def _errors(parts: Parts, losses: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """(P,) distances of the gradients of the weighted losses, and whether the right ones are
-    finite."""
-    expected = torch.autograd.grad(
-        (losses * weights).sum(), list(parts), allow_unused=True, retain_graph=True
-    )
-    errors = [
-        _distance(weighted_sum(uses, weights, parameter), right)
-        for (parameter, uses), right in zip(parts.items(), expected, strict=True)
+def _square(parts: Parts, one: Tensor) -> Tensor:
+    """() the squared norm of one example's gradient, written out; `one` is (B,)."""
+    found = [
+        weighted_sum(uses, one.to(_weight_dtype(parameter)), parameter).square().sum()
+        for parameter, uses in parts.items()
     ]
-    sizes = [right.norm() for right in expected if right is not None]
-    return torch.stack(errors), torch.isfinite(torch.stack(sizes)).all()
+    return torch.stack(found).sum()
 
 
-def draw_shares(like: Tensor) -> Tensor:
-    """Random weights for losses (B,), the same for all batches of that size."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(len(like), generator=generator).to(like)
+def _weight_dtype(parameter: Tensor) -> torch.dtype:
+    return torch.promote_types(parameter.dtype, torch.float32)
 
 
 def _distance(found: Tensor, expected: Tensor | None) -> Tensor:
@@ -121,7 +445,14 @@ def _distance(found: Tensor, expected: Tensor | None) -> Tensor:
     return distance
 
 
-def _tolerance(values: Tensor) -> float:
-    if any(torch.is_autocast_enabled(device) for device in {"cpu", values.device.type}):
-        return _LOW_PRECISION_TOLERANCE
-    return _TOLERANCE.get(values.dtype, _LOW_PRECISION_TOLERANCE)
+def _tolerance(uses: Sequence[Gradients], weights: Tensor, like: Tensor, coarsest: float) -> Tensor:
+    """() what rounding may do to a parameter's gradient.
+
+    Args:
+        coarsest: distance from 1 to the next number, of the coarsest gradients that were used.
+    """
+    total = like.new_zeros(())
+    for use in uses:
+        share = _TOLERANCE + growth(len(weights) * (use.terms + 1), like.dtype) + 4 * coarsest
+        total = total + share * (weights.abs() * use.sizes()).sum()
+    return total

@@ -136,7 +136,7 @@ def _norms(examples: int, positions: int, width: int, *, pairs: int) -> tuple[fl
     use = OuterProducts(
         torch.randn(examples, positions, width), torch.randn(examples, positions, 4 * width)
     )
-    ways: Sequence[Callable[[], Tensor]] = (
+    ways: Sequence[Callable[[], object]] = (
         lambda: use.norms_by_gram(GramCache()),
         use.norms_written_out,
     )

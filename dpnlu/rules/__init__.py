@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dpnlu.operations import Operations
 from dpnlu.rules import (
     attention,
     cells,
     convolution,
+    einsum,
     embedding,
     indexing,
     linear,
@@ -18,7 +20,6 @@ from dpnlu.rules import (
     recurrent,
 )
 from dpnlu.rules.generic import vectorized
-from dpnlu.tape import Operations
 
 _BROADCASTING = frozenset(
     {
@@ -71,6 +72,7 @@ OPERATIONS = Operations(
         **recurrent.REWRITES,
         **cells.REWRITES,
         **matmul.REWRITES,
+        **einsum.REWRITES,
         **indexing.REWRITES,
     },
     rearrangements=recurrent.REARRANGEMENTS,

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dpnlu.gradients import Dense, Gradients, OuterProducts
+from dpnlu.layout import Layout, by_example
 from dpnlu.rules.recurrent import recorded_linear
-from dpnlu.rules.shapes import by_example
 from dpnlu.tape import Tape
 
 
@@ -102,11 +102,11 @@ def _projected(
     output = F.linear(inputs, weight[part] if shared else weight, own_bias)
     received, around = inputs.detach(), (part.start, 3 * (part.stop - part.start) - part.stop)
 
-    def finish(gradient: Tensor, batch: int) -> Iterator[tuple[Tensor, Gradients]]:
-        right = by_example(gradient, batch)
+    def finish(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
+        right = by_example(gradient, layout)
         padded = F.pad(right, around)
         if weight.requires_grad:
-            yield weight, OuterProducts(by_example(received, batch), padded if shared else right)
+            yield weight, OuterProducts(by_example(received, layout), padded if shared else right)
         if bias is not None and bias.requires_grad:
             yield bias, Dense(padded.sum(1))
 
@@ -119,7 +119,7 @@ def _met(tape: Tape, bias: Tensor, states: Tensor) -> Tensor:
     """A learned key or value (1, 1, E), which every example gets."""
     copies = bias.expand(len(states), -1, -1)
     if copies.requires_grad:
-        tape.meet(bias, copies, lambda gradient: gradient[:, None])
+        tape.meet(bias, copies, lambda gradient, layout: layout.apart(gradient).sum(1)[:, None])
     return copies
 
 

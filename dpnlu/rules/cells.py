@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpnlu.errors import UnsupportedLayerError
 from dpnlu.rules.recurrent import Cell, elman_cell, gru_cell, lstm_cell, recorded_linear
-from dpnlu.tape import Tape, UnsupportedLayerError
+from dpnlu.tape import Tape
 
 
 def _rewritten(cell: Cell) -> Any:

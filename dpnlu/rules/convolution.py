@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dpnlu.gradients import Dense, Gradients, OuterProducts
-from dpnlu.rules.shapes import by_example, full_precision
-from dpnlu.tape import Rule
+from dpnlu.layout import Layout, by_example, full_precision
+from dpnlu.operations import Rule
 from dpnlu.trace import Finish
 
 Sizes = int | Sequence[int]
@@ -29,8 +29,8 @@ def convolution(
     received = input.detach()
     dims = weight.dim() - 2
 
-    def finish(gradient: Tensor, batch: int) -> Iterator[tuple[Tensor, Gradients]]:
-        right = by_example(gradient.flatten(2).mT, batch)
+    def finish(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
+        right = by_example(gradient.flatten(2).mT, layout)
         if weight.requires_grad:
             kernel = tuple(weight.shape[2:])
             windows = _windows(
@@ -40,7 +40,7 @@ def convolution(
                 padding=_padding(padding, kernel, _sizes(dilation, dims)),
                 dilation=_sizes(dilation, dims),
             )
-            yield weight, _products(by_example(windows, batch), right, groups)
+            yield weight, _products(by_example(windows, layout), right, groups)
         if bias is not None and bias.requires_grad:
             yield bias, Dense(right.sum(1))
 
@@ -92,4 +92,5 @@ def _padding(
     return tuple((size, size) for size in _sizes(value, len(kernel)))
 
 
-RULES = {torch.conv1d: Rule(convolution), torch.conv2d: Rule(convolution)}
+_RULE = Rule(convolution, dims=lambda dims: range(1))
+RULES = {torch.conv1d: _RULE, torch.conv2d: _RULE}

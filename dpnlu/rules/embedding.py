@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from torch import Tensor
 from torch.nn import functional as F
 
+from dpnlu.errors import UnsupportedLayerError
 from dpnlu.gradients import Gradients, Rows
-from dpnlu.rules.shapes import by_example
-from dpnlu.tape import Rule, UnsupportedLayerError
+from dpnlu.layout import Layout, by_example
+from dpnlu.operations import Rule
 from dpnlu.trace import Finish
 
 
@@ -32,9 +33,10 @@ def embedding(
     if padding_idx is not None:
         ids = ids.masked_fill(ids == padding_idx % weight.shape[0], -1)
 
-    def finish(gradient: Tensor, batch: int) -> Iterator[tuple[Tensor, Gradients]]:
-        values = by_example(gradient, batch)
-        yield weight, Rows(ids.reshape(values.shape[:2]), values, tuple(weight.shape))
+    def finish(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
+        values = by_example(gradient, layout)
+        rows = layout.apart(ids, fill=-1).reshape(values.shape[:2])
+        yield weight, Rows(rows, values, tuple(weight.shape))
 
     return finish
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpnlu.errors import UnsupportedLayerError
 from dpnlu.gradients import Dense, Gradients
-from dpnlu.tape import UnsupportedLayerError, replaced
+from dpnlu.layout import Layout
+from dpnlu.operations import replaced
 from dpnlu.trace import Finish
 
 _REMEDY = (
@@ -42,9 +44,9 @@ def vectorized(
         back = torch.func.vjp(output, *weights)[1]
         return list(back(gradient.unsqueeze(0)))
 
-    def finish(gradient: Tensor, batch: int) -> Iterator[tuple[Tensor, Gradients]]:
-        rows = gradient.shape[0] if gradient.dim() else 0
-        if rows % batch or any(tensor.shape[:1] != (rows,) for tensor in received):
+    def finish(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
+        rows = gradient.shape[:1]
+        if not rows or any(tensor.shape[:1] != rows for tensor in received):
             raise UnsupportedLayerError(f"{name} meets {_shapes(received)}. {_REMEDY}")
         warnings.warn(
             f"No rule for {name}: its per-example gradients are written out one by one (exact, but "
@@ -56,7 +58,7 @@ def vectorized(
         except RuntimeError as error:
             raise UnsupportedLayerError(f"{name} cannot be vectorised: {error} {_REMEDY}") from None
         for tensor, values in zip(learned, found, strict=True):
-            yield tensor, Dense(values.reshape(batch, -1, *values.shape[1:]).sum(1))
+            yield tensor, Dense(layout.apart(values).sum(1))
 
     name = getattr(func, "__name__", func)
     return finish

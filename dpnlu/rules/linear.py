@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dpnlu.gradients import Dense, Gradients, OuterProducts
-from dpnlu.rules.shapes import by_example
-from dpnlu.tape import Rule
+from dpnlu.layout import Layout, by_example
+from dpnlu.operations import Rule
 from dpnlu.trace import Finish
 
 
@@ -19,10 +19,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Finish:
     """y = x Wᵀ + b: the weight's gradient is Σ_t b_t a_tᵀ, the bias's Σ_t b_t."""
     received = input.detach()
 
-    def finish(gradient: Tensor, batch: int) -> Iterator[tuple[Tensor, Gradients]]:
-        right = by_example(gradient, batch)
+    def finish(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
+        right = by_example(gradient, layout)
         if weight.requires_grad:
-            yield weight, OuterProducts(by_example(received, batch), right)
+            yield weight, OuterProducts(by_example(received, layout), right)
         if bias is not None and bias.requires_grad:
             yield bias, Dense(right.sum(1))
 
@@ -35,10 +35,10 @@ def addmm(bias: Tensor, input: Tensor, weight: Tensor, **scales: Any) -> Finish:
         raise NotImplementedError("torch.addmm with alpha or beta")
     received = input.detach()
 
-    def finish(gradient: Tensor, batch: int) -> Iterator[tuple[Tensor, Gradients]]:
-        right = by_example(gradient, batch)
+    def finish(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
+        right = by_example(gradient, layout)
         if weight.requires_grad:
-            yield weight, OuterProducts(by_example(received, batch), right, transposed=True)
+            yield weight, OuterProducts(by_example(received, layout), right, transposed=True)
         if bias.requires_grad:
             yield bias, Dense(right.sum(1))
 

@@ -36,8 +36,8 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dpnlu.gradients import Dense, Gradients, OuterProducts
+from dpnlu.layout import Layout, by_example
 from dpnlu.products import Multiplier
-from dpnlu.rules.shapes import by_example
 from dpnlu.tape import Tape
 
 Turn = Callable[[Tensor], Tensor]
@@ -73,18 +73,18 @@ def lstm_layer(
     )
     received = inputs.detach()
 
-    def finish(delta: Tensor, batch: int) -> Iterator[tuple[Tensor, Gradients]]:
+    def finish(delta: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
         for place, of_one in enumerate(weights):
-            right = by_example(delta[place].transpose(0, 1), batch)
+            right = by_example(delta[place], layout, dim=1)
             read = turn(received) if place else received
             for weight, left in zip(of_one, (read, before[place]), strict=False):
                 if weight.requires_grad:
-                    yield weight, OuterProducts(by_example(left.transpose(0, 1), batch), right)
+                    yield weight, OuterProducts(by_example(left, layout, dim=1), right)
             if any(bias.requires_grad for bias in of_one[2:]):
                 sums = Dense(right.sum(1))
                 yield from ((bias, sums) for bias in of_one[2:] if bias.requires_grad)
 
-    tape.record(tap, finish, rows=batch)
+    tape.record(tap, finish, dims=(2,))
     return hidden, cells
 
 

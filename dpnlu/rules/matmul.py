@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpnlu.errors import UnsupportedLayerError
 from dpnlu.gradients import Gradients, OuterProducts
-from dpnlu.rules.shapes import by_example
-from dpnlu.tape import Tape, UnsupportedLayerError
+from dpnlu.layout import Layout, by_example
+from dpnlu.tape import Tape
 from dpnlu.trace import Finish
 
 
@@ -24,7 +25,7 @@ def matmul(tape: Tape, left: Tensor, right: Tensor) -> Any:
         return NotImplemented
     output = torch.matmul(left, right)
     if output.requires_grad:
-        tape.record(output, finish)
+        tape.record(output, finish, dims=range(max(1, output.dim() - (right.dim() == 2))))
     return output
 
 
@@ -34,9 +35,9 @@ def _weights_right(left: Tensor, weight: Tensor) -> Finish:
     if left.dim() == 1:
         raise UnsupportedLayerError("the product of one vector of all examples with weights mixes.")
 
-    def finish(gradient: Tensor, batch: int) -> Iterator[tuple[Tensor, Gradients]]:
+    def finish(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
         arrived = gradient.unsqueeze(-1) if is_vector else gradient
-        pair = by_example(received, batch), by_example(arrived, batch)
+        pair = by_example(received, layout), by_example(arrived, layout)
         yield weight, OuterProducts(*pair, transposed=True)
 
     return finish
@@ -51,8 +52,8 @@ def _weights_left(weight: Tensor, right: Tensor) -> Finish:
         )
     received = right.detach().mT
 
-    def finish(gradient: Tensor, batch: int) -> Iterator[tuple[Tensor, Gradients]]:
-        yield weight, OuterProducts(by_example(received, batch), by_example(gradient.mT, batch))
+    def finish(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
+        yield weight, OuterProducts(by_example(received, layout), by_example(gradient.mT, layout))
 
     return finish
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dpnlu.gradients import Dense, Gradients
-from dpnlu.rules.shapes import full_precision
-from dpnlu.tape import Rule
+from dpnlu.layout import Layout, added_up, full_precision
+from dpnlu.operations import Rule
 from dpnlu.trace import Finish
 
 
@@ -24,13 +24,13 @@ def layer_norm(
     """y = w x̂ + b: the weight's gradient is Σ_t b_t x̂_t, the bias's Σ_t b_t."""
     received = input.detach()
 
-    def finish(gradient: Tensor, batch: int) -> Iterator[tuple[Tensor, Gradients]]:
+    def finish(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
         gradient = full_precision(gradient)
         if weight is not None and weight.requires_grad:
             standardized = F.layer_norm(full_precision(received), normalized_shape, eps=eps)
-            yield weight, Dense(_positions_added(standardized.mul_(gradient), weight, batch))
+            yield weight, Dense(added_up(standardized.mul_(gradient), layout, weight.shape))
         if bias is not None and bias.requires_grad:
-            yield bias, Dense(_positions_added(gradient, bias, batch))
+            yield bias, Dense(added_up(gradient, layout, bias.shape))
 
     return finish
 
@@ -44,19 +44,13 @@ def rms_norm(
     """y = w x / rms(x): the weight's gradient is Σ_t b_t x_t / rms(x_t)."""
     received = input.detach()
 
-    def finish(gradient: Tensor, batch: int) -> Iterator[tuple[Tensor, Gradients]]:
+    def finish(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
         if weight is not None and weight.requires_grad:
             scaled = F.rms_norm(full_precision(received), normalized_shape, eps=eps)
             products = scaled.mul_(full_precision(gradient))
-            yield weight, Dense(_positions_added(products, weight, batch))
+            yield weight, Dense(added_up(products, layout, weight.shape))
 
     return finish
-
-
-def _positions_added(values: Tensor, like: Tensor, batch: int) -> Tensor:
-    """(B, …, *like.shape) -> (B, *like.shape)."""
-    positions = values.shape[: values.dim() - like.dim()].numel() // max(batch, 1)
-    return values.reshape(batch, positions, *like.shape).sum(1)
 
 
 RULES = {F.layer_norm: Rule(layer_norm), F.rms_norm: Rule(rms_norm), torch.rms_norm: Rule(rms_norm)}

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from dpnlu.layout import Layout
 from dpnlu.packing import Packing, PackRows, SortStates, SpreadRows, UnpackRows
 from dpnlu.rules.linear import linear
 from dpnlu.rules.lstm import Turn, lstm_layer
@@ -155,15 +156,13 @@ def _entered(tape: Tape, states: States) -> States:
 def _met(tape: Tape, state: Tensor) -> Tensor:
     stand_in = state.view_as(state)
 
-    def per_example(gradient: Tensor) -> Tensor:
-        batch = gradient.shape[1]
-        return (
-            torch.diag_embed(gradient.permute(2, 0, 1))
-            .permute(2, 1, 3, 0)
-            .reshape(batch, *gradient.shape)
-        )
+    def per_example(gradient: Tensor, layout: Layout) -> Tensor:
+        columns = torch.arange(gradient.shape[1], device=gradient.device)
+        apart = gradient.new_zeros(layout.batch, *gradient.shape)
+        apart[layout.owner(len(columns)).to(columns), :, columns] = gradient.transpose(0, 1)
+        return apart
 
-    tape.meet(state, stand_in, per_example)
+    tape.meet(state, stand_in, per_example, dims=(1,))
     return stand_in
 
 

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from dpnlu.engines import ENGINES
-from dpnlu.gradients import Gradients, GramCache, combine, squared_norms
+from dpnlu.gradients import Gradients, GramCache
 from dpnlu.plan import PrivacyPlan
 from dpnlu.rules import OPERATIONS
 from dpnlu.tape import Tape
+from dpnlu.uses import combine, squared_norms
+from dpnlu.verification import find_layouts
 
 torch.set_num_threads(1)  # everything here is tiny
 
@@ -64,6 +66,25 @@ def per_example_gradients() -> Callable[[Tensor, list[nn.Parameter]], list[Tenso
     return _per_example_gradients
 
 
+def _taped_gradients(tape: Tape, losses: Tensor) -> dict[Tensor, list[Gradients]]:
+    """What the tape says of each parameter, wherever the examples lie."""
+    trace, batch = tape.trace, len(losses)
+    with tape.on_the_way_back():
+        arrived = trace.backward(losses, retain_graph=True)
+        layouts = trace.usual_layouts(arrived, batch)
+        if batch > 1:
+            generator = torch.Generator().manual_seed(0)
+            layouts = find_layouts(
+                trace, losses, arrived, layouts, chooses_rows=True, generator=generator
+            )
+        return trace.gradients(arrived, layouts)
+
+
+@pytest.fixture
+def taped_gradients() -> Callable[[Tape, Tensor], dict[Tensor, list[Gradients]]]:
+    return _taped_gradients
+
+
 @pytest.fixture
 def assert_taped_exactly() -> Callable[..., None]:
     """Whatever the tape says about a forward pass agrees with the loop over one without a tape.
@@ -85,7 +106,7 @@ def assert_taped_exactly() -> Callable[..., None]:
         try:
             losses = forward(model)
             expected = plain or _per_example_gradients(losses, list(names))
-            found = tape.trace.gradients(losses)
+            found = _taped_gradients(tape, losses)
         finally:
             tape.close()
         assert set(found) <= set(names)
@@ -109,7 +130,7 @@ def _assert_uses_are(uses: list[Gradients], rows: Tensor, scale: float, name: st
         return
     dense = sum(part.dense().reshape(rows.shape) for part in parts)
     assert torch.allclose(dense, rows, **close), name
-    norms = squared_norms(parts, GramCache())
+    norms = squared_norms(parts, GramCache()).values
     squares = rows.reshape(len(rows), rows.shape[1:].numel()).square().sum(1)
     assert norms.shape == squares.shape, name
     assert torch.allclose(norms, squares, rtol=1e-10, atol=1e-10 * scale**2), name

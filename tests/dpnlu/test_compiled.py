@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dpnlu import compiled, tracing
-from dpnlu.tape import UnsupportedLayerError
+from dpnlu.errors import UnsupportedLayerError
 from dpnlu.training import privatize
 
 WORDS, POSITIONS = 12, 5

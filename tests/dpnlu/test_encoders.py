@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpnlu.engines import ENGINES
+from dpnlu.errors import UnsupportedLayerError
 from dpnlu.plan import PrivacyPlan
-from dpnlu.tape import UnsupportedLayerError
 from dpnlu.training import privatize
 
 pytestmark = pytest.mark.usefixtures("double")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpnlu.engines import ENGINES, Opacus
-from dpnlu.tape import UnsupportedLayerError
+from dpnlu.errors import UnsupportedLayerError
+from dpnlu.gradients import SquaredNorms
 
 # torch's opinion of the hooks that Opacus uses.
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
@@ -446,34 +447,55 @@ def add(make_plan):
 
 
 @pytest.mark.parametrize("sizes", [[4], [1, 4], [0, 4], [1, 1, 4]], ids=str)
-@pytest.mark.parametrize("model", [Mixing, TimeMajor])
-def test_examples_that_mix_are_noticed(add, model, sizes):
+def test_examples_that_mix_are_noticed(add, sizes):
     """… as soon as there are two of them, though the first batch may have held only one."""
-    shape = (4, 3) if model is TimeMajor else (3,)
-    inputs = torch.randn(4, *shape)
-    with pytest.raises(UnsupportedLayerError, match=r"that example alone|examples first"):
-        add(model(), [inputs[:size] for size in sizes])
+    inputs = torch.randn(4, 3)
+    with pytest.raises(
+        UnsupportedLayerError, match=r"Module before: .*for example \d.*that example alone"
+    ):
+        add(Mixing(), [inputs[:size] for size in sizes])
 
 
 @pytest.mark.usefixtures("double")
-def test_examples_that_change_places_are_noticed_though_their_norms_agree(add):
+@pytest.mark.parametrize("sizes", [[4], [1, 4], [4, 2, 3, 4]], ids=str)
+def test_time_may_come_first(add, sizes):
+    """… whatever multiples of each other the numbers of steps and of examples are."""
+    model, inputs = TimeMajor(), torch.randn(4, 4, 3)
+    batches = [inputs[:size] for size in sizes]
+    expected = add(model, batches, engine="per_example")
+    torch.testing.assert_close(add(model, batches), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("chosen", [False, True], ids=["always", "by their values"])
+def test_examples_that_change_places_keep_their_gradients(add, chosen):
+    """Wherever they stand, though the norms of all of them agree."""
+
     class Reversing(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(4, 2, bias=False)
 
         def forward(self, inputs: Tensor) -> Tensor:
-            return self.layer(inputs.flip(0)).flip(0)
+            if not chosen:
+                return self.layer(inputs.flip(0)).flip(0)
+            order = inputs[:, 0].argsort()
+            return self.layer(inputs[order])[order.argsort()]
 
-    with pytest.raises(UnsupportedLayerError, match="that example alone"):
-        add(Reversing(), [torch.eye(4)], losses=lambda model, inputs: model(inputs).sum(1))
+    def losses(model, inputs):
+        return torch.arange(1.0, len(inputs) + 1) * model(inputs).sum(1)
+
+    model = Reversing()
+    for size in (4, 2, 3, 4):
+        batches = [torch.eye(4), torch.eye(4)[torch.randperm(4)[:size]]]
+        expected = add(model, batches, engine="per_example", losses=losses)
+        torch.testing.assert_close(add(model, batches, losses=losses), expected)
 
 
 def test_wrong_norms_are_noticed_though_the_sums_are_right(add, monkeypatch):
     """The check covers what the coefficients are made of."""
-    monkeypatch.setattr(
-        "dpnlu.clipped.squared_norms", lambda parts, grams: parts[0].dense().new_ones(4)
-    )
+    ones, zeros = torch.ones(4), torch.zeros(4)
+    monkeypatch.setattr("dpnlu.clipped.squared_norms", lambda *_: SquaredNorms(ones, zeros))
     with pytest.raises(UnsupportedLayerError, match=r"norm .* of an example's gradient"):
         add(Feedforward(), [_vectors(4)])
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dpnlu import gradients
-from dpnlu.gradients import Dense, GramCache, OuterProducts, Rows, combine, squared_norms
+from dpnlu.gradients import Dense, GramCache, OuterProducts, Rows
+from dpnlu.uses import combine, squared_norms
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -126,7 +127,7 @@ def test_dense_is_the_definition(form):
 @every_form
 def test_squared_norms_are_those_of_the_gradients_written_out(form):
     use, grams = form.make(), CountingGrams()
-    found = use.squared_norms(grams)
+    found = use.squared_norms(grams).values
     expected = written_out(use)
     expected = expected.reshape(len(found), expected.shape[1:].numel()).square().sum(1)
     torch.testing.assert_close(found, expected)
@@ -162,16 +163,16 @@ def test_finite_rows_leave_exactly_nothing_of_the_others(form, poison):
     kept.add_weighted_sum(coefficients, out)
     expected = 0.5 * (clean.sum(0) - clean[1])
     torch.testing.assert_close(out, expected)
-    assert not kept.dense()[1].any() and kept.squared_norms(GramCache())[1] == 0
+    assert not kept.dense()[1].any() and kept.squared_norms(GramCache()).values[1] == 0
 
 
 @every_spoilable_form
 def test_a_non_finite_example_does_not_touch_the_norms_of_others(form):
     use = form.make()
-    before = use.squared_norms(GramCache())
+    before = use.squared_norms(GramCache()).values
     values = use.right if isinstance(use, OuterProducts) else use.values
     values[1] = math.inf
-    after = use.squared_norms(GramCache())
+    after = use.squared_norms(GramCache()).values
     others = torch.arange(len(before)) != 1
     assert torch.equal(after[others], before[others])
 
@@ -224,7 +225,7 @@ def test_norms_are_taken_of_the_sum_of_the_uses(make):
     """Cross terms included: squared norms of two uses do not add up."""
     uses = make()
     total = sum(written_out(use) for use in uses)
-    found = squared_norms(combine(uses), GramCache())
+    found = squared_norms(combine(uses), GramCache()).values
     torch.testing.assert_close(found, total.flatten(1).square().sum(1))
 
 
@@ -232,7 +233,7 @@ def test_uses_that_cancel_have_norm_zero():
     """… not a negative one, whose root would be no number."""
     use = outer(4, 2, 6, 5)
     table = Rows(torch.arange(5).expand(4, 5), -outer_written_out(use), (5, 6))
-    found = squared_norms(combine([use, table]), GramCache())
+    found = squared_norms(combine([use, table]), GramCache()).values
     assert bool((found >= 0).all()) and bool((found < 1e-12).all())
 
 
@@ -261,5 +262,5 @@ def test_norms_of_half_precision_factors_are_those_of_full_precision_sums():
     use = outer(2, 2, 6, 5)
     huge = OuterProducts(use.left.float() * 1e3, use.right.float() * 1e3)
     expected = written_out(use).flatten(1).square().sum(1) * 1e12
-    found = huge.squared_norms(GramCache()).double()
+    found = huge.squared_norms(GramCache()).values.double()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)

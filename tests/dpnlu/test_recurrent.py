@@ -243,7 +243,7 @@ def test_cell_states_that_alone_matter(assert_taped_exactly):
     )
 
 
-def test_a_large_network_in_single_precision(per_example_gradients):
+def test_a_large_network_in_single_precision(per_example_gradients, taped_gradients):
     """Where the fast product is used, rounding is that of float32."""
     torch.set_default_dtype(torch.float32)
     model = nn.LSTM(40, 64, batch_first=True, bidirectional=True)
@@ -254,7 +254,7 @@ def test_a_large_network_in_single_precision(per_example_gradients):
     losses = outputs.square().sum((1, 2))
     torch.testing.assert_close(outputs, expected_values, rtol=1e-4, atol=1e-5)
     expected = per_example_gradients(losses, list(model.parameters()))
-    found = tape.trace.gradients(losses)
+    found = taped_gradients(tape, losses)
     tape.close()
     for parameter, rows in zip(model.parameters(), expected, strict=True):
         dense = sum(use.dense() for use in found[parameter])
@@ -263,7 +263,7 @@ def test_a_large_network_in_single_precision(per_example_gradients):
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_autocast_inputs_are_computed_with_in_the_weights_precision(
-    per_example_gradients, bidirectional
+    per_example_gradients, taped_gradients, bidirectional
 ):
     torch.set_default_dtype(torch.float32)
     network = nn.LSTM(4, 6, batch_first=True, bidirectional=bidirectional)
@@ -275,7 +275,7 @@ def test_autocast_inputs_are_computed_with_in_the_weights_precision(
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = model(inputs)[0]
         assert outputs.dtype == torch.bfloat16
-        found = tape.trace.gradients(outputs.float().square().sum((1, 2)))
+        found = taped_gradients(tape, outputs.float().square().sum((1, 2)))
     tape.close()
     for parameter, rows in zip(model.parameters(), expected, strict=True):
         dense = sum(use.dense() for use in found[parameter])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from dpnlu.tape import UnsupportedLayerError
+from dpnlu.errors import UnsupportedLayerError
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -453,10 +453,37 @@ def test_entries_picked_by_ids(assert_taped_exactly, pick, size):
     assert_taped_exactly(Picking(), lambda model: model(ids))
 
 
+EINSUMS = {
+    "a linear layer": lambda p, h: torch.einsum("bti,oi->bto", h, p["matrix"]),
+    "the other way round": lambda p, h: torch.einsum("io,bti->bto", p["matrix"], h),
+    "spaces": lambda p, h: torch.einsum("b t i, i o -> b t o", h, p["matrix"]),
+    "heads": lambda p, h: torch.einsum("bti,nid->btnd", h, p["cube"]),
+    "heads last": lambda p, h: torch.einsum("bti,ndi->btnd", h, p["cube"]),
+    "summed over two": lambda p, h: torch.einsum("btni,nid->btd", _twice(h), p["cube"]),
+    "summed over the outer two": lambda p, h: torch.einsum("btnd,nid->bti", _twice(h), p["cube"]),
+    "time last": lambda p, h: torch.einsum("bti,oi->bot", h, p["matrix"]),
+    "time first": lambda p, h: torch.einsum("bti,oi->tbo", h, p["matrix"]).transpose(0, 1),
+    "frozen": lambda p, h: torch.einsum("bti,oi->bto", h, p["matrix"].detach()),
+    "of what is made": lambda p, h: torch.einsum("bti,oi->bto", h, p["matrix"].tanh()),
+}
+
+
+def _twice(h: Tensor) -> Tensor:
+    return torch.stack([h, h.sin()], 2)
+
+
+@every_size
+@pytest.mark.parametrize("apply", EINSUMS.values(), ids=EINSUMS)
+def test_products_by_einstein_s_notation(assert_taped_exactly, apply, size):
+    model = Around(_free_parameters(), 4, apply)
+    inputs = torch.randn(*size, 3)
+    assert_taped_exactly(model, lambda model: model(inputs))
+
+
 # ---- operations without a rule ---------------------------------------------------------------
 
 FALLBACKS = {
-    "einsum": lambda p, h: torch.einsum("bti,oi->bto", h, p["matrix"]),
+    "a label in all three": lambda p, h: torch.einsum("bti,ti->bti", h[:, :2], p["matrix"][:2]),
     "bilinear form": lambda p, h: torch.einsum("bti,ij,bsj->bts", h, p["matrix"], h),
     "bilinear layer": lambda p, h: F.bilinear(h, h.flip(1), p["cube"]),
     "maximum": lambda p, h: torch.maximum(h, p["vector"]),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpnlu.tape import UnsupportedLayerError
+from dpnlu.errors import UnsupportedLayerError
 from dpnlu.validation import check_trainable
 
 

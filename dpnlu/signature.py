@@ -1,14 +1,16 @@
-"""The course of a forward pass: what was done with the examples, in the order it was done.
+"""The signature of a forward pass: what was done with the examples, in the order it was done.
 
 The place of an example in memory is known by counting: of n·B rows, the first n are the first
 example's. Whether that is so is checked against automatic differentiation. What holds for one batch
-holds for another that took the same course, unless rows were chosen by their values: picked out by
-a mask, sorted, packed. Of these, nothing but a check of the batch itself can tell, except that what
+holds for another of the same signature, unless rows were chosen by their values: picked out by a
+mask, sorted, packed. Of these, nothing but a check of the batch itself can tell, except that what
 was packed and is unpacked in the same way has lost no row its place.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +29,8 @@ _INDEX = frozenset({"Index", "IndexPut"})
 _PACK_PADDED, _SPREAD, _SORT = "PackPaddedSequence", "SpreadRows", "SortStates"
 _PACK = frozenset({_PACK_PADDED, "PackRows"})
 _UNPACK = frozenset({"UnpackRows", _SPREAD})
-_OF_A_PARAMETER = "torch::autograd::AccumulateGrad"
-# Nodes that cut or turn dimension 0 at places that a course must agree in, and what holds them.
+OF_A_PARAMETER = "torch::autograd::AccumulateGrad"
+# Nodes that cut or turn dimension 0 at places that a signature must agree in, and what holds them.
 _CUT = {
     "Slice": ("_saved_start", "_saved_end", "_saved_step"),
     "Select": ("_saved_index",),
@@ -37,15 +39,28 @@ _CUT = {
     "Roll": ("_saved_dims", "_saved_shifts"),
     "AsStrided": ("_saved_storage_offset",),
 }
+# What else a node holds that says what it does: dimensions, and numbers written in the program.
+_DIMENSIONS = ("_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1", "_saved_keepdim")
+_NUMBERS = {
+    "Add": ("_saved_alpha",),
+    "Addcmul": ("_saved_value",),
+    "Div": ("_saved_other",),
+    "Lerp": ("_saved_weight",),
+    "Mul": ("_saved_other", "_saved_self"),
+    "Pow": ("_saved_exponent",),
+    "Rsub": ("_saved_alpha",),
+    "Sub": ("_saved_alpha",),
+}
 
 
 @dataclass(frozen=True)
-class Course:
+class Signature:
     """Equal for forward passes that did the same things in the same order.
 
     Attributes:
-        steps: the autograd graph, from the losses on: its nodes by name and by where they cut the
-            batch, and which output of which node each of them used.
+        steps: the autograd graph, from the losses on: its nodes by name, by where they cut the
+            batch, by the dimensions along which they act and whether the numbers they hold are 0, 1
+            or others; and which output of which node each of them used.
         chooses_rows: rows were chosen by their values, which equal names do not tell.
     """
 
@@ -53,33 +68,92 @@ class Course:
     chooses_rows: bool
 
 
-def course_of(losses: Tensor) -> Course:
-    """Follow `losses` (B,) back through the autograd graph."""
-    places: dict[Node, int] = {}
+@dataclass(frozen=True)
+class Edge:
+    """The graph of some losses, edge by edge.
+
+    Attributes:
+        node: what made the value.
+        output: which of its outputs it is.
+        user: what used it; None: it is the losses.
+        is_new: whether no edge before this one led to the node.
+    """
+
+    node: Node
+    output: int
+    user: Node | None
+    is_new: bool
+
+
+def walk(losses: Tensor) -> Iterator[Edge]:
+    """Follow `losses` (B,) back through the autograd graph, always in the same order."""
+    known: set[Node] = set()
     waiting: list[tuple[Node | None, int, Node | None]] = [(losses.grad_fn, 0, None)]
-    steps: list[str] = []
-    chooses_rows = False
     while waiting:
         node, output, user = waiting.pop()
         if node is None:
             continue
-        if _chooses_rows(node, len(losses)) and not _keeps_places(node, user):
-            chooses_rows = True
-        if node in places:
-            steps.append(f"{output} of {places[node]}")
-            continue
-        places[node] = len(places)
-        steps.append(f"{output} of {_described(node, len(losses))}")
-        waiting.extend((earlier, output, node) for earlier, output in node.next_functions)
-    return Course(tuple(steps), chooses_rows)
+        is_new = node not in known
+        yield Edge(node, output, user, is_new)
+        if is_new:
+            known.add(node)
+            waiting.extend((earlier, place, node) for earlier, place in node.next_functions)
 
 
-def _described(node: Any, batch: int) -> str:
+def signature_of(edges: Sequence[Edge], batch: int, *, may_unpack: bool = True) -> Signature:
+    """The signature of a graph.
+
+    Args:
+        may_unpack: whether to look at tensors that nodes keep. Under activation checkpointing
+            that would compute them anew: then whatever may choose rows is taken to do so.
+    """
+    places: dict[Node, int] = {}
+    steps: list[str] = []
+    chooses_rows = False
+    for edge in edges:
+        node = edge.node
+        if not chooses_rows and _kind(node) in _MAY_CHOOSE:
+            chooses_rows = not may_unpack or (
+                _chooses_rows(node, batch) and not _keeps_places(node, edge.user)
+            )
+        if edge.is_new:
+            places[node] = len(places)
+            steps.append(f"{edge.output} of {_described(node, batch, may_unpack)}")
+        else:
+            steps.append(f"{edge.output} of {places[node]}")
+    return Signature(tuple(steps), chooses_rows)
+
+
+def _described(node: Any, batch: int, may_unpack: bool) -> str:
     name: str = node.name()
-    places = _CUT.get(_kind(node), ())
-    if not places or (hasattr(node, "_saved_dim") and not _acts_on_examples(node, batch)):
-        return name
-    return f"{name} {[getattr(node, place) for place in places]}"
+    kind = _kind(node)
+    places = _CUT.get(kind, ())
+    if places and not (hasattr(node, "_saved_dim") and not _acts_on_examples(node, batch)):
+        name = f"{name} {[getattr(node, place) for place in places]}"
+    dimensions = _held(type(node), _DIMENSIONS)  # type: ignore[arg-type]
+    if dimensions:
+        name = f"{name} {[getattr(node, held) for held in dimensions]}"
+    if kind in _NUMBERS and may_unpack:
+        name = f"{name} {[_number(getattr(node, held, None)) for held in _NUMBERS[kind]]}"
+    return name
+
+
+@functools.cache
+def _held(kind: Any, attributes: tuple[str, ...]) -> tuple[str, ...]:
+    """Which of these attributes the nodes of a kind have."""
+    return tuple(held for held in attributes if hasattr(kind, held))
+
+
+def _number(held: Any) -> str:
+    """Whether a number that is written in the program is 0, 1 or another; nothing of tensors."""
+    if isinstance(held, Tensor):
+        is_number = held.dim() == 0 and held.device.type == "cpu" and not held.requires_grad
+        # While a program is traced tensors have no values; numbers are part of the program.
+        is_traced = torch._C._len_torch_dispatch_stack() > 0
+        held = held.item() if is_number and not is_traced else None
+    if isinstance(held, (int, float)):
+        return "01"[int(held)] if held in (0, 1) else "other"
+    return ""
 
 
 def _kind(node: Node) -> str:
@@ -120,6 +194,9 @@ def _may_hold_examples(dimension: int, size: int, batch: int) -> bool:
     return batch > 1 and (size % batch == 0 if dimension == 1 else size == batch)
 
 
+_MAY_CHOOSE = _CHOOSE_ALONG | _CHOOSE | _INDEX | _PACK | _UNPACK | frozenset({_SORT, "Embedding"})
+
+
 def _chooses_rows(node: Any, batch: int) -> bool:
     """Whether the node may have put other examples, or other numbers of rows, into the dimension
     that holds them."""
@@ -137,7 +214,7 @@ def _chooses_rows(node: Any, batch: int) -> bool:
             )
         )
     if kind == "Embedding":  # of a table that is no parameter, perhaps made from the examples
-        return bool(node.next_functions[0][0].name() != _OF_A_PARAMETER)
+        return bool(node.next_functions[0][0].name() != OF_A_PARAMETER)
     return kind in _CHOOSE or kind in _PACK or kind in _UNPACK or kind == _SORT
 
 

@@ -1,0 +1,106 @@
+"""How far rounding can take a sum from its true value.
+
+The bounds hold for every order of summation, with and without fused multiply-adds (Higham 2002,
+chapter 3): a sum of n products is off by at most γ(n) = n u / (1 - n u) times the sum of their
+magnitudes, where u is the unit roundoff. So they hold whatever kernel computes a product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Long sums of squares are taken in blocks of so many terms, which keeps the bounds small.
+_BLOCK = 1024
+
+
+# On top of the bounds, for what they are multiplied with is itself rounded.
+_MARGIN = 1.02
+
+
+def growth(terms: int, dtype: torch.dtype) -> float:
+    """γ(terms), relative to the sum of magnitudes; infinity where nothing can be said."""
+    product = terms * torch.finfo(dtype).eps / 2
+    return _MARGIN * product / (1 - product) if product < 0.5 else math.inf
+
+
+def underflow(dtype: torch.dtype) -> float:
+    """What to add to squared lengths so that bounds relative to them cover underflow as well."""
+    info = torch.finfo(dtype)
+    return info.tiny / (info.eps / 2)
+
+
+def squared_sums(values: Tensor) -> Tensor:
+    """(B, …) -> (B,) sums of squares, off by at most γ(`squared_terms`), relative to themselves."""
+    flat = _flat(values)
+    whole = flat.shape[1] // _BLOCK * _BLOCK
+    rest: Tensor = torch.linalg.vecdot(flat[:, whole:], flat[:, whole:])
+    if not whole:
+        return rest
+    blocks = torch.unflatten(flat[:, :whole], 1, (-1, _BLOCK))
+    return _blocked_sum(torch.linalg.vecdot(blocks, blocks)) + rest
+
+
+def inner_products(one: Tensor, other: Tensor) -> Tensor:
+    """(B, …) twice -> (B,) inner products, off by at most γ(`squared_terms`) relative to the
+    product of both norms."""
+    return _blocked_sum(_flat(one) * _flat(other))
+
+
+def squared_terms(count: int) -> int:
+    """How many terms a sum of `count` squares or products counts as, taken in blocks."""
+    terms = 2
+    while count > _BLOCK:
+        count, terms = count // _BLOCK + 1, terms + 2 * _BLOCK
+    return terms + 2 * count
+
+
+def _blocked_sum(values: Tensor) -> Tensor:
+    """(B, n) -> (B,), in blocks of blocks."""
+    while values.shape[1] > _BLOCK:
+        whole = values.shape[1] // _BLOCK * _BLOCK
+        blocks = torch.unflatten(values[:, :whole], 1, (-1, _BLOCK)).sum(2)
+        values = torch.cat((blocks, values[:, whole:].sum(1, keepdim=True)), dim=1)
+    return values.sum(1)
+
+
+def _flat(values: Tensor) -> Tensor:
+    """(B, …) -> (B, n), for any B."""
+    return values.reshape(values.shape[0], values.shape[1:].numel())
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Products of float32 matrices in float32: without autocast, TF32 or bfloat16 in their place,
+    which the bounds know nothing of."""
+    with ExitStack() as stack:
+        for kind in {"cpu", device.type}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        for backend in (torch.backends.cuda, torch.backends.mkldnn):
+            stack.enter_context(_ieee(getattr(backend, "matmul", None)))
+        yield
+
+
+@contextmanager
+def _ieee(matmul: Any) -> Iterator[None]:
+    """Switch off a library's shortcuts for products; torch before 2.9 has them for CUDA alone."""
+    name, exact = "fp32_precision", "ieee"
+    if not hasattr(matmul, name):
+        name, exact = "allow_tf32", False  # type: ignore[assignment]
+    if not hasattr(matmul, name):
+        yield
+        return
+    before = getattr(matmul, name)
+    if before == exact:
+        yield
+        return
+    setattr(matmul, name, exact)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
