@@ -92,6 +92,10 @@ class Checks:
         """A batch has shown that the parameters' gradients are right."""
         self._known[signature].parameters = True
 
+    def is_shown(self, signature: Hashable) -> bool:
+        """Whether a batch has shown that the parameters' gradients are right."""
+        return self._known[signature].parameters
+
     def weights_changed(self) -> None:
         """Forget everything if something that was zero no longer is."""
         if not self.zeros:

@@ -14,7 +14,7 @@ rounding of its norm included. A unit whose gradient is not finite adds exactly 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dpnlu.batches import leaves_of
 from dpnlu.checks import Checks, own_generator
 from dpnlu.clipped import Clipped, Parts, add_clipped, gradient_norms
 from dpnlu.clipping import CLIPPING_RULES
@@ -141,15 +142,33 @@ class BookKeeping:
             return self.losses(losses_of, batch, len(losses))
         return losses
 
+    def run(self, call: Call, given: Any, count: int) -> tuple[Any, Signature | None]:
+        """Have a module called again with other arguments, of `count` examples.
+
+        Returns:
+            What it returns, and what was done; None if nothing of that can be differentiated.
+        """
+        self._tape.expect(count)
+        try:
+            outputs = call.repeated(*given)
+            leaves = [leaf for leaf in leaves_of(outputs) if leaf.requires_grad]
+            if not leaves:
+                return outputs, None
+            total = torch.stack([leaf.sum().double() for leaf in leaves]).sum()
+            return outputs, self._signature(list(walk(total)), count)
+        finally:
+            self._tape.clear()
+
     def norms(self, losses: Tensor) -> Tensor:
         """(B,) norms of the gradients of losses that were recorded; nothing is added up."""
         trace = self._tape.trace
         try:
+            self.signature = self.signature_of(losses)
             with self._tape.on_the_way_back():
                 arrived = trace.backward(losses, retain_graph=True)
-                layouts = trace.usual_layouts(arrived, len(losses))
+                expected = trace.expected_layouts(arrived, len(losses))
                 layouts = find_layouts(
-                    trace, losses, arrived, layouts, chooses_rows=True, generator=self._generator
+                    trace, losses, arrived, expected, chooses_rows=True, generator=self._generator
                 )
                 return self._parts(arrived, layouts, list(self.names), losses)[1].values.sqrt()
         finally:
@@ -164,7 +183,7 @@ class BookKeeping:
         closes_unit: bool | None = True,
     ) -> Clipped:
         try:
-            with self._tape.on_the_way_back(), nothing_accumulated(into):
+            with self._tape.on_the_way_back():
                 parts, norms = self._found(losses, list(into))
         finally:
             self._tape.clear()
@@ -246,20 +265,21 @@ class BookKeeping:
             signature, chooses_rows=signature.chooses_rows
         )
         check_rows = check_rows and batch > 1
-        arrived = trace.backward(losses, retain_graph=check_rows or check_parameters)
+        with nothing_accumulated(parameters):
+            arrived = trace.backward(losses, retain_graph=check_rows or check_parameters)
         self.coarsest = max((torch.finfo(g.dtype).eps for g in arrived if g is not None), default=0)
-        layouts = self.checks.layouts(signature, batch)
-        if layouts is None:
-            layouts = trace.usual_layouts(arrived, batch)
+        known = self.checks.layouts(signature, batch)
         if check_rows:
             layouts = find_layouts(
                 trace,
                 losses,
                 arrived,
-                layouts,
+                known or trace.expected_layouts(arrived, batch),
                 chooses_rows=signature.chooses_rows,
                 generator=self._generator,
             )
+        else:
+            layouts = known or trace.usual_layouts(arrived, batch)
         parts, norms = self._parts(arrived, layouts, parameters, losses)
         if check_rows and bool(torch.isfinite(norms.values).all()):
             self.checks.show_rows(signature, layouts)
@@ -518,7 +538,7 @@ ENGINES: dict[str, Callable[..., Engine]] = {
 
 
 @contextmanager
-def nothing_accumulated(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def nothing_accumulated(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Refuse backward passes that leave gradients at parameters, where nothing clips them.
 
     Raises:

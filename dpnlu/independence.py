@@ -2,30 +2,28 @@
 
 What crosses from one example to another without a gradient path, a detached mean, a division by the
 batch's tokens, a routing that has only so much room, shows in no comparison of gradients. It shows
-when half of the batch is exchanged: for examples that stay, in their places, everything must stay.
-The shapes are the same, so that the same kernels run, and so are the random numbers; where nothing
-crosses, losses come out the same to the last bit.
+when part of the batch is exchanged: for examples that stay, in their places, everything must stay.
+The shapes are the same and so are the random numbers, so that the same kernels run: where nothing
+crosses, losses and norms come out the same to the last bit, in any precision.
 
-What it lets pass: changes of a loss by a few hundred units in its last place. What it cannot see:
-what crosses only where values coincide otherwise, and Python's own records of earlier batches.
+What it lets pass: where other values take other kernels (sequences are packed, rows chosen),
+changes of a few hundred units in the last place of a loss, or of eight where numbers have few
+digits. What it cannot see: what crosses only between examples that were not drawn for it, and
+Python's own records of earlier batches.
 """
 
 from __future__ import annotations
 
-import copy
-import itertools
 import random
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from dpnlu.batches import Places, exchanged, leaves_of
 from dpnlu.checks import Checks
 from dpnlu.errors import UnsupportedLayerError
 
@@ -33,12 +31,21 @@ from dpnlu.errors import UnsupportedLayerError
 _UNITS, _COARSE_UNITS = 256, 8
 # Models in float64 may take norms and softmaxes in float32.
 _FINEST = 2.0**-40
-# In how many ways examples are looked for in tensors that may hold them in several dimensions.
-_WAYS = 8
+# How often the first batch of its kind is exchanged, and others.
+_AT_FIRST, _LATER = 8, 2
 
 
-# What a run says of each example: tensors (B, …), such as losses and norms.
-Answers = Sequence[Tensor]
+@dataclass(frozen=True)
+class Answers:
+    """What a run says of each example.
+
+    Attributes:
+        values: tensors (B, …), such as losses and norms.
+        signature: what was done; None: it is not known.
+    """
+
+    values: Sequence[Tensor]
+    signature: Hashable = None
 
 
 @dataclass(frozen=True)
@@ -54,52 +61,6 @@ class Run:
     again: Callable[[Any], Answers]
     batch: Any
     answers: Answers | None
-
-
-class Randomness:
-    """The states of all random generators at one moment, to run something again from there."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._states = self._read()
-
-    @contextmanager
-    def repeated(self) -> Iterator[None]:
-        """In here, random numbers are those that followed that moment; afterwards nothing was."""
-        now = self._read()
-        self._write(self._states)
-        try:
-            yield
-        finally:
-            self._write(now)
-
-    def _read(self) -> tuple[Any, ...]:
-        on_device = None
-        if self._device.type == "cuda":
-            on_device = torch.cuda.get_rng_state(self._device)
-        numpy = np.random.get_state()  # noqa: NPY002 — it is what others draw from
-        return torch.get_rng_state(), on_device, random.getstate(), numpy
-
-    def _write(self, states: tuple[Any, ...]) -> None:
-        on_cpu, on_device, python, numpy = states
-        torch.set_rng_state(on_cpu)
-        if on_device is not None:
-            torch.cuda.set_rng_state(on_device, self._device)
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-
-
-@contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put back what runs in here change in the model's buffers."""
-    before = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, version, values in before:
-                if buffer._version != version and buffer.shape == values.shape:
-                    buffer.copy_(values)
 
 
 class Independence:
@@ -118,19 +79,25 @@ class Independence:
     def check(
         self, runs: Sequence[Run], *, count: int, signature: Hashable, coarsest: float
     ) -> None:
-        """Exchange half of the batch in each of the runs that led to its losses; see
-        `check_independence`."""
+        """Exchange examples of the batch in each of the runs that led to its losses.
+
+        Args:
+            count: number of examples in the batch.
+            coarsest: distance from 1 to the next number, of the coarsest numbers computed with.
+
+        Raises:
+            UnsupportedLayerError: an example's loss or norm depends on other examples.
+        """
+        times = _LATER if self._checks.is_shown(signature) else _AT_FIRST
         for number, run in enumerate(runs):
             places = self._places.setdefault(number, Places())
             places.learn(run.batch, count)
-            check_independence(
-                run,
-                places,
-                count=count,
-                model=self._model,
-                coins=self._coins,
-                coarsest=coarsest,
-            )
+            exchange = _Exchange(run, places, self._model, count, coarsest)
+            sources = [
+                _near(count, self._coins) if time % 2 else _by_one(count, self._coins)
+                for time in range(times)
+            ]
+            exchange.check(sources)
         self._checks.show_parameters(signature)
 
     def weights_changed(self) -> None:
@@ -138,96 +105,141 @@ class Independence:
         self._checks.weights_changed()
 
 
-def by_example(outputs: Any, count: int) -> list[Tensor]:
-    """What `outputs` hold of each example: tensors (B, …)."""
-    found = []
-    for leaf in leaves_of(outputs):
-        dim = next((dim for dim, size in enumerate(leaf.shape) if size == count), None)
-        if dim is not None:
-            found.append(leaf.detach().movedim(dim, 0))
-    return found
+class _Exchange:
+    """The check of one run."""
 
+    def __init__(
+        self, run: Run, places: Places, model: nn.Module, count: int, coarsest: float
+    ) -> None:
+        self._run, self._places, self._model = run, places, model
+        self._count, self._coarsest = count, coarsest
+        self._answers = run.again(run.batch) if run.answers is None else run.answers
 
-@dataclass
-class Places:
-    """Where the tensors of batches hold the examples: in dimensions that had their number in every
-    batch so far.
+    def check(self, sources: Sequence[Tensor]) -> None:
+        """Exchange as each of the sources says, (B,) which example to put in each place."""
+        failures: list[Exception] = []
+        for source in sources:
+            try:
+                accused = self._accused(source)
+            except _NotExchangeable as error:
+                failures.append(error)
+                continue
+            if accused is not None and not self._is_repeatable():
+                return
+            if accused is not None:
+                raise UnsupportedLayerError(self._accusation(source, *accused))
+        if failures and len(failures) == len(sources):
+            warnings.warn(
+                "Whether examples are independent could not be checked: a batch in which some are "
+                f"exchanged for others cannot be computed ({failures[0]}).",
+                stacklevel=6,
+            )
 
-    Attributes:
-        dims: of each tensor of a batch, in order; None: no batch was seen yet.
-    """
+    def _accused(self, source: Tensor) -> tuple[int, Any] | None:
+        """An example that stays and whose answers change, and the batch in which they do; None:
+        there is none.
 
-    dims: list[list[int]] | None = None
+        Raises:
+            _NotExchangeable: the model does not accept such a batch.
+        """
+        found: tuple[int, Any] | None = None
+        failure: Exception | None = None
+        for dims in self._places.ways():
+            other = exchanged(self._run.batch, source, dims)
+            try:
+                answers = self._run.again(other)
+            except UnsupportedLayerError:
+                raise
+            except Exception as error:  # whatever the user's code makes of it
+                failure = error
+                continue
+            changed = self._changed(answers, source == torch.arange(self._count))
+            if not bool(changed.any()):
+                return None
+            found = found or (int(changed.nonzero()[0]), other)
+        if found is None and failure is not None:
+            raise _NotExchangeable(f"{type(failure).__name__}: {failure}")
+        return found
 
-    def learn(self, batch: Any, count: int) -> None:
-        """A batch of so many examples."""
-        found = [
-            [dim for dim, size in enumerate(leaf.shape) if size == count]
-            for leaf in leaves_of(batch)
-        ]
-        if self.dims is not None and len(self.dims) == len(found):
-            found = [
-                [dim for dim in now if dim in before]
-                for now, before in zip(found, self.dims, strict=True)
-            ]
-        self.dims = found
+    def _changed(self, other: Answers, stay: Tensor) -> Tensor:
+        """(B,) which of the examples that stay have other answers."""
+        is_alike = other.signature is not None and other.signature == self._answers.signature
+        changed = torch.zeros(len(stay), dtype=torch.bool)
+        for left, right in zip(self._answers.values, other.values, strict=True):
+            share = 0.0 if is_alike else _share(left, self._coarsest)
+            changed[: len(left)] |= _differ(left, right[: len(left)], share).cpu()
+        return changed & stay
 
-    def ways(self) -> Iterator[tuple[int | None, ...]]:
-        """How the examples may lie in the tensors of a batch, the likeliest way first."""
-        choices: list[list[int] | list[None]] = [dims or [None] for dims in self.dims or []]
-        if any(self.dims or []):
-            yield from itertools.islice(itertools.product(*choices), _WAYS)
-
-
-def check_independence(
-    run: Run,
-    places: Places,
-    *,
-    count: int,
-    model: nn.Module,
-    coins: random.Random,
-    coarsest: float,
-) -> None:
-    """Exchange half of a batch and compare what is said of the other half.
-
-    Args:
-        places: where the batch holds the examples.
-        count: number of examples in the batch.
-        model: what runs.
-        coarsest: distance from 1 to the next number, of the coarsest numbers computed with.
-
-    Raises:
-        UnsupportedLayerError: an example's loss or norm depends on other examples.
-    """
-    source = _drawn_exchange(count, coins)
-    stay = source == torch.arange(count)
-    answers = run.again(run.batch) if run.answers is None else run.answers
-    found: list[tuple[Tensor, Any]] = []
-    for dims in places.ways():
-        other = exchanged(run.batch, source, dims)
-        changed = _changed(answers, run.again(other), stay, coarsest)
-        if not bool(changed.any()):
-            return
-        found.append((changed, other))
-    if not found:
-        return
-    if bool(_changed(answers, run.again(run.batch), torch.ones_like(stay), 0.0).any()):
+    def _is_repeatable(self) -> bool:
+        """Whether the very batch gives the very answers again; says so if it does not."""
+        again = self._run.again(self._run.batch)
+        pairs = zip(self._answers.values, again.values, strict=True)
+        if not any(bool(_differ(one, two[: len(one)], 0.0).any()) for one, two in pairs):
+            return True
         warnings.warn(
             "Whether examples are independent could not be checked: the same batch with the same "
             "random numbers gives other losses when it is computed again.",
-            stacklevel=2,
+            stacklevel=7,
         )
-        return
-    changed, other = found[0]
-    name = _first_module_that_changes(model, run.again, (run.batch, other), stay)
-    where = "" if name is None else f", first in module {name}"
-    raise UnsupportedLayerError(
-        "Expected the loss of one example to depend on that example alone, but that of example "
-        f"{int(changed.nonzero()[0])} of the batch changes when {int((~stay).nonzero()[0])} and "
-        f"others are exchanged{where}: remove what is computed of the whole batch (detached "
-        "statistics, a division by its tokens or classes, mining of hard examples, routing with "
-        "limited room)."
-    )
+        return False
+
+    def _accusation(self, source: Tensor, example: int, other: Any) -> str:
+        stay = source == torch.arange(self._count)
+        name = _first_module_that_changes(
+            self._model, self._run.again, (self._run.batch, other), stay
+        )
+        where = "" if name is None else f", first in module {name}"
+        return (
+            "Expected the loss of one example to depend on that example alone, but that of example "
+            f"{example} of the batch changes when {int((~stay).nonzero()[0])} and others are "
+            f"exchanged{where}: remove what is computed of the whole batch (detached statistics, a "
+            "division by its tokens or classes, mining of hard examples, routing with limited "
+            "room)."
+        )
+
+
+class _NotExchangeable(Exception):
+    """The user's code does not accept a batch with exchanged examples."""
+
+
+def _by_one(count: int, coins: random.Random) -> Tensor:
+    """(B,) half of the examples stay, one of them takes the places of the others."""
+    stay = coins.sample(range(count), (count + 1) // 2)
+    source = torch.full((count,), stay[0])
+    source[stay] = torch.tensor(stay)
+    return source
+
+
+def _near(count: int, coins: random.Random) -> Tensor:
+    """(B,) half of the examples stay, each of them takes the places up to the next that stays, so
+    that a batch in order stays in order."""
+    stay = sorted(coins.sample(range(count), (count + 1) // 2))
+    following = torch.searchsorted(torch.tensor(stay), torch.arange(count), right=True) - 1
+    return torch.tensor(stay)[following.clamp(min=0)]
+
+
+def _share(values: Tensor, coarsest: float) -> float:
+    """By which share values may change where other values take other kernels."""
+    fine = torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0
+    return max(_UNITS * max(fine, _FINEST), _COARSE_UNITS * coarsest)
+
+
+def _differ(one: Tensor, other: Tensor, share: float) -> Tensor:
+    """(n,) whether what is said of each example differs, as far as both say something."""
+    shape = [min(sizes) for sizes in zip(one.shape, other.shape, strict=True)]
+    one, other = (_cut(values, shape) for values in (one, other))
+    known = torch.isfinite(one) & torch.isfinite(other)
+    sizes = torch.where(known, one.abs(), 0)
+    scale = sizes.maximum(sizes.mean()) if sizes.numel() else sizes
+    return (known & ((one - other).abs() > share * scale)).any(1)
+
+
+def _cut(values: Tensor, shape: Sequence[int]) -> Tensor:
+    """(n, …) -> (n, m), the first entries along each dimension, as numbers with a fraction."""
+    for dim, size in enumerate(shape):
+        values = values.narrow(dim, 0, size)
+    values = values.detach().reshape(shape[0], -1)
+    return values if values.is_floating_point() else values.double()
 
 
 def _first_module_that_changes(
@@ -260,112 +272,3 @@ def _noting(name: str, outputs: list[tuple[str, list[Tensor]]], count: int) -> C
         outputs.append((name, [leaf.detach().nan_to_num() for leaf in leaves]))
 
     return note
-
-
-def _drawn_exchange(count: int, coins: random.Random) -> Tensor:
-    """(B,) what to put in each place: half of the examples stay, one of these takes the places of
-    the others."""
-    places = list(range(count))
-    coins.shuffle(places)
-    stay = places[: (count + 1) // 2]
-    source = torch.full((count,), stay[0])
-    source[stay] = torch.tensor(stay)
-    return source
-
-
-def _changed(one: Answers, other: Answers, stay: Tensor, coarsest: float) -> Tensor:
-    """(B,) which of the examples that stay have another loss or norm."""
-    changed = torch.zeros(len(stay), dtype=torch.bool)
-    for left, right in zip(one, other, strict=True):
-        changed[: len(left)] |= _differ(left, right[: len(left)], coarsest).cpu()
-    return changed & stay
-
-
-def _differ(one: Tensor, other: Tensor, coarsest: float) -> Tensor:
-    """(n,) whether what is said of each example differs, as far as both say something."""
-    shape = [min(sizes) for sizes in zip(one.shape, other.shape, strict=True)]
-    one, other = (_cut(values, shape) for values in (one, other))
-    known = torch.isfinite(one) & torch.isfinite(other)
-    sizes = torch.where(known, one.abs(), 0)
-    scale = sizes.maximum(sizes.mean()) if sizes.numel() else sizes
-    fine = max(torch.finfo(one.dtype).eps, _FINEST)
-    share = max(_UNITS * fine, _COARSE_UNITS * coarsest) if coarsest else 0.0
-    return (known & ((one - other).abs() > share * scale)).flatten(1).any(1)
-
-
-def _cut(values: Tensor, shape: Sequence[int]) -> Tensor:
-    """The first entries along each dimension, as numbers with a fraction."""
-    for dim, size in enumerate(shape):
-        values = values.narrow(dim, 0, size)
-    values = values.detach().reshape(shape[0], -1)
-    return values if values.is_floating_point() else values.double()
-
-
-# ---- batches of any kind ---------------------------------------------------------------------
-
-
-def exchanged(batch: Any, source: Tensor, dims: Sequence[int | None]) -> Any:
-    """The batch with example `source[i]` in place i.
-
-    Args:
-        dims: of each tensor, in the order of `leaves_of`, the dimension that holds the examples;
-            None: none does.
-    """
-    remaining = iter(dims)
-
-    def exchange(leaf: Tensor) -> Tensor:
-        dim = next(remaining)
-        if dim is None:
-            return leaf
-        return leaf.detach().index_select(dim, source.to(leaf.device))
-
-    return _mapped(batch, exchange)
-
-
-def leaves_of(batch: Any) -> list[Tensor]:
-    """The tensors of a batch, in order."""
-    found: list[Tensor] = []
-
-    def note(leaf: Tensor) -> Tensor:
-        found.append(leaf)
-        return leaf
-
-    _mapped(batch, note)
-    return found
-
-
-def _mapped(value: Any, function: Callable[[Tensor], Tensor], depth: int = 5) -> Any:
-    """The same nesting of containers with every tensor replaced; packed sequences are unpacked
-    for it."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if depth == 0 or value is None or isinstance(value, (str, bytes, int, float, nn.Module, type)):
-        return value
-    if isinstance(value, PackedSequence):
-        padded, lengths = pad_packed_sequence(value, batch_first=True)
-        padded, lengths = function(padded), function(lengths)
-        return pack_padded_sequence(padded, lengths, batch_first=True, enforce_sorted=False)
-    if isinstance(value, Mapping):
-        held = {key: _mapped(branch, function, depth - 1) for key, branch in value.items()}
-        return _refilled(value, held)
-    if isinstance(value, (tuple, list)):
-        branches = [_mapped(branch, function, depth - 1) for branch in value]
-        return type(value)(*branches) if hasattr(value, "_fields") else type(value)(branches)
-    if callable(value) or not (hasattr(value, "__dict__") or is_dataclass(value)):
-        return value
-    names = [field.name for field in fields(value)] if is_dataclass(value) else list(vars(value))
-    changed = copy.copy(value)
-    for name in names:
-        branch = _mapped(getattr(value, name), function, depth - 1)
-        object.__setattr__(changed, name, branch)
-    return changed
-
-
-def _refilled(value: Mapping[Any, Any], held: dict[Any, Any]) -> Any:
-    """A mapping of the same kind with other values."""
-    if type(value) is dict or not isinstance(value, MutableMapping):
-        return held
-    changed = copy.copy(value)
-    for key, branch in held.items():
-        changed[key] = branch
-    return changed

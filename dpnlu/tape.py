@@ -18,7 +18,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,8 +45,33 @@ from dpnlu.operations import (
 from dpnlu.provenance import Provenance
 from dpnlu.trace import Finish, Lookup, Meeting, PerExample, Record, Trace, naming_refusals
 
-# What the calls of outermost modules were: the module and what it was called with.
-Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+
+@dataclass(frozen=True)
+class Call:
+    """The call of an outermost module.
+
+    Attributes:
+        autocast: whether and to which type operations were cast, on a CPU and on its device.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+
+    def repeated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the module returns for other arguments, computed in the same precision."""
+        with ExitStack() as stack:
+            for device, enabled, dtype in self.autocast:
+                stack.enter_context(torch.autocast(device, dtype, enabled, cache_enabled=False))
+            return self.module(*args, **kwargs)
+
+
+def _autocast(device: str) -> tuple[tuple[str, bool, torch.dtype], ...]:
+    return tuple(
+        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in sorted({"cpu", device})
+    )
 
 
 class Tape(TorchFunctionMode):
@@ -404,7 +429,8 @@ class Tape(TorchFunctionMode):
         packed = [held for held in (*args, *kwargs.values()) if isinstance(held, PackedSequence)]
         self._provenance.hand_over(tensor for tensor in given if self._may_hold_examples(tensor))
         self._provenance.hand_over(tensors_held(packed))
-        self.calls.append((module, args, kwargs))
+        device = next((tensor.device.type for tensor in given), "cpu")
+        self.calls.append(Call(module, args, kwargs, _autocast(device)))
 
     def _may_hold_examples(self, tensor: Tensor) -> bool:
         """Whether a tensor that a module is called with, of which nothing else is known, may be of

@@ -172,9 +172,20 @@ class Trace:
         ]
 
     def usual_layouts(self, arrived: Sequence[Tensor | None], batch: int) -> list[Layout]:
-        """Where the examples lie at each place, unless it is known otherwise."""
+        """Where the examples lie at each place, unless it is known otherwise.
+
+        Raises:
+            UnsupportedLayerError: there is a place where no dimension can hold them.
+        """
         return [
             Layout(batch, place.dims[0]) if gradient is None else place.usual_layout(batch)
+            for place, gradient in zip(self.places, arrived, strict=True)
+        ]
+
+    def expected_layouts(self, arrived: Sequence[Tensor | None], batch: int) -> list[Layout | None]:
+        """The same, None where no dimension can hold the examples."""
+        return [
+            Layout(batch, place.dims[0]) if gradient is None else next(place.layouts(batch), None)
             for place, gradient in zip(self.places, arrived, strict=True)
         ]
 

@@ -21,21 +21,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
+from dpnlu.batches import by_example
 from dpnlu.clipped import Clipped
 from dpnlu.engines import ENGINES, BookKeeping, Engine
-from dpnlu.independence import (
-    Answers,
-    Independence,
-    Randomness,
-    Run,
-    buffers_kept,
-    by_example,
-)
+from dpnlu.independence import Answers, Independence, Run
 from dpnlu.ledger import Ledger, LedgerError
 from dpnlu.loader import PrivateLoader
+from dpnlu.moment import Moments
 from dpnlu.noise import entropy_generators
 from dpnlu.plan import PrivacyPlan
 from dpnlu.sampling import PhysicalBatch
+from dpnlu.signature import Signature
 from dpnlu.sums import NoisySums
 from dpnlu.tape import Call
 from dpnlu.validation import check_losses, check_trainable, check_unchanged
@@ -148,6 +144,7 @@ class PrivateTraining:
         # A micro-batch is clipped as a whole: what its members do to each other does not matter.
         checks = verify and plan.clipping_unit == "example"
         self._independence = Independence(model) if checks else None
+        self._moments = Moments(model)
         self._optimizer = optimizer
         self._engine = engine
         self._generators = generators
@@ -240,18 +237,20 @@ class PrivateTraining:
             batch = self._pending
             if batch is None:
                 self._check_unsampled()
-            moment = Randomness(self._parameters[0].device)
+            moment = self._moments.now()
             losses = self._losses(losses_of, data, batch)
+            self._moments.notice(moment)
 
             def again(other: Any) -> Answers:
-                with moment.repeated(), buffers_kept(self._model):
-                    return self._answers(self._losses(losses_of, other, batch))
+                with moment.repeated():
+                    return self._answers(self._losses(losses_of, other, batch), batch)
 
             def add(sums: NoisySums) -> Clipped | None:
                 clipped = self._add(losses, batch, sums)
                 if clipped is not None and self._is_to_be_exchanged(len(losses)):
                     norms = [] if self._recorder is None else [clipped.norms]
-                    known = [losses.detach()[: len(clipped.norms)], *norms]
+                    values = [losses.detach()[: len(clipped.norms)], *norms]
+                    known = Answers(values, self._exact_signature)
                     self._exchange([Run(again, data, known)], len(losses))
                 return clipped
 
@@ -339,11 +338,11 @@ class PrivateTraining:
                     "call it inside the loop, with the loop's batch."
                 )
             count, kept = len(batch.ids), len(batch.ids) - batch.fillers
-            moment = Randomness(self._parameters[0].device)
+            moment = self._moments.now()
 
             def again(other: Any) -> Answers:
-                with torch.no_grad(), moment.repeated(), buffers_kept(self._model):
-                    return [losses_of(other)[:kept]]
+                with torch.no_grad(), moment.repeated():
+                    return Answers([losses_of(other)[:kept]])
 
             def add(sums: NoisySums) -> Clipped:
                 clipped = clipping.add_clipped(data, count=count, kept=kept, into=sums).first(kept)
@@ -464,10 +463,17 @@ class PrivateTraining:
         check_losses(losses, count)
         return losses
 
-    def _answers(self, losses: Tensor) -> Answers:
+    def _answers(self, losses: Tensor, batch: PhysicalBatch | None) -> Answers:
         """What is compared of a batch, from losses that were computed for it alone."""
+        losses = self._without(losses, 0 if batch is None else batch.fillers)
         norms = [] if self._recorder is None else [self._recorder.norms(losses)]
-        return [losses.detach(), *norms]
+        return Answers([losses.detach(), *norms], self._exact_signature)
+
+    @property
+    def _exact_signature(self) -> Signature | None:
+        """What was done with the last batch, if values had no part in that."""
+        signature = None if self._recorder is None else self._recorder.signature
+        return None if signature is None or signature.chooses_rows else signature
 
     def _is_to_be_exchanged(self, count: int) -> bool:
         """Whether to check of the last batch, of `count` examples, that they are independent."""
@@ -487,15 +493,16 @@ class PrivateTraining:
 
     def _again(self, call: Call, count: int) -> Run:
         """The call of a module, to run once more with other examples."""
-        module, args, kwargs = call
-        moment = Randomness(self._parameters[0].device)
+        moment, recorder = self._moments.now(), self._recorder
+        assert recorder is not None
 
         def again(given: Any) -> Answers:
-            args, kwargs = given
-            with torch.no_grad(), moment.repeated(), buffers_kept(module):
-                return by_example(module(*args, **kwargs), count)
+            with moment.repeated():
+                outputs, signature = recorder.run(call, given, count)
+            exact = None if signature is None or signature.chooses_rows else signature
+            return Answers(by_example(outputs, count), exact)
 
-        return Run(again, (args, kwargs), None)
+        return Run(again, (call.args, call.kwargs), None)
 
     def _add(self, losses: Tensor, batch: PhysicalBatch | None, sums: NoisySums) -> Clipped | None:
         """Add the clipped gradients of a batch to the sums."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
@@ -66,9 +67,15 @@ def check_visible(model: nn.Module) -> None:
     """Whether every operation of the model can be seen as it runs.
 
     Raises:
-        UnsupportedLayerError: a module is compiled.
+        UnsupportedLayerError: a module is compiled, or scripted.
     """
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedLayerError(
+                f"Module {name or '(the model itself)'} went through torch.jit, so that its "
+                "operations cannot be seen: hand over the module as it was before, or use "
+                "engine='per_example'."
+            )
         # What `torch.compile` returns holds the module; what `Module.compile` leaves is its call.
         if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
             raise UnsupportedLayerError(

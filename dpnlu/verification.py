@@ -37,8 +37,8 @@ from dpnlu.trace import Place, Trace, back_propagate
 # Exponents of the random powers of two; few where they would leave a narrow range of numbers.
 _EXPONENTS, _FEW_EXPONENTS = 32, 4
 # A row may differ by so many units in the last place of its largest entry, where kernels add up in
-# another order every time.
-_UNITS = 16
+# another order every time; numbers of few digits by fewer.
+_UNITS, _FEW_UNITS = 16, 2
 # Error of a sum of gradients that passes as rounding inside an operation, relative to the sum of
 # the norms of all its terms.
 _TOLERANCE = 1e-4
@@ -121,8 +121,9 @@ def draw_weights(losses: Tensor, *, narrow: bool, generator: torch.Generator) ->
         narrow: some gradients are kept in float16.
     """
     count = _FEW_EXPONENTS if narrow else _EXPONENTS
-    order = torch.randperm(len(losses), generator=generator)
-    return torch.exp2((order % count).to(losses))
+    order = torch.randperm(len(losses), generator=generator) % count
+    apart = (count - 1) // max(1, min(len(losses), count) - 1)
+    return torch.exp2((order * apart).to(losses))
 
 
 def _is_narrow(losses: Tensor, arrived: Sequence[Tensor | None]) -> bool:
@@ -172,7 +173,10 @@ def _agree(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
         return known.new_ones(len(first))
     info = torch.finfo(first.dtype)
     largest = expected.abs().amax(1, keepdim=True)
-    lost = _UNITS * (info.eps * largest + weights[:, None].to(first.dtype) * info.smallest_normal)
+    units = _UNITS if info.bits > 16 else _FEW_UNITS
+    # What underflow takes away is not multiplied with the rest.
+    smallest = 64 * info.smallest_normal * info.eps * weights[:, None].to(first)
+    lost = units * info.eps * largest + smallest
     return (difference <= lost).all(1)
 
 
@@ -180,7 +184,7 @@ def find_layouts(
     trace: Trace,
     losses: Tensor,
     arrived: Sequence[Tensor | None],
-    layouts: Sequence[Layout],
+    layouts: Sequence[Layout | None],
     *,
     chooses_rows: bool,
     generator: torch.Generator,
@@ -189,7 +193,7 @@ def find_layouts(
 
     Args:
         arrived: what a backward pass from `losses` (B,), B >= 2, brought to each place.
-        layouts: where they are expected.
+        layouts: where they are expected; None: nowhere.
         chooses_rows: rows were chosen by their values, which the message says.
         generator: of weights.
 
@@ -199,74 +203,72 @@ def find_layouts(
     narrow = _is_narrow(losses, arrived)
     weights = draw_weights(losses, narrow=narrow, generator=generator)
     again = trace.backward(losses * weights, retain_graph=True)
-    places = trace.places
-    if bool(_all_agree(arrived, again, layouts, weights)):
-        return list(layouts)
-    found, unknown = list(layouts), []
-    for number, (place, first, second) in enumerate(zip(places, arrived, again, strict=True)):
-        if first is None or second is None:
-            continue
-        fitting = (
-            layout
-            for layout in (layouts[number], *place.layouts(len(losses)))
-            if bool(rows_agree(first, second, layout, weights).all())
-        )
-        layout = next(fitting, None)
-        if layout is None:
-            unknown.append(number)
-        else:
-            found[number] = layout
-    del again
-    if unknown:
-        unknown = _find_owners(trace, losses, arrived, found, unknown, narrow=narrow)
-    if unknown:
-        raise UnsupportedLayerError(_mixing(trace, losses, unknown[-1], chooses_rows=chooses_rows))
-    return found
+    usual = [layout for layout in layouts if layout is not None]
+    if len(usual) == len(layouts) and bool(_all_agree(arrived, again, usual, weights)):
+        return usual
+    places, batch = trace.places, len(losses)
+    tried = [[layout, *place.layouts(batch)] for layout, place in zip(layouts, places, strict=True)]
+    found = [_fitting(*each, weights) for each in zip(arrived, again, tried, strict=True)]
+    unknown = [number for number, layout in enumerate(found) if layout is None]
+    owned = _owners(trace, losses, arrived, unknown, narrow=narrow)
+    for number, layout in owned.items():
+        found[number] = _fitting(arrived[number], again[number], [layout], weights)
+    known = [layout for layout in found if layout is not None]
+    if len(known) == len(found):
+        return known
+    number = max(number for number in unknown if found[number] is None)
+    raise UnsupportedLayerError(_mixing(trace, losses, number, chooses_rows=chooses_rows))
 
 
-def _find_owners(
+def _fitting(
+    first: Tensor | None,
+    second: Tensor | None,
+    layouts: Sequence[Layout | None],
+    weights: Tensor,
+) -> Layout | None:
+    """The first of the layouts by which the rows of an example are its own; where nothing arrived
+    any does."""
+    if first is None or second is None:
+        return Layout(len(weights))
+    tried = (layout for layout in layouts if layout is not None)
+    return next((one for one in tried if bool(rows_agree(first, second, one, weights).all())), None)
+
+
+def _owners(
     trace: Trace,
     losses: Tensor,
     arrived: Sequence[Tensor | None],
-    layouts: list[Layout],
     unknown: Sequence[int],
     *,
     narrow: bool,
-) -> list[int]:
-    """Find out whose each row is at the places `unknown`, and put that into `layouts`.
+) -> dict[int, Layout]:
+    """Whose each row is at the places `unknown`, where every row is somebody's.
 
     The weights of the examples spell their numbers, digit by digit.
-
-    Returns:
-        The places at which some row is nobody's own.
     """
-    batch = len(losses)
+    if not unknown:
+        return {}
+    batch, places = len(losses), trace.places
     base = _FEW_EXPONENTS if narrow else _EXPONENTS // 2
-    owners: dict[int, dict[int, Tensor]] = {number: {} for number in unknown}
+    owners: dict[tuple[int, int], Tensor] = {}
     for power in _powers(base, batch):
         digits = torch.arange(batch, device=losses.device) // power % base
         again = trace.backward(losses * torch.exp2(digits.to(losses)), retain_graph=True)
-        for number in unknown:
+        for number, dim in [(place, dim) for place in unknown for dim in places[place].dims]:
             first, second = arrived[number], again[number]
-            assert first is not None and second is not None
-            for dim in trace.places[number].dims:
+            if first is not None and second is not None:
                 digit = _digits(first.movedim(dim, 0), second.movedim(dim, 0), base)
-                known = owners[number].get(dim, torch.zeros_like(digit))
-                owners[number][dim] = torch.where((digit < 0) | (known < 0), -2, known)
-                owners[number][dim] += torch.where(owners[number][dim] < 0, 0, digit * power)
-    still = []
-    for number in unknown:
+                known = owners.get((number, dim), torch.zeros_like(digit))
+                spelt = known + digit * power
+                owners[number, dim] = torch.where((digit < 0) | (known < 0), -2, spelt)
+    found: dict[int, Layout] = {}
+    for (number, dim), owner in owners.items():
         first = arrived[number]
         assert first is not None
-        for dim, owner in owners[number].items():
-            is_zero = ~first.movedim(dim, 0).flatten(1).any(1)
-            owner = torch.where(is_zero, -1, owner)
-            if bool(((owner >= -1) & (owner < batch)).all()):
-                layouts[number] = Layout(batch, dim, owners=owner)
-                break
-        else:
-            still.append(number)
-    return still
+        owner = torch.where(first.movedim(dim, 0).flatten(1).any(1), owner, -1)
+        if number not in found and bool(((owner >= -1) & (owner < batch)).all()):
+            found[number] = Layout(batch, dim, owners=owner)
+    return found
 
 
 def _powers(base: int, batch: int) -> Iterator[int]:
@@ -298,7 +300,8 @@ def _mixing(trace: Trace, losses: Tensor, number: int, *, chooses_rows: bool) ->
         "; rows are chosen by their values, by routing, sorting or a mask" if chooses_rows else ""
     )
     return (
-        f"Module {place.module}: examples mix in what is made of its output{evidence}{routing}; "
+        f"Module {place.module}: examples mix in what is made of its output, of shape "
+        f"{tuple(place.shape)}{evidence}{routing}; "
         "expected the loss of one example to depend on that example alone: remove what mixes them "
         "(batch statistics, in-batch negatives, a mean over the batch inside the loss)."
     )

@@ -71,7 +71,7 @@ def _taped_gradients(tape: Tape, losses: Tensor) -> dict[Tensor, list[Gradients]
     trace, batch = tape.trace, len(losses)
     with tape.on_the_way_back():
         arrived = trace.backward(losses, retain_graph=True)
-        layouts = trace.usual_layouts(arrived, batch)
+        layouts = trace.expected_layouts(arrived, batch)
         if batch > 1:
             generator = torch.Generator().manual_seed(0)
             layouts = find_layouts(

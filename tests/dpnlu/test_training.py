@@ -912,14 +912,20 @@ def test_examples_that_mix_are_noticed_before_anything_is_released(make, data):
     assert len(private.ledger) == 0 and torch.equal(_flat(model.parameters()), before)
 
 
-def test_time_major_recurrent_layers_are_noticed(make):
+@pytest.mark.parametrize("way", ["stepper", "step"])
+def test_time_major_recurrent_layers_are_noticed(make, way):
     """batch_first forgotten: as many positions as examples, so that all shapes agree."""
     recurrent = nn.ModuleDict({"lstm": nn.LSTM(3, 4), "head": nn.Linear(4, 2)})
     _, private = make(recurrent, sample_rate=1.0)
-    with pytest.raises(UnsupportedLayerError):
+
+    def losses(batch):
+        hidden, _ = recurrent["lstm"](batch)
+        return recurrent["head"](hidden).square().sum((1, 2))
+
+    step = private.stepper(losses) if way == "stepper" else lambda b: private.step(losses(b))
+    with pytest.raises(UnsupportedLayerError, match="examples mix"):
         for batch in private.loader(list(torch.randn(8, 8, 3))):
-            hidden, _ = recurrent["lstm"](batch)
-            private.step(recurrent["head"](hidden).square().sum((1, 2)))
+            step(batch)
     assert len(private.ledger) == 0
 
 
