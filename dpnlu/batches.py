@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -21,28 +22,36 @@ class Places:
     batch so far.
 
     Attributes:
-        dims: of each tensor of a batch, in order; None: no batch was seen yet.
+        dims: of each tensor of a batch, in order.
+        counts: numbers of examples that were seen.
     """
 
-    dims: list[list[int]] | None = None
+    dims: list[list[int]] = field(default_factory=list)
+    counts: set[int] = field(default_factory=set)
 
     def learn(self, batch: Any, count: int) -> None:
-        """A batch of so many examples."""
+        """See a batch of so many examples."""
         found = [
             [dim for dim, size in enumerate(leaf.shape) if size == count]
             for leaf in leaves_of(batch)
         ]
-        if self.dims is not None and len(self.dims) == len(found):
+        if self.counts and len(self.dims) == len(found):
             found = [
                 [dim for dim in now if dim in before]
                 for now, before in zip(found, self.dims, strict=True)
             ]
         self.dims = found
+        self.counts.add(count)
+
+    @property
+    def may_be_chance(self) -> bool:
+        """Whether sizes may agree by chance: no batch of another number of examples was seen."""
+        return len(self.counts) < 2
 
     def ways(self) -> Iterator[tuple[int | None, ...]]:
         """How the examples may lie in the tensors of a batch, the likeliest way first."""
-        choices: list[list[int] | list[None]] = [dims or [None] for dims in self.dims or []]
-        if any(self.dims or []):
+        choices: list[list[int] | list[None]] = [dims or [None] for dims in self.dims]
+        if any(self.dims):
             yield from itertools.islice(itertools.product(*choices), _WAYS)
 
 
@@ -69,9 +78,24 @@ def exchanged(batch: Any, source: Tensor, dims: Sequence[int | None]) -> Any:
         dim = next(remaining)
         if dim is None:
             return leaf
-        return leaf.detach().index_select(dim, source.to(leaf.device))
+        return _laid_out_as(leaf, leaf.detach().index_select(dim, source.to(leaf.device)))
 
     return _mapped(batch, exchange)
+
+
+def _laid_out_as(leaf: Tensor, values: Tensor) -> Tensor:
+    """The values as they would lie in memory in place of `leaf`, so that the same kernels run."""
+    if leaf.layout is not torch.strided or leaf.is_contiguous() or 0 in leaf.stride():
+        return values
+    place = torch.empty_strided(
+        leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device, pin_memory=False
+    )
+    return place.copy_(values)
+
+
+def detached(batch: Any) -> Any:
+    """The batch with tensors that have no past, and are differentiated as they were."""
+    return _mapped(batch, lambda leaf: leaf.detach().requires_grad_(leaf.requires_grad))
 
 
 def leaves_of(batch: Any) -> list[Tensor]:

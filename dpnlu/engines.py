@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dpnlu.batches import leaves_of
+from dpnlu.batches import detached, leaves_of
 from dpnlu.checks import Checks, own_generator
 from dpnlu.clipped import Clipped, Parts, add_clipped, gradient_norms
 from dpnlu.clipping import CLIPPING_RULES
@@ -150,7 +150,7 @@ class BookKeeping:
         """
         self._tape.expect(count)
         try:
-            outputs = call.repeated(*given)
+            outputs = call.repeated(*detached(given))
             leaves = [leaf for leaf in leaves_of(outputs) if leaf.requires_grad]
             if not leaves:
                 return outputs, None

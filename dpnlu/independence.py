@@ -4,12 +4,12 @@ What crosses from one example to another without a gradient path, a detached mea
 batch's tokens, a routing that has only so much room, shows in no comparison of gradients. It shows
 when part of the batch is exchanged: for examples that stay, in their places, everything must stay.
 The shapes are the same and so are the random numbers, so that the same kernels run: where nothing
-crosses, losses and norms come out the same to the last bit, in any precision.
+crosses, losses and norms come out the same, in any precision.
 
-What it lets pass: where other values take other kernels (sequences are packed, rows chosen),
-changes of a few hundred units in the last place of a loss, or of eight where numbers have few
-digits. What it cannot see: what crosses only between examples that were not drawn for it, and
-Python's own records of earlier batches.
+What it lets pass: changes of a few hundred units in the last place of a loss; where other values
+take other kernels (sequences are packed, rows chosen), of eight in that of the coarsest numbers
+that were computed with. What it cannot see: what crosses only between examples that were not drawn
+for it, and Python's own records of earlier batches.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from dpnlu.batches import Places, exchanged, leaves_of
 from dpnlu.checks import Checks
 from dpnlu.errors import UnsupportedLayerError
 
-# Units in the last place by which a loss may change where other values take other kernels.
+# Units in the last place by which a loss may change, of its own and, where other values take other
+# kernels, of the coarsest numbers.
 _UNITS, _COARSE_UNITS = 256, 8
 # Models in float64 may take norms and softmaxes in float32.
 _FINEST = 2.0**-40
@@ -56,11 +57,14 @@ class Run:
         again: a batch -> what is said of its examples, with the same random numbers every time.
         batch: what it was computed of.
         answers: what was said then, of the first examples or of all; None: it is computed again.
+        fewer: makes the same kind of batch of fewer examples, and tells how many; None: who made
+            the batch is not known.
     """
 
     again: Callable[[Any], Answers]
     batch: Any
-    answers: Answers | None
+    answers: Answers | None = None
+    fewer: Callable[[], tuple[Any, int]] | None = None
 
 
 class Independence:
@@ -121,6 +125,8 @@ class _Exchange:
         for source in sources:
             try:
                 accused = self._accused(source)
+                if accused is not None and self._learns_more():
+                    accused = self._accused(source)
             except _NotExchangeable as error:
                 failures.append(error)
                 continue
@@ -161,12 +167,19 @@ class _Exchange:
             raise _NotExchangeable(f"{type(failure).__name__}: {failure}")
         return found
 
+    def _learns_more(self) -> bool:
+        """See a batch of fewer examples, if their number may be that of something else."""
+        if self._run.fewer is None or not self._places.may_be_chance:
+            return False
+        self._places.learn(*self._run.fewer())
+        return True
+
     def _changed(self, other: Answers, stay: Tensor) -> Tensor:
         """(B,) which of the examples that stay have other answers."""
         is_alike = other.signature is not None and other.signature == self._answers.signature
         changed = torch.zeros(len(stay), dtype=torch.bool)
         for left, right in zip(self._answers.values, other.values, strict=True):
-            share = 0.0 if is_alike else _share(left, self._coarsest)
+            share = _share(left, 0.0 if is_alike else self._coarsest)
             changed[: len(left)] |= _differ(left, right[: len(left)], share).cpu()
         return changed & stay
 
@@ -219,9 +232,14 @@ def _near(count: int, coins: random.Random) -> Tensor:
 
 
 def _share(values: Tensor, coarsest: float) -> float:
-    """By which share values may change where other values take other kernels."""
-    fine = torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0
-    return max(_UNITS * max(fine, _FINEST), _COARSE_UNITS * coarsest)
+    """By which share values may change where other kernels are taken.
+
+    Args:
+        coarsest: of the numbers that other kernels round; 0: the same kernels are taken.
+    """
+    info = torch.finfo(values.dtype) if values.is_floating_point() else torch.finfo(torch.float64)
+    units = _UNITS if info.bits > 16 else 1
+    return max(units * max(info.eps, _FINEST), _COARSE_UNITS * coarsest)
 
 
 def _differ(one: Tensor, other: Tensor, share: float) -> Tensor:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dpnlu.plan import PrivacyPlan
 from dpnlu.sampling import PhysicalBatch, logical_batches, physical_batches
@@ -27,8 +29,11 @@ class Training(Protocol):
         """Begin anew, with a loop that alone may hand out batches; returned is what stands for
         it."""
 
-    def begin(self, batch: PhysicalBatch, data: Any) -> None:
-        """A physical batch is about to be computed from its data."""
+    def begin(
+        self, batch: PhysicalBatch, data: Any, fewer: Callable[[], tuple[Any, int]] | None
+    ) -> None:
+        """A physical batch is about to be computed from its data; `fewer` makes one of fewer
+        examples, and tells how many."""
 
     def check_answered(self, loop: object) -> None:
         """Refuse to go on with a loop that has been replaced, or whose last batch has no step."""
@@ -101,10 +106,17 @@ class PrivateLoader:
         for batch in data:
             while not pieces:
                 pieces.extend(self._next(plan))
-            self._private.begin(pieces.popleft(), batch)
+            piece = pieces.popleft()
+            self._private.begin(piece, batch, partial(self._fewer, piece.ids))
             yield batch
         while plan:
             self._next(plan)
+
+    def _fewer(self, ids: NDArray[np.int64]) -> tuple[Any, int]:
+        """Another batch, of one example less or, if there is but one, of two."""
+        chosen = ids[:-1] if len(ids) > 1 else np.resize(ids, 2)
+        collate = self._collate or default_collate
+        return collate([self._dataset[number] for number in chosen.tolist()]), len(chosen)
 
     def _next(self, plan: deque[list[PhysicalBatch]]) -> list[PhysicalBatch]:
         """The next logical batch, in pieces; an empty one is released at once."""

@@ -161,7 +161,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return found
 
 
-def tensors_held(value: Any, depth: int = 4) -> list[Tensor]:
+def tensors_held(value: Any, depth: int = 6) -> list[Tensor]:
     """The tensors that a value holds in containers and attributes of any kind, in their order."""
     if isinstance(value, Tensor):
         return [value]

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from dpnlu.errors import UnsupportedLayerError
 from dpnlu.operations import tensors_in, writes_in_place
+from dpnlu.signature import OF_A_PARAMETER
+from dpnlu.trace import Nodes
 
 
 class Provenance:
@@ -42,7 +44,10 @@ class Provenance:
         self._free = dict(self._constant)
         self._data: dict[int, Tensor] = {}  # batched, and not differentiated: ids, masks
         self._computed: set[int] = set()  # batched, and differentiated
+        self.batched = Nodes()  # of operations on the batch
         self._handed = {}
+        # Number of the next node of the autograd graph: those before are of earlier batches.
+        self._start = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         del left
         self._left = {key: ref for key, ref in self._left.items() if ref() is not None}
 
@@ -72,6 +77,44 @@ class Provenance:
             return False
         return tensor.untyped_storage().data_ptr() in self._roots
 
+    def is_unseen(self, tensor: Tensor) -> bool:
+        """Whether a tensor was made by an operation that was not seen."""
+        return tensor.grad_fn is not None and not self.is_known(tensor)
+
+    def recover(self, tensor: Tensor, seen: Nodes) -> list[Tensor]:
+        """Find out where a tensor comes from that was made unseen, by a function of the model's
+        own, from the graph behind it: free, if there are free tensors alone.
+
+        Args:
+            seen: what is free becomes seen, as nothing of it touches the batch.
+
+        Returns:
+            The parameters behind what is free; none for what is not.
+        """
+        self._check_left(tensor)
+        known = {free.grad_fn for free in self.free_learned()}
+        found: list[Tensor] = []
+        nodes, waiting = [], [tensor.grad_fn]
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in known:
+                continue
+            if node.name() == OF_A_PARAMETER:
+                found.append(node.variable)  # type: ignore[attr-defined]
+                continue
+            if node in self.batched:
+                return []
+            if node in nodes:
+                continue
+            nodes.append(node)
+            waiting.extend(earlier for earlier, _ in node.next_functions)
+        if any(id(leaf) not in self._constant for leaf in found):
+            return []
+        self._free[id(tensor)] = tensor
+        for number in sorted(node._sequence_nr() for node in nodes):
+            seen.add(number, number + 1)
+        return found
+
     def is_known(self, tensor: Tensor) -> bool:
         """Whether anything was said of the tensor yet."""
         key = id(tensor)
@@ -92,9 +135,9 @@ class Provenance:
             return False
         if key in self._data or key in self._computed:
             return True
+        self._check_left(tensor)
         if tensor.grad_fn is not None:  # made by what could not be seen
             return True
-        self._check_left(tensor)
         self._free[key] = tensor
         return False
 
@@ -156,8 +199,9 @@ class Provenance:
                 self._data[id(changed)] = changed
 
     def _check_left(self, tensor: Tensor) -> None:
-        ref = self._left.get(id(tensor))
-        if ref is not None and ref() is tensor:
+        ref, node = self._left.get(id(tensor)), tensor.grad_fn
+        is_old = node is not None and node._sequence_nr() < self._start
+        if is_old or (ref is not None and ref() is tensor):
             raise UnsupportedLayerError(
                 f"expected a loss of this batch alone, got one that uses a tensor of shape "
                 f"{tuple(tensor.shape)} which was computed from an earlier batch (a queue, a state "

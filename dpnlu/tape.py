@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
@@ -41,6 +41,7 @@ from dpnlu.operations import (
     tensors_in,
     values_of,
     with_numbers,
+    writes_in_place,
 )
 from dpnlu.provenance import Provenance
 from dpnlu.trace import Finish, Lookup, Meeting, PerExample, Record, Trace, naming_refusals
@@ -189,6 +190,7 @@ class Tape(TorchFunctionMode):
         *,
         dims: Sequence[int] = (0,),
         aligned: bool = False,
+        origin: GradientEdge | None = None,
     ) -> None:
         """State that the free tensor `target` enters the batch as `arriving`; for rewrites.
 
@@ -196,6 +198,7 @@ class Tape(TorchFunctionMode):
             per_example: the gradient of `arriving` -> that of `target`, (B, *target.shape).
             dims: of `arriving`, that may hold the examples.
             aligned: `arriving` has the target's shape, and an example's rows are its share of it.
+            origin: where the gradient of `target` goes on; None: where it does now.
         """
         self._notice_checkpointing()
         self.trace.meetings.append(
@@ -205,6 +208,7 @@ class Tape(TorchFunctionMode):
                 dims=dims,
                 module=self._module,
                 target=target,
+                origin=origin or get_gradient_edge(target),
                 per_example=per_example,
                 aligned=aligned,
             )
@@ -244,17 +248,18 @@ class Tape(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         if torch._C._current_graph_task_id() != -1:
             return self._run_again(func, args, kwargs or {})
-        start = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
-        output = self._run(func, args, kwargs or {})
-        self.trace.saw(start, torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
-        return output
+        return self._run(func, args, kwargs or {})
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         provenance = self._provenance
         if func is Tensor.__getitem__ and args[0].requires_grad and provenance.is_free(args[0]):
             args = (args[0], with_numbers(args[1]))
         tensors = values_of(func, args, kwargs)
+        start = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         with naming_refusals(self._module):
+            for tensor in tensors:
+                if provenance.is_unseen(tensor):
+                    self._note_in_free(provenance.recover(tensor, self.trace.seen))
             batched = [tensor for tensor in tensors if provenance.is_batched(tensor)]
             learned: list[Tensor] = []
             if torch.is_grad_enabled():
@@ -269,6 +274,10 @@ class Tape(TorchFunctionMode):
                 if output is NotImplemented:
                     output = func(*args, **kwargs)
             provenance.derive(func, args, output, batched=bool(batched))
+        end = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        self.trace.seen.add(start, end)
+        if batched:
+            provenance.batched.add(start, end)
         return output
 
     def _run_again(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -291,14 +300,19 @@ class Tape(TorchFunctionMode):
     ) -> Any:
         """An operation on free tensors: what it returns is free."""
         output: Any = func(*args, **kwargs)
-        if learned and any(tensor.requires_grad for tensor in tensors_in(output)):
+        made = args[:1] if writes_in_place(func) else output
+        if learned and any(tensor.requires_grad for tensor in tensors_in(made)):
             if func is F.embedding:
                 self._look_up(output, *args, **kwargs)
             else:
-                self.trace.in_free |= {id(t): t for t in learned if id(t) in self._trainable}
+                self._note_in_free(learned)
             if func in COPIES:
                 self._copies[id(output)] = _Copies(args[0], output)
         return output
+
+    def _note_in_free(self, tensors: Iterable[Tensor]) -> None:
+        """These enter a computation free of the batch."""
+        self.trace.in_free |= {id(t): t for t in tensors if id(t) in self._trainable}
 
     def _look_up(
         self,
@@ -311,7 +325,8 @@ class Tape(TorchFunctionMode):
     ) -> None:
         if id(table) not in self._trainable:
             return
-        self.trace.lookups[id(output)] = Lookup(output, ids, table, padding_idx)
+        edge = get_gradient_edge(output)
+        self.trace.lookups[id(output)] = Lookup(output, edge, ids, table, padding_idx)
         if ids.numel() >= table.shape[0]:  # a short table's gradients are smaller than its rows
             self.trace.in_free[id(table)] = table
 
@@ -324,6 +339,13 @@ class Tape(TorchFunctionMode):
         learned: list[Tensor],
     ) -> Any:
         """An operation in which free tensors that are learned meet the batch."""
+        if any(tensor.layout is not torch.strided for tensor in learned):
+            raise UnsupportedLayerError("expected dense weights, got sparse ones; make them dense.")
+        if writes_in_place(func) and any(args[0] is tensor for tensor in learned):
+            self._write_into(args[0], batched)
+            learned = [tensor for tensor in learned if tensor is not args[0]]
+            if not learned:
+                return func(*args, **kwargs)
         table = self._operations
         if func in table.rewrites:
             output = table.rewrites[func](self, *args, **kwargs)
@@ -355,6 +377,19 @@ class Tape(TorchFunctionMode):
     def _module(self) -> str:
         name = self._modules[-1][0] if self._modules else None
         return "(the loss function)" if name is None else name or "(the model itself)"
+
+    def _write_into(self, free: Tensor, batched: list[Tensor]) -> None:
+        """What comes from the batch is about to be written into a free tensor: here they meet."""
+        batch = batched[0].shape[0] if self.batch_size is None else self.batch_size
+        origin = get_gradient_edge(free)
+        free.mul_(1)  # what it was has a gradient of its own now
+        rows = range(min(2, free.dim())) if batch else ()
+        if not any(free.shape[dim] % batch == 0 for dim in rows):
+            raise UnsupportedLayerError(
+                f"expected to write what comes from {batch} examples to as many rows, got a tensor "
+                f"of shape {tuple(free.shape)}; write x = x + y instead of x += y."
+            )
+        self.meet(free, free, _rows_apart, dims=rows, origin=origin)
 
     def _joined(self, free: Tensor, batched: list[Tensor], *, stretches: bool) -> Tensor | None:
         """A stand-in for `free` whose gradient keeps the examples apart; None: not possible.
@@ -402,6 +437,8 @@ class Tape(TorchFunctionMode):
             if torch.compiler.is_compiling():  # what is compiled is not seen, and refused later
                 return
             runs_again = torch._C._current_graph_task_id() != -1
+            if not self._modules:
+                self._memory = {}
             is_outermost = not self._modules and not self._is_active and torch.is_grad_enabled()
             if is_outermost:
                 self._modules.append((_OUTERMOST, ()))
@@ -417,7 +454,6 @@ class Tape(TorchFunctionMode):
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The forward pass of an outermost module begins: its arguments are the batch, but for
         what is known to be free of it."""
-        self._memory = {}
         given = [t for t in tensors_held((args, kwargs)) if not self._provenance.is_known(t)]
         if self.batch_size is None:
             self.batch_size = self._expected or _leading_size(given)
@@ -500,11 +536,12 @@ def _argument(rule: Rule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> A
 
 
 def _rows_apart(gradient: Tensor, layout: Layout) -> Tensor:
-    """(R, …) whose rows belong to examples -> (B, R, …), zero where a row is another's."""
-    rows = torch.arange(len(gradient), device=gradient.device)
-    apart = gradient.new_zeros(layout.batch, *gradient.shape)
-    apart[layout.owner(len(gradient)).to(gradient.device), rows] = gradient
-    return apart
+    """(…, R, …) whose rows belong to examples -> (B, …, R, …), zero where a row is another's."""
+    rows = gradient.movedim(layout.dim, 0)
+    apart = gradient.new_zeros(layout.batch, *rows.shape)
+    every = torch.arange(len(rows), device=gradient.device)
+    apart[layout.owner(len(rows)).to(gradient.device), every] = rows
+    return apart.movedim(1, 1 + layout.dim)
 
 
 def _copies_added(shape: torch.Size, outer: int) -> PerExample:

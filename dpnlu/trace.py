@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import _len_torch_function_stack  # type: ignore[attr-defined]
 from torch.utils.checkpoint import CheckpointError
 
@@ -88,20 +90,28 @@ class Meeting(Place):
 
     Attributes:
         target: the free tensor.
+        origin: where its gradient goes on from here.
         per_example: its gradients from what arrives.
         aligned: what arrives has the target's shape, and an example's own rows are its share of it.
     """
 
     target: Tensor
+    origin: GradientEdge
     per_example: PerExample
     aligned: bool = False
 
 
 @dataclass(frozen=True)
 class Lookup:
-    """Rows of a trainable table looked up by ids free of the batch: positions, token types."""
+    """Rows of a trainable table looked up by ids free of the batch: positions, token types.
+
+    Attributes:
+        output: the rows; held so that its id stays its own.
+        edge: where their gradient arrives.
+    """
 
     output: Tensor
+    edge: GradientEdge
     ids: Tensor
     table: Tensor
     padding_idx: int | None
@@ -129,6 +139,25 @@ class Lookup:
 
 
 @dataclass
+class Nodes:
+    """Nodes of the autograd graph, by torch's count of them, which rises as they are made."""
+
+    _spans: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, start: int, end: int) -> None:
+        """Those numbered from `start` to before `end`."""
+        if self._spans and self._spans[-1][1] == start:
+            self._spans[-1] = (self._spans[-1][0], end)
+        elif end > start:
+            bisect.insort(self._spans, (start, end))
+
+    def __contains__(self, node: Node) -> bool:
+        number = node._sequence_nr()
+        place = bisect.bisect_right(self._spans, (number, math.inf)) - 1
+        return place >= 0 and number < self._spans[place][1]
+
+
+@dataclass
 class Trace:
     """What one or several forward passes did with the trainable parameters.
 
@@ -137,21 +166,14 @@ class Trace:
         meetings: where tensors free of the batch, parameters or made from them, met it.
         lookups: table lookups free of the batch, by the id of their output.
         in_free: parameters that entered computations free of the batch, by id.
-        seen: spans of torch's count of nodes, from … to, in which operations were seen.
+        seen: the nodes of operations that were seen.
     """
 
     records: list[Record] = field(default_factory=list)
     meetings: list[Meeting] = field(default_factory=list)
     lookups: dict[int, Lookup] = field(default_factory=dict)
     in_free: dict[int, Tensor] = field(default_factory=dict)
-    seen: list[tuple[int, int]] = field(default_factory=list)
-
-    def saw(self, start: int, end: int) -> None:
-        """The nodes of the graph numbered from `start` to before `end` are of a seen operation."""
-        if self.seen and self.seen[-1][1] == start:
-            self.seen[-1] = (self.seen[-1][0], end)
-        elif end > start:
-            self.seen.append((start, end))
+    seen: Nodes = field(default_factory=Nodes)
 
     @property
     def places(self) -> list[Place]:
@@ -244,17 +266,13 @@ class Trace:
         """Per-example gradients (B, *shape) of free tensors, back-propagated to the parameters."""
         if not derived:
             return
+        origins = {meeting.target: meeting.origin for meeting in self.meetings}
+        edges = [origins.get(target) or get_gradient_edge(target) for target in derived]
         parameters = list(self.in_free.values())
         # A table that also entered in another way gets both gradients through the parameter.
         lookups = [use for use in self.lookups.values() if id(use.table) not in self.in_free]
-        inputs: list[Any] = [*parameters, *(get_gradient_edge(use.output) for use in lookups)]
-        found = torch.autograd.grad(
-            list(derived),
-            inputs,
-            grad_outputs=list(derived.values()),
-            is_grads_batched=True,
-            allow_unused=True,
-            retain_graph=True,
+        found = _each_back(
+            edges, list(derived.values()), [*parameters, *(use.edge for use in lookups)]
         )
         for parameter, gradient in zip(parameters, found, strict=False):
             if gradient is not None:
@@ -262,6 +280,35 @@ class Trace:
         for use, gradient in zip(lookups, found[len(parameters) :], strict=True):
             if gradient is not None:
                 yield use.rows(gradient)
+
+
+def _each_back(
+    outputs: list[GradientEdge], gradients: list[Tensor], inputs: list[Any]
+) -> Sequence[Tensor | None]:
+    """Back-propagate the gradients (B, …) of outputs for each example, side by side or, where a
+    function of the model's own stands in the way, one after the other."""
+
+    def back(grad_outputs: list[Tensor], *, batched: bool) -> Sequence[Tensor | None]:
+        found: Sequence[Tensor | None] = torch.autograd.grad(
+            outputs,
+            inputs,
+            grad_outputs=grad_outputs,
+            is_grads_batched=batched,
+            allow_unused=True,
+            retain_graph=True,
+        )
+        return found
+
+    if not inputs:
+        return []
+    try:
+        return back(gradients, batched=True)
+    except RuntimeError:
+        each = [back(list(one), batched=False) for one in zip(*gradients, strict=True)]
+        return [
+            None if rows[0] is None else torch.stack([row for row in rows if row is not None])
+            for rows in zip(*each, strict=True)
+        ]
 
 
 def back_propagate(

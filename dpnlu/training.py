@@ -155,6 +155,7 @@ class PrivateTraining:
         self._is_closed = False
         self._loop: object | None = None
         self._pending: PhysicalBatch | None = None
+        self._fewer: Callable[[], tuple[Any, int]] | None = None
         self._warned = False
         self._units = self._non_finite = 0
         #: Clipping units left out so far because their gradient was not finite. Private.
@@ -251,7 +252,7 @@ class PrivateTraining:
                     norms = [] if self._recorder is None else [clipped.norms]
                     values = [losses.detach()[: len(clipped.norms)], *norms]
                     known = Answers(values, self._exact_signature)
-                    self._exchange([Run(again, data, known)], len(losses))
+                    self._exchange([Run(again, data, known, self._fewer)], len(losses))
                 return clipped
 
             return self._advance(batch, add)
@@ -347,7 +348,7 @@ class PrivateTraining:
             def add(sums: NoisySums) -> Clipped:
                 clipped = clipping.add_clipped(data, count=count, kept=kept, into=sums).first(kept)
                 if self._is_to_be_exchanged(count):
-                    self._exchange([Run(again, data, None)], count)
+                    self._exchange([Run(again, data, fewer=self._fewer)], count)
                 return clipped
 
             return self._advance(batch, add)
@@ -382,11 +383,17 @@ class PrivateTraining:
         self._loop = object()
         return self._loop
 
-    def begin(self, batch: PhysicalBatch, data: Any = None) -> None:
-        """A physical batch is about to be computed from its data."""
+    def begin(
+        self,
+        batch: PhysicalBatch,
+        data: Any = None,
+        fewer: Callable[[], tuple[Any, int]] | None = None,
+    ) -> None:
+        """A physical batch is about to be computed from its data; `fewer` makes one of fewer
+        examples, and tells how many."""
         if self._sums is None:
             self._released = {}  # room for its activations
-        self._pending = batch
+        self._pending, self._fewer = batch, fewer
         self._engine.expect(len(batch.ids), data)
 
     def check_answered(self, loop: object) -> None:
@@ -502,7 +509,7 @@ class PrivateTraining:
             exact = None if signature is None or signature.chooses_rows else signature
             return Answers(by_example(outputs, count), exact)
 
-        return Run(again, (call.args, call.kwargs), None)
+        return Run(again, (call.args, call.kwargs))
 
     def _add(self, losses: Tensor, batch: PhysicalBatch | None, sums: NoisySums) -> Clipped | None:
         """Add the clipped gradients of a batch to the sums."""

@@ -105,10 +105,7 @@ _REENTRANT = (
 
 
 def _is_seen(node: Node | None, trace: Trace) -> bool:
-    if node is None:
-        return False
-    number = node._sequence_nr()
-    return any(start <= number < end for start, end in trace.seen)
+    return node is not None and node in trace.seen
 
 
 # ---- is each example's gradient its own? -----------------------------------------------------

@@ -330,7 +330,6 @@ def _reentrant(model: Net, rows: Tensor) -> Tensor:
 # What is done, and whether a stepper sees it.
 UNSEEN = {
     "a method beside forward, by the parameter": (_decayed, True),
-    "functional_call with what is computed": (_functional, True),
     "a custom autograd function": (_hidden, False),
     "a reversible layer": (_reversible, False),
     "a scripted function": (_scripted, False),
@@ -456,6 +455,7 @@ VALID = {
     "some masked": Valid(lambda model, rows: plain(model, rows) * (rows[:, 0] > 0)),
     "a chain": Valid(lambda m, rows: m.losses(rows), lambda: Chain(0.5), ("stepper",)),
     "a chain that is sure": Valid(lambda m, rows: m.losses(rows), lambda: Chain(9.0), ("stepper",)),
+    "functional_call with what is computed": Valid(_functional),
     "decayed weights": Valid(_decayed, ways=("stepper", "compiled")),
     "two views side by side": Valid(_twice, ways=("stepper", "step")),
     "sorted by values": Valid(_sorted, ways=("stepper", "step")),
