@@ -1,0 +1,128 @@
+"""What the zoo examines: a classifier, texts for it, and a loss for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Ids of the texts: what begins and ends them, and what pads them.
+PAD, BEGIN, END, FIRST_WORD, VOCABULARY = 0, 1, 2, 5, 64
+LABELS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model of the zoo.
+
+    Attributes:
+        row: its name in the table.
+        task: "texts", of which the whole has a label, or "tokens", each of which has one.
+        build: a new model.
+        more: token ids (B, T) -> what the model is to be given besides.
+        dtype: of the parameters.
+        tolerance: largest relative error that passes for rounding.
+        trains_only: it has no gradients in evaluation mode.
+    """
+
+    row: str
+    task: str
+    build: Callable[[], nn.Module]
+    more: Callable[[Tensor], dict[str, Any]] = lambda ids: {}
+    dtype: torch.dtype = torch.float64
+    tolerance: float = 1e-9
+    trains_only: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.row}, {self.task}"
+
+    def model(self, *, as_it_comes: bool = False) -> nn.Module:
+        """A new model, all of it trainable and without dropout.
+
+        Args:
+            as_it_comes: leave what is zero at first; else every parameter is moved at random.
+        """
+        torch.manual_seed(0)
+        with _default(self.dtype):
+            model = self.build().to(self.dtype)
+        if not as_it_comes:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter), alpha=0.2)
+        for module in model.modules():
+            for name, value in vars(module).items():
+                if "drop" in name and isinstance(value, float):
+                    setattr(module, name, 0.0)
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        return model
+
+    def losses(self, model: nn.Module, texts: Texts) -> Tensor:
+        """(B,) losses, of tokens the mean over those of the text."""
+        torch.manual_seed(1)  # some models hash at random
+        given = self.more(texts.ids)
+        if texts.is_padded:
+            given["attention_mask"] = texts.mask
+        with _default(self.dtype):
+            logits = model(input_ids=texts.ids, **given).logits
+        if self.task == "texts":
+            return F.cross_entropy(logits, texts.ids.sum(1) % LABELS, reduction="none")
+        each = F.cross_entropy(logits.movedim(-1, 1), texts.ids % LABELS, reduction="none")
+        return (each * texts.mask).sum(1) / texts.mask.sum(1)
+
+
+@contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    """New tensors are of this type: models make masks and positions in the default one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A batch.
+
+    Attributes:
+        ids: (B, T).
+        mask: (B, T), 1 for tokens and 0 for padding.
+        is_padded: whether the model is told of the mask.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    is_padded: bool
+
+    @classmethod
+    def random(cls, count: int, length: int, *, is_padded: bool) -> Texts:
+        """Texts of random words; padded ones are shorter than `length`, but for one."""
+        generator = torch.Generator().manual_seed(17 * count + length)
+        ids = torch.randint(FIRST_WORD, VOCABULARY, (count, length), generator=generator)
+        lengths = torch.full((count,), length)
+        if is_padded:
+            lengths = (length - torch.arange(count).flip(0)).clamp(min=3)
+        position = torch.arange(length)
+        ids[:, 0] = BEGIN
+        ids[torch.arange(count), lengths - 1] = END
+        mask = (position < lengths[:, None]).long()
+        return cls(ids * mask + PAD * (1 - mask), mask, is_padded)
+
+    def alone(self, example: int) -> Texts:
+        """One of them, by itself."""
+        rows = slice(example, example + 1)
+        return Texts(self.ids[rows], self.mask[rows], self.is_padded)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __str__(self) -> str:
+        count, length = self.ids.shape
+        return f"{count} texts of {length} tokens" + (", padded" if self.is_padded else "")
