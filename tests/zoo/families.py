@@ -146,12 +146,12 @@ _EXPERTS = (
     "axk1 axk2 deepseek_v2 deepseek_v3 gpt_oss hunyuan_v1_moe jamba minimax mistral4 mixtral "
     "openai_privacy_filter phimoe qwen2_moe qwen3_moe qwen3_next"
 ).split()
-_FLOAT32 = {"dtype": torch.float32, "tolerance": 1e-4}
+FLOAT32 = {"dtype": torch.float32, "tolerance": 1e-4}
 
 # How their subjects differ: what else the model is given, and precision.
 _SUBJECTS: dict[str, dict[str, Any]] = {
     "bros": {"more": lambda ids: {"bbox": _boxes(ids)}},
-    **_all("canine longformer mra", _FLOAT32),  # their masks or products exist in float32 alone
+    **_all("canine longformer mra", FLOAT32),  # their masks or products exist in float32 alone
     "reformer": {"trains_only": True},
     **_all(  # norms or gates in float32, whatever the model's own precision
         "axk1 axk2 cohere_compass_text deepseek_v3 gemma gemma2 gemma3 gemma3_text helium "
@@ -177,7 +177,7 @@ def subjects() -> list[Subject]:
             found.append(_subject(name, task, "eager", **options))
             if name in _EXPERTS:
                 found.append(_subject(name, task, "batched_mm", **options))
-                found.append(_subject(name, task, "grouped_mm", **options | _FLOAT32))
+                found.append(_subject(name, task, "grouped_mm", **options | FLOAT32))
     return found
 
 
@@ -189,7 +189,7 @@ def _subject(name: str, task: str, experts: str, **options: Any) -> Subject:
         config = small(hf.CONFIG_MAPPING[name], **changes | OVERRIDES.get(name, {}))
         return TASKS[task][0].from_config(config)
 
-    return Subject(row=row, task=task, build=build, **options)
+    return Subject(row=row, column=task, task=task, build=build, **options)
 
 
 def _boxes(ids: Tensor) -> Tensor:

@@ -22,7 +22,9 @@ class Subject:
 
     Attributes:
         row: its name in the table.
-        task: "texts", of which the whole has a label, or "tokens", each of which has one.
+        column: where it stands there.
+        task: "texts", of which the whole has a label, "tokens", each of which has one, or
+            "language", where the next token is the label.
         build: a new model.
         more: token ids (B, T) -> what the model is to be given besides.
         dtype: of the parameters.
@@ -31,6 +33,7 @@ class Subject:
     """
 
     row: str
+    column: str
     task: str
     build: Callable[[], nn.Module]
     more: Callable[[Tensor], dict[str, Any]] = lambda ids: {}
@@ -39,21 +42,12 @@ class Subject:
     trains_only: bool = False
 
     def __str__(self) -> str:
-        return f"{self.row}, {self.task}"
+        return f"{self.row}, {self.column}"
 
-    def model(self, *, as_it_comes: bool = False) -> nn.Module:
-        """A new model, all of it trainable and without dropout.
-
-        Args:
-            as_it_comes: leave what is zero at first; else every parameter is moved at random.
-        """
+    def model(self) -> nn.Module:
+        """A new model as it comes, but for dropout; the same each time."""
         torch.manual_seed(0)
-        with _default(self.dtype):
-            model = self.build().to(self.dtype)
-        if not as_it_comes:
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(torch.randn_like(parameter), alpha=0.2)
+        model = self.build().to(self.dtype)
         for module in model.modules():
             for name, value in vars(module).items():
                 if "drop" in name and isinstance(value, float):
@@ -72,8 +66,20 @@ class Subject:
             logits = model(input_ids=texts.ids, **given).logits
         if self.task == "texts":
             return F.cross_entropy(logits, texts.ids.sum(1) % LABELS, reduction="none")
-        each = F.cross_entropy(logits.movedim(-1, 1), texts.ids % LABELS, reduction="none")
-        return (each * texts.mask).sum(1) / texts.mask.sum(1)
+        labels, mask = texts.ids % LABELS, texts.mask
+        if self.task == "language":  # learned tokens may stand before the text
+            length = texts.ids.shape[1]
+            logits, labels, mask = logits[:, -length:-1], texts.ids[:, 1:], mask[:, 1:]
+        each = F.cross_entropy(logits.movedim(-1, 1), labels, reduction="none")
+        return (each * mask).sum(1) / mask.sum(1)
+
+
+def move_parameters(model: nn.Module) -> None:
+    """Add the same random numbers each time, so that nothing is zero any more."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,7 @@ from dpnlu.engines import ENGINES, Engine, PerExample
 from dpnlu.plan import PrivacyPlan
 from dpnlu.tape import UnsupportedLayerError
 from dpnlu.validation import check_trainable
-from tests.zoo.subjects import Subject, Texts
+from tests.zoo.subjects import Subject, Texts, move_parameters
 
 # From the worst on.
 VERDICTS = ("wrong", "fails", "refused", "exact")
@@ -48,48 +47,87 @@ class Outcome:
 
 
 def examine(subject: Subject, name: str = "book_keeping") -> dict[str, Outcome]:
-    """Have an engine clip batches of all shapes: the outcome of each, by its description."""
-    grid = [Texts.random(*s, is_padded=padded) for padded in (False, True) for s in SHAPES]
+    """Have an engine clip batches of all shapes: the outcome of each, by its description.
+
+    One engine meets them all, as in training: first as the model comes, often with zeros that hide
+    a part of it; then with every parameter moved, in evaluation mode; a few in training mode.
+    """
+    batches = [Texts.random(*s, is_padded=padded) for padded in (False, True) for s in SHAPES]
     few = [Texts.random(*s, is_padded=True) for s in ((1, 5), (4, 4), (3, 7))]
-    found = {}
-    for mode, batches in (("", grid), (", training", few), (", as it comes", few)):
-        model = subject.model(as_it_comes=mode == ", as it comes")
-        model.train(mode == ", training" or subject.trains_only)
-        for batch, outcome in zip(batches, _outcomes(subject, model, batches, name), strict=True):
-            found[f"{batch}{mode}"] = outcome
+    judge = _Judge(subject, name)
+    judge.train(subject.trains_only)
+    found = {f"{batch}, as it comes": judge(batch) for batch in batches[: len(SHAPES)]}
+    judge.move_parameters()
+    found |= {str(batch): judge(batch) for batch in batches}
+    judge.train(True)
+    found |= {f"{batch}, training": judge(batch) for batch in few}
+    judge.close()
     return found
 
 
-def _outcomes(
-    subject: Subject, model: nn.Module, batches: Iterable[Texts], name: str
-) -> list[Outcome]:
-    """One engine does them all, as in training; after an error a new one goes on."""
-    found: list[Outcome] = []
-    engine = None
-    for batch in batches:
-        expected = _clipped(PerExample(model, _PLAN), subject, model, batch)
-        model.zero_grad()
+class _Judge:
+    """An engine and its model, judged batch by batch; after an error a new engine goes on."""
+
+    def __init__(self, subject: Subject, name: str) -> None:
+        self._subject, self._name = subject, name
+        self._is_training = self._is_moved = False
+        self._engine: Engine | None = None
+        self._start()
+
+    def __call__(self, batch: Texts) -> Outcome:
+        expected = self._clipped(PerExample(self._twin, _PLAN), self._twin, batch)
+        if self._is_moved:
+            assert bool((expected.norms > 0).all()), "an example without a gradient proves nothing"
         try:
-            engine = engine or _engine(name, model)
-            outcome = _judged(_clipped(engine, subject, model, batch), expected, subject.tolerance)
-            if any(parameter.grad is not None for parameter in model.parameters()):
-                outcome = Outcome("wrong", "gradients arrive in .grad, where nothing clips them")
+            if self._engine is None:
+                check_trainable(self._model, torch.optim.SGD(self._model.parameters()))
+                self._engine = ENGINES[self._name](self._model, _PLAN)
+            found = self._clipped(self._engine, self._model, batch)
         except UnsupportedLayerError as error:
-            outcome = Outcome("refused", str(error))
-        except Exception as error:  # the verdict on whatever it is
-            outcome = Outcome("fails", f"{type(error).__name__}: {error}")
-        if engine is not None and outcome.verdict in ("refused", "fails"):
-            engine.close()
-            engine = None
-        found.append(outcome)
-    if engine is not None:
-        engine.close()
-    return found
+            self._start()
+            return Outcome("refused", str(error))
+        except Exception as error:  # whatever it is
+            self._start()
+            return Outcome("fails", f"{type(error).__name__}: {error}")
+        if any(parameter.grad is not None for parameter in self._model.parameters()):
+            return Outcome("wrong", "gradients arrive in .grad, where nothing clips them")
+        difference = _error(found, expected)
+        verdict = "exact" if difference <= self._subject.tolerance else "wrong"
+        return Outcome(verdict, error=difference)
 
+    def train(self, is_training: bool) -> None:
+        self._is_training = is_training
+        for model in (self._model, self._twin):
+            model.train(is_training)
 
-def _engine(name: str, model: nn.Module) -> Engine:
-    check_trainable(model, torch.optim.SGD(model.parameters()))
-    return ENGINES[name](model, _PLAN)
+    def move_parameters(self) -> None:
+        """As training would: in place, and the engine is told."""
+        self._is_moved = True
+        for model in (self._model, self._twin):
+            move_parameters(model)
+        if self._engine is not None:
+            self._engine.weights_changed()
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = None
+
+    def _start(self) -> None:
+        """With new models, as an error may have left the old ones in different states."""
+        self.close()
+        self._model, self._twin = self._subject.model(), self._subject.model()
+        self.train(self._is_training)
+        if self._is_moved:
+            self.move_parameters()
+
+    def _clipped(self, engine: Engine, model: nn.Module, batch: Texts) -> _Clipped:
+        into = {p: torch.zeros_like(p) for p in model.parameters() if p.requires_grad}
+        engine.expect(len(batch))
+        losses = self._subject.losses(model, batch)
+        clipped = engine.add_clipped(losses, into=into, scale=1.0, closes_unit=True)
+        assert clipped is not None
+        return _Clipped(list(into.values()), clipped.norms)
 
 
 @dataclass(frozen=True)
@@ -100,48 +138,48 @@ class _Clipped:
     norms: Tensor
 
 
-def _clipped(engine: Engine, subject: Subject, model: nn.Module, batch: Texts) -> _Clipped:
-    into = {p: torch.zeros_like(p) for p in model.parameters() if p.requires_grad}
-    engine.expect(len(batch))
-    losses = subject.losses(model, batch)
-    clipped = engine.add_clipped(losses, into=into, scale=1.0, closes_unit=True)
-    assert clipped is not None
-    return _Clipped(list(into.values()), clipped.norms)
-
-
-def _judged(found: _Clipped, expected: _Clipped, tolerance: float) -> Outcome:
-    error = _error(found, expected)
-    return Outcome("exact" if error <= tolerance else "wrong", error=error)
-
-
 def _error(found: _Clipped, expected: _Clipped) -> float:
     """The largest relative error: of a norm, or of the sum for one parameter, against the length of
     that sum or a hundredth of the whole sum's, if that is more: gradients that vanish in theory are
     rounding alone."""
-    assert bool((expected.norms > 0).all()), "an example without a gradient proves nothing"
-    errors = [((found.norms - expected.norms) / expected.norms).abs().max()]
     whole = torch.stack([right.norm() for right in expected.sums]).norm()
+    floor = (whole / 100).clamp(min=torch.finfo(whole.dtype).tiny)  # a new model may have none
+    longest = expected.norms.max().clamp(min=torch.finfo(whole.dtype).tiny)
+    errors = [
+        ((found.norms - expected.norms) / expected.norms.clamp(min=longest / 100)).abs().max()
+    ]
     for left, right in zip(found.sums, expected.sums, strict=True):
-        errors.append((left - right).norm() / torch.maximum(right.norm(), whole / 100))
+        errors.append((left - right).norm() / right.norm().clamp(min=floor))
     worst = torch.stack(errors).max()
     return float(worst.nan_to_num(nan=torch.inf))
 
 
-def dependence(subject: Subject, batch: Texts) -> float:
+def dependence(subject: Subject, batch: Texts, *, training: bool) -> float:
     """How much an example depends on the others of its batch: the largest relative change of a
     loss, or of one example's gradient, between the batch and the example alone."""
-    model = subject.model().train(subject.trains_only)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    together, changes = subject.losses(model, batch), []
-    for example, loss in enumerate(together):
-        alone = subject.losses(model, batch.alone(example))[0]
-        changes.append((loss - alone).abs() / alone.abs())
-        among = _gradient(loss, parameters)
-        by_itself = _gradient(alone, parameters)
-        changes.append((among - by_itself).norm() / by_itself.norm())
+    losses, gradients = _by_example(subject, batch, training)
+    changes = []
+    for example in range(len(batch)):
+        alone, by_itself = _by_example(subject, batch.alone(example), training)
+        changes.append((losses[example] - alone[0]).abs() / alone[0].abs())
+        changes.append((gradients[example] - by_itself[0]).norm() / by_itself[0].norm())
     return float(torch.stack(changes).max())
+
+
+def _by_example(
+    subject: Subject, batch: Texts, training: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The losses, and the gradient of each; by a new model, so that chance repeats itself."""
+    model = subject.model().train(training or subject.trains_only)
+    move_parameters(model)
+    losses = list(subject.losses(model, batch))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return losses, [_gradient(loss, parameters) for loss in losses]
 
 
 def _gradient(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
     found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    return torch.cat([gradient.flatten() for gradient in found if gradient is not None])
+    pairs = zip(found, parameters, strict=True)
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in pairs]
+    )
