@@ -146,7 +146,7 @@ _EXPERTS = (
     "axk1 axk2 deepseek_v2 deepseek_v3 gpt_oss hunyuan_v1_moe jamba minimax mistral4 mixtral "
     "openai_privacy_filter phimoe qwen2_moe qwen3_moe qwen3_next"
 ).split()
-FLOAT32 = {"dtype": torch.float32, "tolerance": 1e-4}
+FLOAT32 = {"dtype": torch.float32, "tolerance": 1e-3}
 
 # How their subjects differ: what else the model is given, and precision.
 _SUBJECTS: dict[str, dict[str, Any]] = {
