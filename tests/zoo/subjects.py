@@ -126,6 +126,14 @@ class Texts:
         rows = slice(example, example + 1)
         return Texts(self.ids[rows], self.mask[rows], self.is_padded)
 
+    def among_others(self, example: int) -> Texts:
+        """The same in its place, among other words and in padding of other lengths."""
+        words = (self.ids - FIRST_WORD + 7) % (VOCABULARY - FIRST_WORD) + FIRST_WORD
+        ids = torch.where(self.ids >= FIRST_WORD, words, self.ids).flip(0)
+        mask = self.mask.flip(0)
+        ids[example], mask[example] = self.ids[example], self.mask[example]
+        return Texts(ids, mask, self.is_padded)
+
     def __len__(self) -> int:
         return len(self.ids)
 
