@@ -355,6 +355,12 @@ class PrivateTraining:
 
         return step
 
+    def weights_changed(self) -> None:
+        """Somebody else than the optimizer has changed weights: what was all zero may not be."""
+        self._engine.weights_changed()
+        if self._independence is not None:
+            self._independence.weights_changed()
+
     def close(self) -> None:
         """Detach from the model and close the ledger; `epsilon()` keeps answering."""
         self._engine.close()
@@ -553,9 +559,7 @@ class PrivateTraining:
         finally:
             for parameter in self._parameters:
                 parameter.grad = None
-            self._engine.weights_changed()
-            if self._independence is not None:
-                self._independence.weights_changed()
+            self.weights_changed()
         self.steps_taken += 1
 
     def _check_no_gradients(self) -> None:
