@@ -1,0 +1,116 @@
+"""Files that outlive what ends while they are written: the process, the disk's room, the power.
+
+A file is written beside its place, forced to disk and then renamed, and the renaming is forced to
+disk as well: at every moment the place holds the old file or the new one, whole. What a process
+that was killed leaves beside is named `*.partial`, and never read.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+_PARTIAL = ".partial"
+# What a file system answers that cannot force directories to disk, or cannot lock.
+_CANNOT = (errno.EINVAL, errno.ENOTSUP)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to instead of `path`, which takes its place at the end.
+
+    Raises:
+        OSError: it cannot be written; what is at `path` has stayed as it was.
+    """
+    partial = path.with_name(path.name + _PARTIAL)
+    partial.unlink(missing_ok=True)  # were it a link, what it points to would be overwritten
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a text, in UTF-8; see `replacing`."""
+    with replacing(path) as partial:
+        file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            # Half a surrogate pair, which UTF-8 refuses, becomes what JSON writes for it.
+            write_all(file, content.encode("utf-8", "backslashreplace"))
+        finally:
+            os.close(file)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON; see `replacing`."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_all(file: int, content: bytes) -> None:
+    """Write to a file descriptor, all of it or with an error; nothing is forced to disk yet."""
+    left = memoryview(content)
+    while left:
+        left = left[os.write(file, left) :]
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the names in a directory, to disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in _CANNOT or not path.is_dir():
+            raise
+    finally:
+        os.close(file)
+
+
+def sync_tree(directory: Path) -> None:
+    """Force all that is in a directory to disk."""
+    for path in (*directory.rglob("*"), directory):
+        sync(path)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, unless they are there."""
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        sync(made.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, unless there is none."""
+    with suppress(FileNotFoundError):
+        path.unlink()
+        sync(path.parent)
+
+
+def is_partial(path: Path) -> bool:
+    """Whether the file was left by a process that was killed while it wrote."""
+    return path.name.endswith(_PARTIAL)
+
+
+def locked(file: int) -> bool:
+    """Lock an open file, or directory, for this process until it closes it or ends.
+
+    Returns:
+        Whether that worked; if not, another process has locked it.
+    """
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
