@@ -27,7 +27,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written; what is at `path` has stayed as it was.
     """
-    partial = path.with_name(path.name + _PARTIAL)
+    partial = partial_of(path)
     partial.unlink(missing_ok=True)  # were it a link, what it points to would be overwritten
     try:
         yield partial
@@ -96,9 +96,14 @@ def remove(path: Path) -> None:
         sync(path.parent)
 
 
-def is_partial(path: Path) -> bool:
-    """Whether the file was left by a process that was killed while it wrote."""
-    return path.name.endswith(_PARTIAL)
+def partial_of(path: Path) -> Path:
+    """Where a process that is killed while it writes `path` leaves what it has written."""
+    return path.with_name(path.name + _PARTIAL)
+
+
+def partials_in(directory: Path) -> list[Path]:
+    """All that such processes have left in a directory and those below it."""
+    return list(directory.rglob("*" + _PARTIAL))
 
 
 def locked(file: int) -> bool:

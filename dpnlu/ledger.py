@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from dpnlu.accounting import SampledGaussian, epsilon
 from dpnlu.durable import locked, sync, write_all
@@ -161,7 +161,7 @@ class Ledger:
             self._file.close()
             self._file = None
 
-    def __enter__(self) -> Ledger:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

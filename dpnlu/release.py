@@ -1,15 +1,15 @@
 """Training a model for release: one directory, which an interruption does not ruin.
 
-While training runs, the directory holds `run.json` (what was asked for), the ledger and the last
-checkpoint. Continuing after an interruption takes the weights of the checkpoint and the steps that
-the ledger has left: releases whose updates were lost stay spent, so that ε is never exceeded.
+Continuing after an interruption takes the weights of the last checkpoint and the steps that the
+ledger has left: releases whose updates were lost stay spent, so that ε is never exceeded.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from dpnlu import defaults
 from dpnlu.card import model_card
 from dpnlu.checkpoint import Checkpoints
+from dpnlu.classifier import Classifier
 from dpnlu.data import (
     Corpus,
     DataError,
@@ -26,13 +27,24 @@ from dpnlu.data import (
     load_corpus,
     read_word_list,
 )
+from dpnlu.directory import (
+    Run,
+    begin,
+    begun,
+    check_unchanged,
+    claimed,
+    continued_ledger,
+    new_ledger,
+    tidy,
+)
 from dpnlu.encoding import Labels
-from dpnlu.experiment import Experiment, measure, new_classifier, train
-from dpnlu.fitting import ComputeConfig
+from dpnlu.experiment import Experiment, Trained, measure, new_classifier, train
+from dpnlu.fingerprint import Fingerprint
+from dpnlu.fitting import ComputeConfig, check_fit
 from dpnlu.ledger import Ledger
 from dpnlu.plan import PrivacyPlan
 from dpnlu.progress import Told
-from dpnlu.saving import CHECKPOINT, LEDGER, RUN, is_model, read_json, save, write_json
+from dpnlu.saving import CHECKPOINT, METRICS, is_model, read_json, save
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +79,10 @@ class ReleaseSettings:
     seed: int = 0
 
 
+class DivergedError(RuntimeError):
+    """Training ended with weights that are infinite or not a number; they are not released."""
+
+
 def release(
     settings: ReleaseSettings, directory: Path, *, resume: bool, told: Told
 ) -> dict[str, Any]:
@@ -76,28 +92,132 @@ def release(
         What metrics.json holds.
 
     Raises:
-        ValueError: the settings, the data or the directory do not do; nothing was written.
+        ValueError: the settings, the data or the directory do not do, and nothing was written; or
+            the ledger was touched while training went on.
+        DivergedError: the weights are not finite.
     """
+    work = _prepared(settings)
+    with claimed(directory):
+        run = begun(directory, resume=resume)
+        if run is not None:
+            _check_same(run, work, directory)
+        if is_model(directory):  # all was written, and not all tidied up
+            metrics: dict[str, Any] = read_json(directory / METRICS)
+        else:
+            metrics = _trained(work, directory, run, told)
+        tidy(directory)
+    return metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """What is to be done, checked as far as it can be before anything is written."""
+
+    settings: ReleaseSettings
+    corpus: Corpus
+    experiment: Experiment
+    plan: PrivacyPlan | None
+    classifier: Classifier
+
+
+def _prepared(settings: ReleaseSettings) -> _Work:
     corpus = _with_labels(load_corpus(settings.data, seed=settings.seed), settings.labels)
     experiment = _experiment(settings, corpus)
     plan = _plan(settings, experiment, corpus)
     classifier = new_classifier(experiment, seed=settings.seed)
-    ledger = _claimed(directory, settings, plan, resume=resume)
-    if ledger is not None:
-        plan = ledger.plan  # of a training that is gone on with: as it was calibrated then
-    steps_per_epoch = plan.steps_per_epoch if plan else _steps_per_epoch(experiment, corpus)
-    trained = train(
-        classifier,
-        corpus.split("train"),
-        recipe=experiment.recipe,
-        compute=experiment.compute,
+    check_fit(classifier.model, recipe=experiment.recipe, plan=plan, compute=experiment.compute)
+    return _Work(
+        settings=settings,
+        corpus=corpus,
+        experiment=experiment,
         plan=plan,
-        seed=settings.seed,
+        classifier=classifier,
+    )
+
+
+def _check_same(run: Run, work: _Work, directory: Path) -> None:
+    """Whether the training that was begun is the one that is asked for."""
+    if run.settings != _described(work.settings):
+        raise ValueError(
+            f"Expected the settings with which the training in {directory} was begun, got others: "
+            "repeat those of its run.json, or choose another folder."
+        )
+    if run.fingerprint and not run.fingerprint.matches(work.corpus, work.classifier.encoding):
+        raise ValueError(
+            f"Expected the data with which the training in {directory} was begun, got other texts, "
+            "labels or words, or another order: restore them, or choose another folder."
+        )
+
+
+def _trained(work: _Work, directory: Path, run: Run | None, told: Told) -> dict[str, Any]:
+    """Train, from the beginning if there is no `run` to go on with, and complete the directory."""
+    is_new, run = run is None, run or _run(work)
+    if is_new:
+        begin(directory, run)
+    with _ledger(work, directory, None if is_new else run) as ledger:
+        # Of a training that is gone on with, the plan is as it was calibrated then.
+        plan = None if ledger is None else ledger.plan
+        trained = _fitted(work, directory, plan, ledger, run, told)
+    weights = trained.classifier.model.state_dict().values()
+    if not all(bool(tensor.isfinite().all()) for tensor in weights):
+        raise DivergedError(
+            "Expected finite weights, got some that are infinite or not a number: training has "
+            "diverged, and no model is released; lower the learning rate, in another folder."
+        )
+    if ledger is not None:
+        check_unchanged(directory, ledger)
+    metrics = _metrics(work, trained, plan)
+    _complete(work, directory, plan, ledger, metrics)
+    return metrics
+
+
+def _run(work: _Work) -> Run:
+    return Run(
+        settings=_described(work.settings),
+        plan=work.plan,
+        fingerprint=Fingerprint.take(work.corpus, work.classifier.encoding),
+    )
+
+
+@contextmanager
+def _ledger(work: _Work, directory: Path, run: Run | None) -> Iterator[Ledger | None]:
+    """The ledger, new or that of `run`; none in ordinary training."""
+    if work.plan is None:
+        yield None
+        return
+    opened = new_ledger(directory, work.plan) if run is None else continued_ledger(directory, run)
+    with opened as ledger:
+        yield ledger
+
+
+def _fitted(
+    work: _Work,
+    directory: Path,
+    plan: PrivacyPlan | None,
+    ledger: Ledger | None,
+    run: Run,
+    told: Told,
+) -> Trained:
+    examples, recipe = work.corpus.split("train"), work.experiment.recipe
+    return train(
+        work.classifier,
+        examples,
+        recipe=recipe,
+        compute=work.experiment.compute,
+        plan=plan,
+        seed=work.settings.seed,
         ledger=ledger,
-        checkpoints=Checkpoints(path=directory / CHECKPOINT, every=steps_per_epoch),
+        checkpoints=Checkpoints(
+            path=directory / CHECKPOINT,
+            every=plan.steps_per_epoch if plan else max(1, len(examples) // recipe.batch_size),
+            run=run.fingerprint.digest if run.fingerprint else "",
+        ),
         progress=lambda done, total: told("training", done, total),
     )
-    metrics = measure(trained.classifier, corpus.split("test")).to_dict() | {
+
+
+def _metrics(work: _Work, trained: Trained, plan: PrivacyPlan | None) -> dict[str, Any]:
+    metrics = measure(trained.classifier, work.corpus.split("test")).to_dict() | {
         "train_seconds": trained.result.seconds,
         "steps": trained.result.steps,
     }
@@ -105,24 +225,31 @@ def release(
         metrics["peak_memory_mib"] = trained.peak_memory_mib
     if plan is not None and trained.result.epsilon is not None:
         metrics |= {"epsilon": trained.result.epsilon, "delta": plan.target_delta}
+    return metrics
+
+
+def _complete(
+    work: _Work,
+    directory: Path,
+    plan: PrivacyPlan | None,
+    ledger: Ledger | None,
+    metrics: dict[str, Any],
+) -> None:
     card = model_card(
-        architecture=experiment.architecture,
+        architecture=work.experiment.architecture,
         plan=plan,
         ledger=ledger,
-        not_covered=[] if plan is None else _not_covered(corpus, experiment),
+        not_covered=[] if plan is None else _not_covered(work.corpus, work.experiment),
         metrics=metrics,
     )
     save(
-        trained.classifier,
+        work.classifier,
         directory,
-        recipe=experiment.recipe,
+        recipe=work.experiment.recipe,
         plan=plan,
         metrics=metrics,
         card=card,
     )
-    for unfinished in (RUN, CHECKPOINT):
-        (directory / unfinished).unlink(missing_ok=True)
-    return metrics
 
 
 def _with_labels(corpus: Corpus, path: str | None) -> Corpus:
@@ -176,43 +303,14 @@ def _plan(settings: ReleaseSettings, experiment: Experiment, corpus: Corpus) -> 
         target_epsilon=settings.epsilon,
         target_delta=settings.delta,
         num_examples=size,
-        expected_batch_size=settings.batch_size or min(experiment.recipe.batch_size, size),
+        expected_batch_size=(
+            min(experiment.recipe.batch_size, size)
+            if settings.batch_size is None
+            else settings.batch_size
+        ),
         epochs=experiment.recipe.epochs,
         max_grad_norm=settings.max_grad_norm,
     )
-
-
-def _steps_per_epoch(experiment: Experiment, corpus: Corpus) -> int:
-    return max(1, len(corpus.split("train")) // experiment.recipe.batch_size)
-
-
-def _claimed(
-    directory: Path, settings: ReleaseSettings, plan: PrivacyPlan | None, *, resume: bool
-) -> Ledger | None:
-    """Make the directory this training's, or recognise it as such; open its ledger."""
-    if is_model(directory):
-        raise ValueError(f"Expected no model in {directory}, found a finished one: choose another.")
-    begun = (directory / RUN).exists()
-    if begun and not resume:
-        raise ValueError(
-            f"Expected {directory} to be empty, found an unfinished training: add --resume to go "
-            "on with it, or choose another folder."
-        )
-    if begun:
-        if read_json(directory / RUN) != _described(settings):
-            raise ValueError(
-                f"Expected the settings with which the training in {directory} was begun, got "
-                "others: repeat those of its run.json, or choose another folder."
-            )
-        ledger = directory / LEDGER
-        return None if plan is None else Ledger.resume(ledger)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(
-            f"Expected {directory} to be empty, found something else: choose another folder."
-        )
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / RUN, _described(settings))
-    return None if plan is None else Ledger(plan, path=directory / LEDGER)
 
 
 def _described(settings: ReleaseSettings) -> dict[str, Any]:

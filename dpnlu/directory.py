@@ -1,0 +1,163 @@
+"""The directory of one training: whose it is, what is in it while it is not finished, and after.
+
+run.json                  what was asked for, the plan, and a fingerprint of the data
+ledger.jsonl              what was released so far
+checkpoint.safetensors    the weights, from the first step on
+
+Whatever was interrupted is told from what is there. Without a release and a checkpoint nothing has
+happened yet, and the directory is begun anew. With the configuration of a model, which is written
+last, it holds a finished one; then `run.json` and the checkpoint are removed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dpnlu.durable import locked, make_directory, partial_of, partials_in, remove, write_json
+from dpnlu.fingerprint import Fingerprint
+from dpnlu.ledger import Ledger, LedgerError
+from dpnlu.plan import PrivacyPlan
+from dpnlu.saving import CHECKPOINT, LEDGER, RUN, is_model, read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a training was begun with.
+
+    Attributes:
+        settings: what was asked for, as JSON.
+        plan: None: ordinary training; or, like the fingerprint, begun before it was kept here.
+    """
+
+    settings: dict[str, Any]
+    plan: PrivacyPlan | None
+    fingerprint: Fingerprint | None
+
+
+@contextmanager
+def claimed(directory: Path) -> Iterator[None]:
+    """Make the directory, if there is none, and keep other trainings out of it.
+
+    Raises:
+        ValueError: another training is going on in it, or it is no directory.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(_occupied(directory))
+    make_directory(directory)
+    file = os.open(directory, os.O_RDONLY)
+    try:
+        if not locked(file):
+            raise ValueError(
+                f"Expected {directory} to be free, but another training is going on in it: wait "
+                "until it has ended, or choose another folder."
+            )
+        yield
+    finally:
+        os.close(file)
+
+
+def begun(directory: Path, *, resume: bool) -> Run | None:
+    """The training that is to be gone on with; None: none, what is left of a start is removed.
+
+    Raises:
+        ValueError: a finished model is there, something else, or a training that was not asked
+            for.
+    """
+    names = {path.name for path in directory.iterdir()} - {partial_of(directory / RUN).name}
+    if is_model(directory) and not (resume and RUN in names):
+        raise ValueError(f"Expected no model in {directory}, found a finished one: choose another.")
+    if RUN not in names:
+        if names:
+            raise ValueError(_occupied(directory))
+        return None
+    run = _read(directory)
+    if CHECKPOINT not in names and not is_model(directory) and not _has_releases(directory):
+        remove(directory / LEDGER)
+        return None
+    if not resume:
+        raise ValueError(
+            f"Expected {directory} to be empty, found an unfinished training: add --resume to go "
+            "on with it, or choose another folder."
+        )
+    return run
+
+
+def begin(directory: Path, run: Run) -> None:
+    """Make the directory this training's."""
+    write_json(directory / RUN, asdict(run))
+
+
+def new_ledger(directory: Path, plan: PrivacyPlan) -> Ledger:
+    """The ledger of a training that begins, whose batches are all drawn by the loader."""
+    return Ledger(plan, path=directory / LEDGER, sampled_only=True)
+
+
+def continued_ledger(directory: Path, run: Run) -> Ledger:
+    """The ledger of the training that is gone on with.
+
+    Raises:
+        LedgerError: it is missing, or made for another plan.
+    """
+    path = directory / LEDGER
+    ledger = Ledger.resume(path)
+    if run.plan is not None and ledger.plan != run.plan:
+        ledger.close()
+        raise LedgerError(
+            f"Expected {path} to begin with the plan of run.json, got another: one of them was "
+            "changed; restore it, or train anew in another folder."
+        )
+    return ledger
+
+
+def check_unchanged(directory: Path, ledger: Ledger) -> None:
+    """Whether the file, which was closed, still holds what the ledger does.
+
+    Raises:
+        LedgerError: it does not.
+    """
+    path = directory / LEDGER
+    if (found := len(Ledger.read(path))) != len(ledger):
+        raise LedgerError(
+            f"Expected the {len(ledger)} releases of this training in {path}, got {found}: it was "
+            "changed, and the model is not released; train anew in another folder."
+        )
+
+
+def tidy(directory: Path) -> None:
+    """Remove what a finished model does not need; last `run.json`, by which to go on with this."""
+    for path in partials_in(directory):
+        remove(path)
+    remove(directory / CHECKPOINT)
+    remove(directory / RUN)
+
+
+def _read(directory: Path) -> Run:
+    try:
+        content = read_json(directory / RUN)
+        if "settings" not in content:  # as it was before plan and fingerprint were kept
+            if not {"data", "model", "epsilon"} <= content.keys():
+                raise ValueError
+            return Run(settings=content, plan=None, fingerprint=None)
+        plan = content["plan"]
+        return Run(
+            settings=content["settings"],
+            plan=None if plan is None else PrivacyPlan.from_dict(plan),
+            fingerprint=Fingerprint(**content["fingerprint"]),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(_occupied(directory)) from None
+
+
+def _has_releases(directory: Path) -> bool:
+    """Whether the ledger has anything behind its first line."""
+    path = directory / LEDGER
+    return path.exists() and bool(path.read_bytes().partition(b"\n")[2])
+
+
+def _occupied(directory: Path) -> str:
+    return f"Expected {directory} to be empty, found something else: choose another folder."
