@@ -101,17 +101,29 @@ def continued_ledger(directory: Path, run: Run) -> Ledger:
     """The ledger of the training that is gone on with.
 
     Raises:
-        LedgerError: it is missing, or made for another plan.
+        LedgerError: it is missing, made for another plan, or has spent more than was planned.
     """
-    path = directory / LEDGER
-    ledger = Ledger.resume(path)
-    if run.plan is not None and ledger.plan != run.plan:
+    ledger = Ledger.resume(directory / LEDGER)
+    try:
+        _check_continued(ledger, run, directory / LEDGER)
+    except LedgerError:
         ledger.close()
+        raise
+    return ledger
+
+
+def _check_continued(ledger: Ledger, run: Run, path: Path) -> None:
+    if run.plan is not None and ledger.plan != run.plan:
         raise LedgerError(
             f"Expected {path} to begin with the plan of run.json, got another: one of them was "
             "changed; restore it, or train anew in another folder."
         )
-    return ledger
+    # A line that was cut off may have stood for a release without sampling, if nothing says no.
+    if (spent := ledger.epsilon()) > (planned := ledger.plan.epsilon()):
+        raise LedgerError(
+            f"Expected ε = {planned:.4g} at most in {path}, got {spent:.4g}: more may have been "
+            "spent than was asked for, and no model is released; train anew in another folder."
+        )
 
 
 def check_unchanged(directory: Path, ledger: Ledger) -> None:
