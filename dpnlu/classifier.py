@@ -128,5 +128,6 @@ def pretrained(name: str) -> tuple[nn.Module, Any]:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"Expected a Hugging Face encoder at {name!r}, but it cannot be loaded: {reason}"
+            f"Expected a Hugging Face encoder without code of its own at {name!r}, but it cannot "
+            f"be loaded: {reason}"
         ) from None

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dpnlu.durable import locked, make_directory, partial_of, partials_in, remove, write_json
+from dpnlu.durable import locked, make_directory, partial_of, remove, remove_partials, write_json
 from dpnlu.fingerprint import Fingerprint
 from dpnlu.ledger import Ledger, LedgerError
 from dpnlu.plan import PrivacyPlan
@@ -142,8 +142,7 @@ def check_unchanged(directory: Path, ledger: Ledger) -> None:
 
 def tidy(directory: Path) -> None:
     """Remove what a finished model does not need; last `run.json`, by which to go on with this."""
-    for path in partials_in(directory):
-        remove(path)
+    remove_partials(directory)
     remove(directory / CHECKPOINT)
     remove(directory / RUN)
 
@@ -168,7 +167,7 @@ def _read(directory: Path) -> Run:
 def _has_releases(directory: Path) -> bool:
     """Whether the ledger has anything behind its first line."""
     path = directory / LEDGER
-    return path.exists() and bool(path.read_bytes().partition(b"\n")[2])
+    return path.is_file() and bool(path.read_bytes().partition(b"\n")[2])
 
 
 def _occupied(directory: Path) -> str:

@@ -1,8 +1,8 @@
 """Files that outlive what ends while they are written: the process, the disk's room, the power.
 
-A file is written beside its place, forced to disk and then renamed, and the renaming is forced to
-disk as well: at every moment the place holds the old file or the new one, whole. What a process
-that was killed leaves beside is named `*.partial`, and never read.
+A file is written in a folder beside its place, `NAME.partial`, forced to disk and then moved, and
+the moving is forced to disk as well: at every moment the place holds the old file or the new one,
+whole. What a process that was killed leaves in such a folder is never read.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,26 +18,27 @@ from typing import Any
 
 _PARTIAL = ".partial"
 # What a file system answers that cannot force directories to disk, or cannot lock.
-_CANNOT = (errno.EINVAL, errno.ENOTSUP)
+_CANNOT = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to instead of `path`, which takes its place at the end.
 
+    It is alone in its folder: libraries have temporary files of their own beside what they write.
+
     Raises:
         OSError: it cannot be written; what is at `path` has stayed as it was.
     """
     partial = partial_of(path)
-    partial.unlink(missing_ok=True)  # were it a link, what it points to would be overwritten
+    _clear(partial)
+    partial.mkdir()
     try:
-        yield partial
-        sync(partial)
-        partial.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
+        yield partial / path.name
+        sync(partial / path.name)
+        (partial / path.name).replace(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     sync(path.parent)
 
 
@@ -64,15 +66,21 @@ def write_all(file: int, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Force a file, or the names in a directory, to disk."""
-    file = os.open(path, os.O_RDONLY)
+    """Force a file, or the names in a directory, to disk.
+
+    A directory is left as it is where the file system cannot do that, or where it may be written to
+    and not read.
+    """
+    cannot = (*_CANNOT, errno.EACCES) if path.is_dir() else ()
     try:
-        os.fsync(file)
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
     except OSError as error:
-        if error.errno not in _CANNOT or not path.is_dir():
+        if error.errno not in cannot:
             raise
-    finally:
-        os.close(file)
 
 
 def sync_tree(directory: Path) -> None:
@@ -97,20 +105,29 @@ def remove(path: Path) -> None:
 
 
 def partial_of(path: Path) -> Path:
-    """Where a process that is killed while it writes `path` leaves what it has written."""
+    """The folder in which `path` is written, and which a process that is killed leaves behind."""
     return path.with_name(path.name + _PARTIAL)
 
 
-def partials_in(directory: Path) -> list[Path]:
-    """All that such processes have left in a directory and those below it."""
-    return list(directory.rglob("*" + _PARTIAL))
+def remove_partials(directory: Path) -> None:
+    """Remove all that such processes have left in a directory and those below it."""
+    for path in list(directory.rglob("*" + _PARTIAL)):
+        _clear(path)
+
+
+def _clear(path: Path) -> None:
+    """Remove a folder with all that is in it, or a file, or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def locked(file: int) -> bool:
     """Lock an open file, or directory, for this process until it closes it or ends.
 
     Returns:
-        Whether that worked; if not, another process has locked it.
+        Whether no other process has locked it; always, where the file system has no locks.
     """
     import fcntl
 
@@ -118,4 +135,7 @@ def locked(file: int) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in _CANNOT:
+            raise
     return True

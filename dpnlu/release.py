@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from dpnlu import defaults
 from dpnlu.card import model_card
 from dpnlu.checkpoint import Checkpoints
@@ -44,7 +46,7 @@ from dpnlu.fitting import ComputeConfig, check_fit
 from dpnlu.ledger import Ledger
 from dpnlu.plan import PrivacyPlan
 from dpnlu.progress import Told
-from dpnlu.saving import CHECKPOINT, METRICS, is_model, read_json, save
+from dpnlu.saving import CHECKPOINT, is_model, load, save
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +104,7 @@ def release(
         if run is not None:
             _check_same(run, work, directory)
         if is_model(directory):  # all was written, and not all tidied up
-            metrics: dict[str, Any] = read_json(directory / METRICS)
+            metrics = load(directory).metrics
         else:
             metrics = _trained(work, directory, run, told)
         tidy(directory)
@@ -151,24 +153,18 @@ def _check_same(run: Run, work: _Work, directory: Path) -> None:
 
 def _trained(work: _Work, directory: Path, run: Run | None, told: Told) -> dict[str, Any]:
     """Train, from the beginning if there is no `run` to go on with, and complete the directory."""
-    is_new, run = run is None, run or _run(work)
-    if is_new:
+    is_new = run is None
+    if run is None:
+        run = _run(work)
         begin(directory, run)
-    with _ledger(work, directory, None if is_new else run) as ledger:
-        # Of a training that is gone on with, the plan is as it was calibrated then.
-        plan = None if ledger is None else ledger.plan
-        trained = _fitted(work, directory, plan, ledger, run, told)
-    weights = trained.classifier.model.state_dict().values()
-    if not all(bool(tensor.isfinite().all()) for tensor in weights):
-        raise DivergedError(
-            "Expected finite weights, got some that are infinite or not a number: training has "
-            "diverged, and no model is released; lower the learning rate, in another folder."
-        )
+    with _ledger(work.plan, directory, None if is_new else run) as ledger:
+        if ledger is not None:
+            work = replace(work, plan=ledger.plan)  # as it was calibrated when training began
+        trained = _fitted(work, directory, run, ledger, told)
+    _check_finite(trained.classifier.model)
     if ledger is not None:
         check_unchanged(directory, ledger)
-    metrics = _metrics(work, trained, plan)
-    _complete(work, directory, plan, ledger, metrics)
-    return metrics
+    return _complete(work, directory, ledger, trained)
 
 
 def _run(work: _Work) -> Run:
@@ -180,25 +176,17 @@ def _run(work: _Work) -> Run:
 
 
 @contextmanager
-def _ledger(work: _Work, directory: Path, run: Run | None) -> Iterator[Ledger | None]:
+def _ledger(plan: PrivacyPlan | None, directory: Path, run: Run | None) -> Iterator[Ledger | None]:
     """The ledger, new or that of `run`; none in ordinary training."""
-    if work.plan is None:
+    if plan is None:
         yield None
         return
-    opened = new_ledger(directory, work.plan) if run is None else continued_ledger(directory, run)
-    with opened as ledger:
+    with new_ledger(directory, plan) if run is None else continued_ledger(directory, run) as ledger:
         yield ledger
 
 
-def _fitted(
-    work: _Work,
-    directory: Path,
-    plan: PrivacyPlan | None,
-    ledger: Ledger | None,
-    run: Run,
-    told: Told,
-) -> Trained:
-    examples, recipe = work.corpus.split("train"), work.experiment.recipe
+def _fitted(work: _Work, directory: Path, run: Run, ledger: Ledger | None, told: Told) -> Trained:
+    plan, recipe, examples = work.plan, work.experiment.recipe, work.corpus.split("train")
     return train(
         work.classifier,
         examples,
@@ -216,8 +204,20 @@ def _fitted(
     )
 
 
-def _metrics(work: _Work, trained: Trained, plan: PrivacyPlan | None) -> dict[str, Any]:
-    metrics = measure(trained.classifier, work.corpus.split("test")).to_dict() | {
+def _check_finite(model: nn.Module) -> None:
+    if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
+        raise DivergedError(
+            "Expected finite weights, got some that are infinite or not a number: training has "
+            "diverged, and no model is released; lower the learning rate, in another folder."
+        )
+
+
+def _complete(
+    work: _Work, directory: Path, ledger: Ledger | None, trained: Trained
+) -> dict[str, Any]:
+    """Measure the model and make the directory one of a model; returned are the metrics."""
+    plan, experiment = work.plan, work.experiment
+    metrics = measure(work.classifier, work.corpus.split("test")).to_dict() | {
         "train_seconds": trained.result.seconds,
         "steps": trained.result.steps,
     }
@@ -225,31 +225,16 @@ def _metrics(work: _Work, trained: Trained, plan: PrivacyPlan | None) -> dict[st
         metrics["peak_memory_mib"] = trained.peak_memory_mib
     if plan is not None and trained.result.epsilon is not None:
         metrics |= {"epsilon": trained.result.epsilon, "delta": plan.target_delta}
-    return metrics
-
-
-def _complete(
-    work: _Work,
-    directory: Path,
-    plan: PrivacyPlan | None,
-    ledger: Ledger | None,
-    metrics: dict[str, Any],
-) -> None:
     card = model_card(
-        architecture=work.experiment.architecture,
+        architecture=experiment.architecture,
         plan=plan,
         ledger=ledger,
-        not_covered=[] if plan is None else _not_covered(work.corpus, work.experiment),
+        not_covered=[] if plan is None else _not_covered(work.corpus, experiment),
         metrics=metrics,
     )
-    save(
-        work.classifier,
-        directory,
-        recipe=work.experiment.recipe,
-        plan=plan,
-        metrics=metrics,
-        card=card,
-    )
+    recipe, classifier = experiment.recipe, work.classifier
+    save(classifier, directory, recipe=recipe, plan=plan, metrics=metrics, card=card)
+    return metrics
 
 
 def _with_labels(corpus: Corpus, path: str | None) -> Corpus:

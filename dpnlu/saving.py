@@ -25,7 +25,7 @@ from dpnlu.classifier import Architecture, Classifier, assemble
 from dpnlu.data import vocabulary_from_dict
 from dpnlu.durable import (
     make_directory,
-    partials_in,
+    remove_partials,
     replacing,
     sync_tree,
     write_json,
@@ -83,8 +83,7 @@ def save(
     model. What an earlier call left that was killed is written anew.
     """
     make_directory(directory)
-    for path in partials_in(directory):
-        path.unlink()
+    remove_partials(directory)
     weights = {name: tensor.contiguous() for name, tensor in classifier.model.state_dict().items()}
     with replacing(directory / WEIGHTS) as partial:
         save_file(weights, partial)
@@ -166,8 +165,8 @@ def _load_encoding(architecture: Architecture, directory: Path) -> dict[str, Any
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelDirectoryError(
-            f"Expected an encoder and a tokenizer of Hugging Face's own in {directory}, but they "
-            f"cannot be loaded: {reason}"
+            f"Expected an encoder and a tokenizer without code of their own in {directory}, but "
+            f"they cannot be loaded: {reason}"
         ) from None
     return {"encoder": encoder, "tokenizer": tokenizer}
 

@@ -1,6 +1,7 @@
 """Files are there whole or not at all, and on disk before anything relies on them."""
 
 import errno
+import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -12,8 +13,8 @@ from dpnlu.durable import (
     locked,
     make_directory,
     partial_of,
-    partials_in,
     remove,
+    remove_partials,
     replacing,
     sync,
     sync_tree,
@@ -51,9 +52,9 @@ def test_a_file_is_on_disk_before_it_takes_its_place_and_so_is_its_name(
 ) -> None:
     write_json(tmp_path / "a.json", {"x": 1})
     assert done == [
-        "write a.json.partial",
-        "fsync a.json.partial",
-        "replace a.json.partial",
+        "write a.json",
+        "fsync a.json",
+        "replace a.json",
         f"fsync {tmp_path.name}",
     ]
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"x": 1}
@@ -89,9 +90,25 @@ def test_a_full_disk_leaves_what_was_there(
 def test_a_link_in_the_place_of_the_partial_file_is_not_followed(tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.write_text("kept", encoding="utf-8")
-    partial_of(tmp_path / "a").symlink_to(precious)
-    write_text(tmp_path / "a", "new")
-    assert precious.read_text(encoding="utf-8") == "kept"
+    partial = partial_of(tmp_path / "a")
+    for target in (precious, tmp_path / "folder"):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        (tmp_path / "folder" / "a").write_text("kept", encoding="utf-8")
+        partial.symlink_to(target)
+        write_text(tmp_path / "a", "new")
+        assert precious.read_text(encoding="utf-8") == "kept"
+        assert (tmp_path / "folder" / "a").read_text(encoding="utf-8") == "kept"
+        assert not partial.is_symlink()
+
+
+def test_what_a_library_leaves_beside_its_file_is_left_in_the_partial_folder(
+    tmp_path: Path,
+) -> None:
+    with replacing(tmp_path / "a") as place:
+        place.with_name(".tmpX").touch()
+        place.touch()
+        assert [path.name for path in tmp_path.iterdir()] == ["a.partial"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_half_a_surrogate_pair_comes_back(tmp_path: Path) -> None:
@@ -140,6 +157,33 @@ def test_a_file_system_that_cannot_sync_directories_is_put_up_with(
         sync(tmp_path / "a")
 
 
+def test_a_directory_that_may_be_written_to_and_not_read_is_put_up_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    (tmp_path / "a").touch()
+    monkeypatch.setattr(os, "open", denied)
+    sync(tmp_path)
+    with pytest.raises(PermissionError):
+        sync(tmp_path / "a")
+
+
+def test_a_file_system_without_locks_is_put_up_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", fails)
+    code = errno.ENOSYS
+    assert locked(0)
+    code = errno.EBADF
+    with pytest.raises(OSError, match="Bad file"):
+        locked(0)
+
+
 def test_removing_is_done_once(tmp_path: Path, done: list[str]) -> None:
     (tmp_path / "a").touch()
     for _ in range(2):
@@ -147,11 +191,12 @@ def test_removing_is_done_once(tmp_path: Path, done: list[str]) -> None:
     assert done == [f"fsync {tmp_path.name}"] and not list(tmp_path.iterdir())
 
 
-def test_partial_files_are_found_wherever_they_are(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    for name in ("x", "x.partial", "a/y.partial"):
+def test_partial_files_and_folders_are_removed_wherever_they_are(tmp_path: Path) -> None:
+    for name in ("x", "a/y", "a/y.partial/y", "a/y.partial/z.partial/z", "x.partial"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert sorted(path.name for path in partials_in(tmp_path)) == ["x.partial", "y.partial"]
+    remove_partials(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "x", "y"]
 
 
 def test_a_directory_is_locked_until_it_is_closed(tmp_path: Path) -> None:

@@ -85,9 +85,10 @@ def test_all_of_a_model_is_on_disk_before_its_configuration(
     really = durable.sync
 
     def sync(path: Path) -> None:
-        if path.name == "config.json.partial":
-            assert {place.name for place in tmp_path.rglob("*") if place != path} <= synced
-        synced.add(path.name.removesuffix(".partial"))
+        if path.parent.name == "config.json.partial":
+            others = set(tmp_path.rglob("*")) - {path, path.parent}
+            assert {place.name for place in others} <= synced
+        synced.add(path.name)
         really(path)
 
     monkeypatch.setattr(durable, "sync", sync)
