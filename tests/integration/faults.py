@@ -170,7 +170,7 @@ class Training:
 
 def _state(out: Path) -> dict[str, Any]:
     """What is there."""
-    found: dict[str, Any] = {"files": sorted(path.name for path in out.rglob("*"))}
+    found: dict[str, Any] = {"files": sorted(str(path.relative_to(out)) for path in out.rglob("*"))}
     for name, look in (("model", load), ("ledger", lambda out: Ledger.read(out / "ledger.jsonl"))):
         try:
             seen = look(out)

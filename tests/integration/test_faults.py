@@ -8,6 +8,8 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,17 @@ ROWS = [
 ]
 FILES = {"README.md", "config.json", "metrics.json", "model.safetensors", "vocabulary.json"}
 PRIVATE = {"ledger.jsonl", "plan.json"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory, if there is such: to wait for a disk would take most of the time."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as made:
+        yield Path(made)
 
 
 def _faults(folder: Path, *arguments: str, **request: Any) -> list[dict[str, Any]]:
@@ -85,9 +98,9 @@ DELICATE = [
 WRITES = ["write", "save_file"]
 
 
-def test_a_training_that_is_interrupted_is_gone_on_with(tmp_path: Path) -> None:
+def test_a_training_that_is_interrupted_is_gone_on_with(folder: Path) -> None:
     """… by one of two that try at once; if it can still speak, it says so in one line."""
-    for found in _faults(tmp_path, faults=DELICATE, heirs=2):
+    for found in _faults(folder, faults=DELICATE, heirs=2):
         _assert_ended_well(found["first"])
         _assert_gone_on_with(found)
 
@@ -97,33 +110,31 @@ LONGER = ("--epochs", "2")  # a checkpoint on the way
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["kill", "full disk", "input/output error", "terminate"])
-def test_a_training_may_be_interrupted_at_any_operation(tmp_path: Path, fault: str) -> None:
-    for found in _faults(tmp_path, *LONGER, faults=[(fault, "")]):
+def test_a_training_may_be_interrupted_at_any_operation(folder: Path, fault: str) -> None:
+    for found in _faults(folder, *LONGER, faults=[(fault, "")]):
         _assert_ended_well(found["first"])
         _assert_gone_on_with(found)
 
 
 @pytest.mark.slow
-def test_a_training_may_be_killed_while_it_writes(tmp_path: Path) -> None:
-    for found in _faults(tmp_path, *LONGER, faults=[("kill halfway", name) for name in WRITES]):
+def test_a_training_may_be_killed_while_it_writes(folder: Path) -> None:
+    for found in _faults(folder, *LONGER, faults=[("kill halfway", name) for name in WRITES]):
         assert found["first"]["status"] == KILLED
         _assert_gone_on_with(found)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["kill", "full disk"])
-def test_an_ordinary_training_may_be_interrupted_at_any_operation(
-    tmp_path: Path, fault: str
-) -> None:
-    for found in _faults(tmp_path, "--epsilon", "inf", faults=[(fault, "")], heirs=2):
+def test_an_ordinary_training_may_be_interrupted_at_any_operation(folder: Path, fault: str) -> None:
+    for found in _faults(folder, "--epsilon", "inf", faults=[(fault, "")], heirs=2):
         _assert_ended_well(found["first"])
         _assert_gone_on_with(found, private=False)
 
 
 @pytest.mark.slow
-def test_a_training_may_be_killed_at_any_moment(tmp_path: Path) -> None:
+def test_a_training_may_be_killed_at_any_moment(folder: Path) -> None:
     chance = random.Random(0)
-    found = _faults(tmp_path, *LONGER, moments=[chance.uniform(0, 0.6) for _ in range(200)])
+    found = _faults(folder, *LONGER, moments=[chance.uniform(0, 0.6) for _ in range(200)])
     for one in found:
         assert one["first"]["status"] in (0, KILLED)
         _assert_gone_on_with(one)
@@ -131,10 +142,10 @@ def test_a_training_may_be_killed_at_any_moment(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_a_single_step_learnt_may_be_lost_but_is_not_made_up(tmp_path: Path) -> None:
+def test_what_a_single_step_learnt_may_be_lost_but_is_not_made_up(folder: Path) -> None:
     """Its release is spent; without a checkpoint only initial weights could be released."""
     lost = []
-    for found in _faults(tmp_path, "--epochs", "0.3", faults=[("kill", "")]):
+    for found in _faults(folder, "--epochs", "0.3", faults=[("kill", "")]):
         left, (heir,) = found["left"], found["heirs"]
         if left.get("releases") and not {"config.json", "checkpoint.safetensors"} & {
             *left["files"]
