@@ -1,6 +1,6 @@
 """The directory of one training: whose it is, what is in it while it is not finished, and after.
 
-run.json                  what was asked for, the plan, and a fingerprint of the data
+run.json                  what was asked for, and a fingerprint of the data
 ledger.jsonl              what was released so far
 checkpoint.safetensors    the weights, from the first step on
 
@@ -11,10 +11,11 @@ last, it holds a finished one; then `run.json` and the checkpoint are removed.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from dpnlu.ledger import Ledger, LedgerError
 from dpnlu.plan import PrivacyPlan
 from dpnlu.saving import CHECKPOINT, LEDGER, RUN, is_model, read_json
 
+# Relative; how far apart two versions may calibrate the noise of one plan.
+_CALIBRATION = 0.01
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -31,11 +35,10 @@ class Run:
 
     Attributes:
         settings: what was asked for, as JSON.
-        plan: None: ordinary training; or, like the fingerprint, begun before it was kept here.
+        fingerprint: None: it was begun before there were any.
     """
 
     settings: dict[str, Any]
-    plan: PrivacyPlan | None
     fingerprint: Fingerprint | None
 
 
@@ -97,29 +100,35 @@ def new_ledger(directory: Path, plan: PrivacyPlan) -> Ledger:
     return Ledger(plan, path=directory / LEDGER, sampled_only=True)
 
 
-def continued_ledger(directory: Path, run: Run) -> Ledger:
+def continued_ledger(directory: Path, plan: PrivacyPlan) -> Ledger:
     """The ledger of the training that is gone on with.
+
+    Args:
+        plan: what would be planned today; noise that was calibrated otherwise is kept.
 
     Raises:
         LedgerError: it is missing, made for another plan, or has spent more than was planned.
     """
     ledger = Ledger.resume(directory / LEDGER)
     try:
-        _check_continued(ledger, run, directory / LEDGER)
+        _check_continued(ledger, plan, directory / LEDGER)
     except LedgerError:
         ledger.close()
         raise
     return ledger
 
 
-def _check_continued(ledger: Ledger, run: Run, path: Path) -> None:
-    if run.plan is not None and ledger.plan != run.plan:
+def _check_continued(ledger: Ledger, plan: PrivacyPlan, path: Path) -> None:
+    begun, noise = ledger.plan, plan.noise_multiplier
+    is_alike = math.isclose(begun.noise_multiplier, noise, rel_tol=_CALIBRATION)
+    if not is_alike or replace(begun, noise_multiplier=noise) != plan:
         raise LedgerError(
-            f"Expected {path} to begin with the plan of run.json, got another: one of them was "
-            "changed; restore it, or train anew in another folder."
+            f"Expected {path} to begin with the plan of this training, with noise multiplier "
+            f"{noise:.4g} and {plan.steps} steps, got another: it was changed, or planned by "
+            "another version; restore it, or train anew in another folder."
         )
     # A line that was cut off may have stood for a release without sampling, if nothing says no.
-    if (spent := ledger.epsilon()) > (planned := ledger.plan.epsilon()):
+    if (spent := ledger.epsilon()) > (planned := begun.epsilon()):
         raise LedgerError(
             f"Expected ε = {planned:.4g} at most in {path}, got {spent:.4g}: more may have been "
             "spent than was asked for, and no model is released; train anew in another folder."
@@ -150,18 +159,15 @@ def tidy(directory: Path) -> None:
 def _read(directory: Path) -> Run:
     try:
         content = read_json(directory / RUN)
-        if "settings" not in content:  # as it was before plan and fingerprint were kept
-            if not {"data", "model", "epsilon"} <= content.keys():
-                raise ValueError
-            return Run(settings=content, plan=None, fingerprint=None)
-        plan = content["plan"]
-        return Run(
-            settings=content["settings"],
-            plan=None if plan is None else PrivacyPlan.from_dict(plan),
-            fingerprint=Fingerprint(**content["fingerprint"]),
-        )
+        if "settings" in content:
+            return Run(
+                settings=content["settings"], fingerprint=Fingerprint(**content["fingerprint"])
+            )
+        if {"data", "model", "epsilon"} <= content.keys():  # before there were fingerprints
+            return Run(settings=content, fingerprint=None)
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise ValueError(_occupied(directory)) from None
+        pass
+    raise ValueError(_occupied(directory))
 
 
 def _has_releases(directory: Path) -> bool:

@@ -155,9 +155,10 @@ def _trained(work: _Work, directory: Path, run: Run | None, told: Told) -> dict[
     """Train, from the beginning if there is no `run` to go on with, and complete the directory."""
     is_new = run is None
     if run is None:
-        run = _run(work)
+        fingerprint = Fingerprint.take(work.corpus, work.classifier.encoding)
+        run = Run(settings=_described(work.settings), fingerprint=fingerprint)
         begin(directory, run)
-    with _ledger(work.plan, directory, None if is_new else run) as ledger:
+    with _ledger(work.plan, directory, is_new=is_new) as ledger:
         if ledger is not None:
             work = replace(work, plan=ledger.plan)  # as it was calibrated when training began
         trained = _fitted(work, directory, run, ledger, told)
@@ -167,21 +168,13 @@ def _trained(work: _Work, directory: Path, run: Run | None, told: Told) -> dict[
     return _complete(work, directory, ledger, trained)
 
 
-def _run(work: _Work) -> Run:
-    return Run(
-        settings=_described(work.settings),
-        plan=work.plan,
-        fingerprint=Fingerprint.take(work.corpus, work.classifier.encoding),
-    )
-
-
 @contextmanager
-def _ledger(plan: PrivacyPlan | None, directory: Path, run: Run | None) -> Iterator[Ledger | None]:
-    """The ledger, new or that of `run`; none in ordinary training."""
+def _ledger(plan: PrivacyPlan | None, directory: Path, *, is_new: bool) -> Iterator[Ledger | None]:
+    """The ledger, new or gone on with; none in ordinary training."""
     if plan is None:
         yield None
         return
-    with new_ledger(directory, plan) if run is None else continued_ledger(directory, run) as ledger:
+    with new_ledger(directory, plan) if is_new else continued_ledger(directory, plan) as ledger:
         yield ledger
 
 
@@ -299,7 +292,8 @@ def _plan(settings: ReleaseSettings, experiment: Experiment, corpus: Corpus) -> 
 
 
 def _described(settings: ReleaseSettings) -> dict[str, Any]:
-    return asdict(settings) | {"epsilon": f"{settings.epsilon:g}"}
+    # A text, as JSON has no infinity.
+    return asdict(settings) | {"epsilon": str(settings.epsilon).removesuffix(".0")}
 
 
 def _not_covered(corpus: Corpus, experiment: Experiment) -> Sequence[str]:

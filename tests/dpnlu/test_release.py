@@ -331,7 +331,11 @@ CHANGED: dict[str, tuple[Callable[[Training], None], str]] = {
     ),
     "more noise in plan and lines": (
         _edited_ledger(lambda lines: [_with_noise(line) for line in lines]),
-        "begin with the plan of run.json",
+        "begin with the plan of this training",
+    ),
+    "more steps": (
+        _edited_ledger(lambda lines: [lines[0].replace('"steps": 6', '"steps": 60'), *lines[1:]]),
+        "begin with the plan of this training",
     ),
     "a line removed": (_edited_ledger(lambda lines: [*lines[:2], *lines[3:]]), "line removed"),
     "the last lines cut off": (
@@ -349,6 +353,20 @@ CHANGED: dict[str, tuple[Callable[[Training], None], str]] = {
         "checkpoint of this model",
     ),
 }
+
+
+def test_another_budget_is_refused_however_near(interrupted: Training) -> None:
+    interrupted.assert_refused("settings", "--resume", "--epsilon", "2.9999999")
+
+
+def test_noise_that_another_version_calibrated_is_kept(interrupted: Training) -> None:
+    first, *lines = interrupted.ledger.read_text(encoding="utf-8").splitlines()
+    noise = json.loads(first)["plan"]["noise_multiplier"]
+    edited = [line.replace(str(noise), str(noise * 1.001)) for line in (first, *lines)]
+    interrupted.ledger.write_text("\n".join(edited) + "\n", encoding="utf-8")
+    assert interrupted("--resume") == 0
+    interrupted.assert_finished()
+    assert Ledger.read(interrupted.ledger).plan.noise_multiplier == noise * 1.001
 
 
 @pytest.mark.parametrize("change", CHANGED)
