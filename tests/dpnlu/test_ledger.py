@@ -61,6 +61,15 @@ def test_an_entry_is_on_disk_when_append_returns(make_plan, path, monkeypatch):
     ledger.close()
 
 
+def test_the_name_of_a_new_file_is_on_disk_before_anything_is_released(
+    make_plan, path, monkeypatch
+):
+    synced = []
+    monkeypatch.setattr("dpnlu.ledger.sync", lambda place: synced.append((place, path.exists())))
+    Ledger(make_plan(), path=path).close()
+    assert synced == [(path.parent, True)]
+
+
 def test_a_killed_process_leaves_all_entries(make_plan, path):
     plan = make_plan()
     code = (

@@ -198,6 +198,9 @@ def test_a_model_that_was_written_and_not_tidied_up_is(
     load(training.out)
     training.assert_refused("finished")
     training.assert_refused("settings", "--resume", "--seed", "5")
+    (training.out / "notes.txt").touch()
+    training.assert_refused("notes.txt was changed, added", "--resume")
+    (training.out / "notes.txt").unlink()
     assert training("--resume") == 0
     training.assert_finished()
     training.assert_refused("finished", "--resume")
