@@ -119,16 +119,16 @@ def continued_ledger(directory: Path, plan: PrivacyPlan) -> Ledger:
 
 
 def _check_continued(ledger: Ledger, plan: PrivacyPlan, path: Path) -> None:
-    begun, noise = ledger.plan, plan.noise_multiplier
-    is_alike = math.isclose(begun.noise_multiplier, noise, rel_tol=_CALIBRATION)
-    if not is_alike or replace(begun, noise_multiplier=noise) != plan:
+    recorded, noise = ledger.plan, plan.noise_multiplier
+    is_alike = math.isclose(recorded.noise_multiplier, noise, rel_tol=_CALIBRATION)
+    if not is_alike or replace(recorded, noise_multiplier=noise) != plan:
         raise LedgerError(
             f"Expected {path} to begin with the plan of this training, with noise multiplier "
             f"{noise:.4g} and {plan.steps} steps, got another: it was changed, or planned by "
             "another version; restore it, or train anew in another folder."
         )
     # A line that was cut off may have stood for a release without sampling, if nothing says no.
-    if (spent := ledger.epsilon()) > (planned := begun.epsilon()):
+    if (spent := ledger.epsilon()) > (planned := recorded.epsilon()):
         raise LedgerError(
             f"Expected ε = {planned:.4g} at most in {path}, got {spent:.4g}: more may have been "
             "spent than was asked for, and no model is released; train anew in another folder."
