@@ -13,11 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dpnlu.durable import replacing
+
 _MODEL, _OPTIMIZER = "model.", "optimizer."
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or belongs to another model."""
+    """A checkpoint that cannot be read, is missing, or belongs to another model or training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +29,24 @@ class Checkpoints:
     Attributes:
         path: the file; each checkpoint replaces the one before.
         every: steps between checkpoints, >= 1.
+        run: what tells this training from others; a checkpoint of another one is refused.
     """
 
     path: Path
     every: int
+    run: str = ""
+
+    def are_due(self, done: int, *, saved: int) -> bool:
+        """Whether to save after so many steps if that was last done after `saved`, 0 for never.
+
+        The first step's work is saved, so that whatever happens to the others, something is there.
+        """
+        return not saved or done // self.every > saved // self.every
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, *, steps: int) -> None:
+def save_checkpoint(
+    path: Path, model: nn.Module, optimizer: Optimizer, *, steps: int, run: str = ""
+) -> None:
     """Write weights, optimizer state and the number of steps; the file is there whole or not.
 
     No state of a random generator is kept: what follows draws fresh noise. Noise drawn twice for
@@ -46,24 +59,26 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, *, steps
         for index, values in state.items()
         for name, value in values.items()
     }
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"steps": json.dumps(steps)})
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata={"steps": json.dumps(steps), "run": run})
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> int:
+def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, *, run: str = "") -> int:
     """Restore weights and optimizer state.
 
     Returns:
         The number of steps that had been taken.
 
     Raises:
-        CheckpointError: the file is damaged, or belongs to another model.
+        CheckpointError: the file is damaged, or belongs to another model or training.
     """
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            steps = int(json.loads(file.metadata()["steps"]))
+            metadata = file.metadata()
+            steps = int(json.loads(metadata["steps"]))
+        if metadata.get("run", "") != run:
+            raise ValueError("it was saved by another training.")
         model.load_state_dict(
             {name.removeprefix(_MODEL): t for name, t in tensors.items() if name.startswith(_MODEL)}
         )

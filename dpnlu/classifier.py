@@ -115,15 +115,19 @@ def assemble(
 def pretrained(name: str) -> tuple[nn.Module, Any]:
     """A Hugging Face encoder and its tokenizer, from the hub or a folder.
 
+    Code that comes with an encoder is never run.
+
     Raises:
         ValueError: there is none of that name, or it cannot be loaded.
     """
     from transformers import AutoModel, AutoTokenizer
 
+    own = {"trust_remote_code": False}
     try:
-        return AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+        return AutoModel.from_pretrained(name, **own), AutoTokenizer.from_pretrained(name, **own)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"Expected a Hugging Face encoder at {name!r}, but it cannot be loaded: {reason}"
+            f"Expected a Hugging Face encoder without code of its own at {name!r}, but it cannot "
+            f"be loaded: {reason}"
         ) from None

@@ -15,9 +15,12 @@ import argparse
 import math
 import os
 import shlex
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -98,10 +101,27 @@ def _train(options: argparse.Namespace) -> None:
         physical_batch_size=options.physical_batch_size,
         seed=options.seed,
     )
-    with bars(quiet=options.quiet) as told:
+    with _terminated_as_interrupted(), bars(quiet=options.quiet) as told:
         metrics = release(settings, options.out, resume=options.resume, told=told)
     _print_numbers(metrics)
     print(options.out)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """End on SIGTERM, which schedulers send before they kill, as on Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are not this thread's business
+        return
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _attack(options: argparse.Namespace) -> None:

@@ -6,6 +6,8 @@ release of its own; the guarantee of a single training does not cover the choice
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dpnlu.classifier import LSTM, Architecture
 from dpnlu.fitting import Recipe
 
@@ -38,11 +40,21 @@ def recipe(name: str, *, private: bool, epochs: float | None, batch_size: int | 
         private: private training wants larger batches and higher rates.
         epochs: None: as recommended.
         batch_size: of private training; None: as recommended. Ordinary training keeps its own.
+
+    Raises:
+        ValueError: a number is out of range; see `Recipe`.
     """
-    if name == LSTM:
-        if private:
-            return Recipe(epochs=epochs or 20, batch_size=batch_size or 512, learning_rate=2e-2)
-        return Recipe(epochs=epochs or 20, batch_size=64, learning_rate=2e-3)
-    if private:
-        return Recipe(epochs=epochs or 20, batch_size=batch_size or 2048, learning_rate=1e-2)
-    return Recipe(epochs=epochs or 5, batch_size=32, learning_rate=5e-5, warmup=0.1)
+    chosen = _RECIPES[name == LSTM, private]
+    if epochs is not None:
+        chosen = replace(chosen, epochs=epochs)
+    asked = chosen if batch_size is None else replace(chosen, batch_size=batch_size)
+    return asked if private else chosen
+
+
+# (whether the BiLSTM, whether private) -> what does well.
+_RECIPES = {
+    (True, False): Recipe(epochs=20, batch_size=64, learning_rate=2e-3),
+    (True, True): Recipe(epochs=20, batch_size=512, learning_rate=2e-2),
+    (False, False): Recipe(epochs=5, batch_size=32, learning_rate=5e-5, warmup=0.1),
+    (False, True): Recipe(epochs=20, batch_size=2048, learning_rate=1e-2),
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ class Recipe:
         learning_rate: of AdamW, at its highest.
         weight_decay: of AdamW.
         warmup: share of the steps over which the learning rate rises from 0, before it falls to 0.
+
+    Raises:
+        ValueError: a number is out of range.
     """
 
     epochs: float
@@ -40,6 +44,18 @@ class Recipe:
     learning_rate: float
     weight_decay: float = 0.0
     warmup: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"Expected `{name}` to be finite and > 0, got {getattr(self, name)}."
+                )
+        if not (0 <= self.weight_decay < math.inf and 0 <= self.warmup <= 1):
+            raise ValueError(
+                "Expected `weight_decay` to be finite and >= 0 and `warmup` in [0, 1], got "
+                f"{self.weight_decay} and {self.warmup}."
+            )
 
     def rate_at(self, progress: float) -> float:
         """The learning rate at this share, in [0, 1], of all steps."""
@@ -129,20 +145,16 @@ def fit(
 
     Raises:
         UnsupportedLayerError, ValueError: as `privatize` and `PrivateTraining.step`.
+        CheckpointError: the checkpoint does not belong to this training, or to this ledger.
     """
     model.train()
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        fused=True,
-    )
+    optimizer = _optimizer(model, recipe)
     state = _State(model, optimizer, recipe, checkpoints, progress)
-    first = state.restore()
+    state.restore()
     started = time.perf_counter()
     if plan is None:
         steps = max(1, round(recipe.epochs * len(examples) / recipe.batch_size))
-        _fit_ordinarily(state, first, steps, examples, loss, collate, compute, randomness)
+        _fit_ordinarily(state, steps, examples, loss, collate, compute, randomness)
         return FitResult(steps=steps, seconds=time.perf_counter() - started, epsilon=None)
     with privatize(
         model,
@@ -153,17 +165,15 @@ def fit(
         noise=randomness.noise,
         sampling_rng=randomness.order,
     ) as private:
-        if first > len(private.ledger):
-            raise CheckpointError(
-                f"Expected a ledger with the {first} releases of the checkpoint at least, got "
-                f"{len(private.ledger)}: what they spent would be forgotten; resume their ledger."
-            )
+        made, total = len(private.ledger), len(private.ledger) + private.remaining_steps
+        state.check_restored(made, total)
         for batch in private.loader(
             examples, collate_fn=collate, physical_batch_size=compute.physical_batch_size
         ):
-            state.begin(len(private.ledger), plan.steps)
+            state.begin(len(private.ledger), total)
             if private.step(loss(_moved(batch, compute.device))):
-                state.finish(len(private.ledger), plan.steps)
+                state.finish(len(private.ledger), total)
+        state.save(len(private.ledger))  # the last steps may have been empty
         seconds = time.perf_counter() - started
         return FitResult(
             steps=len(private.ledger),
@@ -173,36 +183,83 @@ def fit(
         )
 
 
-@dataclass(frozen=True)
+def check_fit(
+    model: nn.Module, *, recipe: Recipe, plan: PrivacyPlan | None, compute: ComputeConfig
+) -> None:
+    """Whether `fit` could begin; nothing is trained and nothing written.
+
+    Raises:
+        UnsupportedLayerError, ValueError: as `privatize`.
+    """
+    optimizer = _optimizer(model, recipe)
+    if plan is not None:
+        privatize(model, optimizer, plan, engine=compute.engine).close()
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
+    return torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        fused=True,
+    )
+
+
+@dataclass
 class _State:
-    """What goes with the steps: the learning rate, checkpoints, progress."""
+    """What goes with the steps: the learning rate, checkpoints, progress.
+
+    Attributes:
+        saved: after how many steps the last checkpoint was saved; 0: there is none.
+    """
 
     model: nn.Module
     optimizer: Optimizer
     recipe: Recipe
     checkpoints: Checkpoints | None
     progress: Progress | None
+    saved: int = 0
 
-    def restore(self) -> int:
-        """Continue from the checkpoint, if there is one; the number of steps it had taken."""
-        if self.checkpoints is None or not self.checkpoints.path.exists():
-            return 0
-        return load_checkpoint(self.checkpoints.path, self.model, self.optimizer)
+    def restore(self) -> None:
+        """Continue from the checkpoint, if there is one."""
+        if self.checkpoints is not None and self.checkpoints.path.exists():
+            self.saved = load_checkpoint(
+                self.checkpoints.path, self.model, self.optimizer, run=self.checkpoints.run
+            )
+
+    def check_restored(self, made: int, total: int) -> None:
+        """Whether the weights belong to a ledger with `made` of `total` releases."""
+        if self.saved > made:
+            raise CheckpointError(
+                f"Expected a ledger with the {self.saved} releases of the checkpoint at least, got "
+                f"{made}: what they spent would be forgotten; resume their ledger."
+            )
+        if self.checkpoints is not None and made == total and not self.saved:
+            raise CheckpointError(
+                f"Expected a checkpoint at {self.checkpoints.path}, found none: no release "
+                f"is left after the {made} of the ledger, and what was learnt from them is lost; "
+                "train anew, in another folder."
+            )
 
     def begin(self, done: int, total: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.rate_at(done / total)
 
     def finish(self, done: int, total: int) -> None:
-        if self.checkpoints is not None and done % self.checkpoints.every == 0:
-            save_checkpoint(self.checkpoints.path, self.model, self.optimizer, steps=done)
+        if self.checkpoints is not None and self.checkpoints.are_due(done, saved=self.saved):
+            self.save(done)
         if self.progress is not None:
             self.progress(done, total)
+
+    def save(self, done: int) -> None:
+        if self.checkpoints is not None and done > self.saved:
+            path, run = self.checkpoints.path, self.checkpoints.run
+            save_checkpoint(path, self.model, self.optimizer, steps=done, run=run)
+            self.saved = done
 
 
 def _fit_ordinarily(
     state: _State,
-    first: int,
     total: int,
     examples: Sequence[Any],
     loss: Callable[[Any], Tensor],
@@ -212,7 +269,7 @@ def _fit_ordinarily(
 ) -> None:
     """Shuffled batches, the gradient accumulated over physical batches."""
     ids_of_step = _shuffled(len(examples), state.recipe.batch_size, randomness)
-    for step in range(first, total):
+    for step in range(state.saved, total):
         ids = next(ids_of_step)
         state.begin(step, total)
         for start in range(0, len(ids), compute.physical_batch_size):
@@ -222,6 +279,7 @@ def _fit_ordinarily(
         state.optimizer.step()
         state.optimizer.zero_grad()
         state.finish(step + 1, total)
+    state.save(total)
 
 
 def _shuffled(size: int, batch: int, randomness: Randomness) -> Iterator[list[int]]:

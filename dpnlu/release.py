@@ -1,22 +1,25 @@
 """Training a model for release: one directory, which an interruption does not ruin.
 
-While training runs, the directory holds `run.json` (what was asked for), the ledger and the last
-checkpoint. Continuing after an interruption takes the weights of the checkpoint and the steps that
-the ledger has left: releases whose updates were lost stay spent, so that ε is never exceeded.
+Continuing after an interruption takes the weights of the last checkpoint and the steps that the
+ledger has left: releases whose updates were lost stay spent, so that ε is never exceeded.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from dpnlu import defaults
 from dpnlu.card import model_card
 from dpnlu.checkpoint import Checkpoints
+from dpnlu.classifier import Classifier
 from dpnlu.data import (
     Corpus,
     DataError,
@@ -26,13 +29,24 @@ from dpnlu.data import (
     load_corpus,
     read_word_list,
 )
+from dpnlu.directory import (
+    Run,
+    begin,
+    begun,
+    check_unchanged,
+    claimed,
+    continued_ledger,
+    new_ledger,
+    tidy,
+)
 from dpnlu.encoding import Labels
-from dpnlu.experiment import Experiment, measure, new_classifier, train
-from dpnlu.fitting import ComputeConfig
+from dpnlu.experiment import Experiment, Trained, measure, new_classifier, train
+from dpnlu.fingerprint import Fingerprint
+from dpnlu.fitting import ComputeConfig, check_fit
 from dpnlu.ledger import Ledger
 from dpnlu.plan import PrivacyPlan
 from dpnlu.progress import Told
-from dpnlu.saving import CHECKPOINT, LEDGER, RUN, is_model, read_json, save, write_json
+from dpnlu.saving import CHECKPOINT, is_model, load, save
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +81,10 @@ class ReleaseSettings:
     seed: int = 0
 
 
+class DivergedError(RuntimeError):
+    """Training ended with weights that are infinite or not a number; they are not released."""
+
+
 def release(
     settings: ReleaseSettings, directory: Path, *, resume: bool, told: Told
 ) -> dict[str, Any]:
@@ -76,28 +94,123 @@ def release(
         What metrics.json holds.
 
     Raises:
-        ValueError: the settings, the data or the directory do not do; nothing was written.
+        ValueError: the settings, the data or the directory do not do, and nothing was written; or
+            the ledger was touched while training went on.
+        DivergedError: the weights are not finite.
     """
+    work = _prepared(settings)
+    with claimed(directory):
+        run = begun(directory, resume=resume)
+        if run is not None:
+            _check_same(run, work, directory)
+        if is_model(directory):  # all was written, and not all tidied up
+            metrics = load(directory).metrics
+        else:
+            metrics = _trained(work, directory, run, told)
+        tidy(directory)
+    return metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """What is to be done, checked as far as it can be before anything is written."""
+
+    settings: ReleaseSettings
+    corpus: Corpus
+    experiment: Experiment
+    plan: PrivacyPlan | None
+    classifier: Classifier
+
+
+def _prepared(settings: ReleaseSettings) -> _Work:
     corpus = _with_labels(load_corpus(settings.data, seed=settings.seed), settings.labels)
     experiment = _experiment(settings, corpus)
     plan = _plan(settings, experiment, corpus)
     classifier = new_classifier(experiment, seed=settings.seed)
-    ledger = _claimed(directory, settings, plan, resume=resume)
-    if ledger is not None:
-        plan = ledger.plan  # of a training that is gone on with: as it was calibrated then
-    steps_per_epoch = plan.steps_per_epoch if plan else _steps_per_epoch(experiment, corpus)
-    trained = train(
-        classifier,
-        corpus.split("train"),
-        recipe=experiment.recipe,
-        compute=experiment.compute,
+    check_fit(classifier.model, recipe=experiment.recipe, plan=plan, compute=experiment.compute)
+    return _Work(
+        settings=settings,
+        corpus=corpus,
+        experiment=experiment,
         plan=plan,
-        seed=settings.seed,
+        classifier=classifier,
+    )
+
+
+def _check_same(run: Run, work: _Work, directory: Path) -> None:
+    """Whether the training that was begun is the one that is asked for."""
+    if run.settings != _described(work.settings):
+        raise ValueError(
+            f"Expected the settings with which the training in {directory} was begun, got others: "
+            "repeat those of its run.json, or choose another folder."
+        )
+    if run.fingerprint and not run.fingerprint.matches(work.corpus, work.classifier.encoding):
+        raise ValueError(
+            f"Expected the data with which the training in {directory} was begun, got other texts, "
+            "labels or words, or another order: restore them, or choose another folder."
+        )
+
+
+def _trained(work: _Work, directory: Path, run: Run | None, told: Told) -> dict[str, Any]:
+    """Train, from the beginning if there is no `run` to go on with, and complete the directory."""
+    is_new = run is None
+    if run is None:
+        fingerprint = Fingerprint.take(work.corpus, work.classifier.encoding)
+        run = Run(settings=_described(work.settings), fingerprint=fingerprint)
+        begin(directory, run)
+    with _ledger(work.plan, directory, is_new=is_new) as ledger:
+        if ledger is not None:
+            work = replace(work, plan=ledger.plan)  # as it was calibrated when training began
+        trained = _fitted(work, directory, run, ledger, told)
+    _check_finite(trained.classifier.model)
+    if ledger is not None:
+        check_unchanged(directory, ledger)
+    return _complete(work, directory, ledger, trained)
+
+
+@contextmanager
+def _ledger(plan: PrivacyPlan | None, directory: Path, *, is_new: bool) -> Iterator[Ledger | None]:
+    """The ledger, new or gone on with; none in ordinary training."""
+    if plan is None:
+        yield None
+        return
+    with new_ledger(directory, plan) if is_new else continued_ledger(directory, plan) as ledger:
+        yield ledger
+
+
+def _fitted(work: _Work, directory: Path, run: Run, ledger: Ledger | None, told: Told) -> Trained:
+    plan, recipe, examples = work.plan, work.experiment.recipe, work.corpus.split("train")
+    return train(
+        work.classifier,
+        examples,
+        recipe=recipe,
+        compute=work.experiment.compute,
+        plan=plan,
+        seed=work.settings.seed,
         ledger=ledger,
-        checkpoints=Checkpoints(path=directory / CHECKPOINT, every=steps_per_epoch),
+        checkpoints=Checkpoints(
+            path=directory / CHECKPOINT,
+            every=plan.steps_per_epoch if plan else max(1, len(examples) // recipe.batch_size),
+            run=run.fingerprint.digest if run.fingerprint else "",
+        ),
         progress=lambda done, total: told("training", done, total),
     )
-    metrics = measure(trained.classifier, corpus.split("test")).to_dict() | {
+
+
+def _check_finite(model: nn.Module) -> None:
+    if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
+        raise DivergedError(
+            "Expected finite weights, got some that are infinite or not a number: training has "
+            "diverged, and no model is released; lower the learning rate, in another folder."
+        )
+
+
+def _complete(
+    work: _Work, directory: Path, ledger: Ledger | None, trained: Trained
+) -> dict[str, Any]:
+    """Measure the model and make the directory one of a model; returned are the metrics."""
+    plan, experiment = work.plan, work.experiment
+    metrics = measure(work.classifier, work.corpus.split("test")).to_dict() | {
         "train_seconds": trained.result.seconds,
         "steps": trained.result.steps,
     }
@@ -109,19 +222,11 @@ def release(
         architecture=experiment.architecture,
         plan=plan,
         ledger=ledger,
-        not_covered=[] if plan is None else _not_covered(corpus, experiment),
+        not_covered=[] if plan is None else _not_covered(work.corpus, experiment),
         metrics=metrics,
     )
-    save(
-        trained.classifier,
-        directory,
-        recipe=experiment.recipe,
-        plan=plan,
-        metrics=metrics,
-        card=card,
-    )
-    for unfinished in (RUN, CHECKPOINT):
-        (directory / unfinished).unlink(missing_ok=True)
+    recipe, classifier = experiment.recipe, work.classifier
+    save(classifier, directory, recipe=recipe, plan=plan, metrics=metrics, card=card)
     return metrics
 
 
@@ -176,47 +281,19 @@ def _plan(settings: ReleaseSettings, experiment: Experiment, corpus: Corpus) -> 
         target_epsilon=settings.epsilon,
         target_delta=settings.delta,
         num_examples=size,
-        expected_batch_size=settings.batch_size or min(experiment.recipe.batch_size, size),
+        expected_batch_size=(
+            min(experiment.recipe.batch_size, size)
+            if settings.batch_size is None
+            else settings.batch_size
+        ),
         epochs=experiment.recipe.epochs,
         max_grad_norm=settings.max_grad_norm,
     )
 
 
-def _steps_per_epoch(experiment: Experiment, corpus: Corpus) -> int:
-    return max(1, len(corpus.split("train")) // experiment.recipe.batch_size)
-
-
-def _claimed(
-    directory: Path, settings: ReleaseSettings, plan: PrivacyPlan | None, *, resume: bool
-) -> Ledger | None:
-    """Make the directory this training's, or recognise it as such; open its ledger."""
-    if is_model(directory):
-        raise ValueError(f"Expected no model in {directory}, found a finished one: choose another.")
-    begun = (directory / RUN).exists()
-    if begun and not resume:
-        raise ValueError(
-            f"Expected {directory} to be empty, found an unfinished training: add --resume to go "
-            "on with it, or choose another folder."
-        )
-    if begun:
-        if read_json(directory / RUN) != _described(settings):
-            raise ValueError(
-                f"Expected the settings with which the training in {directory} was begun, got "
-                "others: repeat those of its run.json, or choose another folder."
-            )
-        ledger = directory / LEDGER
-        return None if plan is None else Ledger.resume(ledger)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(
-            f"Expected {directory} to be empty, found something else: choose another folder."
-        )
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / RUN, _described(settings))
-    return None if plan is None else Ledger(plan, path=directory / LEDGER)
-
-
 def _described(settings: ReleaseSettings) -> dict[str, Any]:
-    return asdict(settings) | {"epsilon": f"{settings.epsilon:g}"}
+    # A text, as JSON has no infinity.
+    return asdict(settings) | {"epsilon": str(settings.epsilon).removesuffix(".0")}
 
 
 def _not_covered(corpus: Corpus, experiment: Experiment) -> Sequence[str]:

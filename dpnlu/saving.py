@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,14 @@ from safetensors.torch import load_file, save_file
 
 from dpnlu.classifier import Architecture, Classifier, assemble
 from dpnlu.data import vocabulary_from_dict
+from dpnlu.durable import (
+    make_directory,
+    remove_partials,
+    replacing,
+    sync_tree,
+    write_json,
+    write_text,
+)
 from dpnlu.encoding import Labels, SubwordEncoding, WordEncoding
 from dpnlu.fitting import Recipe
 from dpnlu.plan import PrivacyPlan
@@ -70,16 +79,19 @@ def save(
 ) -> None:
     """Complete a model directory; the ledger, if any, is there already.
 
-    The configuration is written last: a directory without one is not a model.
+    The configuration is written last, when all else is on disk: a directory without one is not a
+    model. What an earlier call left that was killed is written anew.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
+    remove_partials(directory)
     weights = {name: tensor.contiguous() for name, tensor in classifier.model.state_dict().items()}
-    save_file(weights, directory / WEIGHTS)
+    with replacing(directory / WEIGHTS) as partial:
+        save_file(weights, partial)
     _save_encoding(classifier, directory)
     if plan is not None:
         write_json(directory / PLAN, plan.to_dict())
     write_json(directory / METRICS, metrics)
-    (directory / CARD).write_text(card, encoding="utf-8")
+    write_text(directory / CARD, card)
     labels = classifier.encoding.labels
     config = {
         "format": _FORMAT,
@@ -115,13 +127,6 @@ def is_model(directory: Path) -> bool:
     return (directory / CONFIG).exists()
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that the file is there either as a whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
 def read_json(path: Path) -> Any:
     """Read a file of a model directory.
 
@@ -139,9 +144,11 @@ def _save_encoding(classifier: Classifier, directory: Path) -> None:
     if isinstance(encoding, WordEncoding):
         write_json(directory / _VOCABULARY, encoding.vocabulary.to_dict())
     elif isinstance(encoding, SubwordEncoding):
-        encoding.tokenizer.save_pretrained(directory / _TOKENIZER)
         encoder: Any = classifier.model.get_submodule("encoder")
-        encoder.config.save_pretrained(directory / _ENCODER)
+        for name, part in ((_TOKENIZER, encoding.tokenizer), (_ENCODER, encoder.config)):
+            shutil.rmtree(directory / name, ignore_errors=True)
+            part.save_pretrained(directory / name)
+            sync_tree(directory / name)
 
 
 def _load_encoding(architecture: Architecture, directory: Path) -> dict[str, Any]:
@@ -149,11 +156,19 @@ def _load_encoding(architecture: Architecture, directory: Path) -> dict[str, Any
         return {"vocabulary": vocabulary_from_dict(read_json(directory / _VOCABULARY))}
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-    config = AutoConfig.from_pretrained(directory / _ENCODER)
-    return {
-        "encoder": AutoModel.from_config(config),  # type: ignore[no-untyped-call]
-        "tokenizer": AutoTokenizer.from_pretrained(directory / _TOKENIZER),
-    }
+    # Never code from the directory: whoever made it would run it here.
+    own = {"trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(directory / _ENCODER, **own)
+        encoder = AutoModel.from_config(config, **own)  # type: ignore[no-untyped-call]
+        tokenizer = AutoTokenizer.from_pretrained(directory / _TOKENIZER, **own)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelDirectoryError(
+            f"Expected an encoder and a tokenizer without code of their own in {directory}, but "
+            f"they cannot be loaded: {reason}"
+        ) from None
+    return {"encoder": encoder, "tokenizer": tokenizer}
 
 
 def _checked_config(directory: Path) -> dict[str, Any]:
@@ -181,11 +196,14 @@ def _changed(directory: Path, name: str) -> str:
 
 def _digests(directory: Path) -> dict[str, str]:
     """SHA-256 of each file of the model but the configuration."""
-    return {
-        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path not in (directory / name for name in (CONFIG, RUN, CHECKPOINT))
-    }
+    others = [directory / name for name in (CONFIG, RUN, CHECKPOINT)]
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file() and path not in others]
+    return {path.relative_to(directory).as_posix(): _digest_of_file(path) for path in files}
+
+
+def _digest_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(config: Mapping[str, Any]) -> str:

@@ -163,8 +163,12 @@ class PrivateTraining:
 
     @property
     def remaining_steps(self) -> int:
-        """Releases that the plan still allows."""
-        return max(0, self.plan.steps - len(self.ledger))
+        """Releases that a loop over the loader may still make.
+
+        Guarantee: with them ε does not pass the plan's; see `Ledger.remaining_steps`. Steps outside
+        the loader cost more than planned, and leave fewer.
+        """
+        return self.ledger.remaining_steps(self.plan)
 
     def epsilon(self, *, accountant: str = "pld") -> float:
         """ε spent so far, at the plan's δ, from the ledger."""
@@ -434,7 +438,7 @@ class PrivateTraining:
         """Begin a logical batch, whose sums start from its noise."""
         if self._is_closed:
             raise RuntimeError("Expected an open training, got a closed one: call privatize anew.")
-        if not self.remaining_steps:
+        if len(self.ledger) >= self.plan.steps:
             raise RuntimeError(
                 f"All {self.plan.steps} planned steps are taken; to train on, plan more steps."
             )

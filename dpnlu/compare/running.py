@@ -28,12 +28,13 @@ from dpnlu.compare.attacking import DEFAULT, NAMES
 from dpnlu.compare.study import Study
 from dpnlu.compare.training import Arrays, Budget
 from dpnlu.data import Corpus, HashedVocabulary, RepeatReport, drop_repeated, load_corpus
+from dpnlu.durable import write_json
 from dpnlu.experiment import Experiment, measure
 from dpnlu.fitting import ComputeConfig
 from dpnlu.ledger import Ledger
 from dpnlu.plan import PrivacyPlan
 from dpnlu.progress import Told
-from dpnlu.saving import LEDGER, METRICS, is_model, read_json, save, write_json
+from dpnlu.saving import LEDGER, METRICS, is_model, read_json, save
 
 STUDY = "study.json"
 

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 # A module, or a package taken as a whole, imports only from those before it.
 ORDER = (
+    "durable",
     "privacy_loss",
     "composition",
     "pld",
@@ -52,6 +53,7 @@ ORDER = (
     "data",
     "models",
     "encoding",
+    "fingerprint",
     "frozen",
     "classifier",
     "evaluation",
@@ -59,6 +61,7 @@ ORDER = (
     "fitting",
     "budget",
     "saving",
+    "directory",
     "card",
     "experiment",
     "defaults",

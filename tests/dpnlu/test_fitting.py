@@ -1,5 +1,6 @@
 """The training loop: ordinary and private, interrupted and continued."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dpnlu import fitting
 from dpnlu.checkpoint import CheckpointError, Checkpoints, load_checkpoint, save_checkpoint
-from dpnlu.fitting import ComputeConfig, FitResult, Randomness, Recipe, fit
+from dpnlu.fitting import ComputeConfig, FitResult, Randomness, Recipe, check_fit, fit
 from dpnlu.ledger import Ledger
 from dpnlu.plan import PrivacyPlan
 
@@ -169,6 +171,89 @@ def test_an_ordinary_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert seen == list(range(9, 21))
 
 
+@pytest.mark.parametrize("plan", [None, _plan()], ids=["ordinary", "private"])
+def test_the_first_step_is_saved_then_every_so_many_and_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: PrivacyPlan | None
+) -> None:
+    saved: list[int] = []
+
+    def noted(path: Path, *_: object, steps: int, run: str) -> None:
+        saved.append(steps)
+
+    monkeypatch.setattr(fitting, "save_checkpoint", noted)
+    _fit(_model(), plan=plan, checkpoints=Checkpoints(path=tmp_path / "c", every=7))
+    assert saved == [1, 7, 14, 20]
+
+
+def test_a_training_that_ends_with_empty_batches_is_saved_all_the_same(tmp_path: Path) -> None:
+    """Nobody sees such batches, but their noise is in the weights."""
+    plan = replace(_plan(), sample_rate=0.001, num_examples=SIZE)
+    checkpoints = Checkpoints(path=tmp_path / "c", every=1000)
+    model, again = _model(), _model()
+    result = _fit(model, plan=plan, checkpoints=checkpoints)
+    optimizer = torch.optim.AdamW(again.parameters())
+    assert load_checkpoint(checkpoints.path, again, optimizer) == result.steps == plan.steps
+    torch.testing.assert_close(again.weight, model.weight, rtol=0, atol=0)
+
+
+def test_untrained_weights_are_no_result(tmp_path: Path) -> None:
+    """The releases were made, and what they taught was never saved."""
+    plan, checkpoints = _plan(), Checkpoints(path=tmp_path / "c", every=4)
+    ledger = Ledger(plan)
+    for step in range(plan.steps):
+        ledger.append(plan.event_at(step))
+    with pytest.raises(CheckpointError, match="train anew"):
+        _fit(_model(), plan=plan, ledger=ledger, checkpoints=checkpoints)
+
+
+def test_the_learning_rate_falls_to_zero_over_the_steps_that_are_left() -> None:
+    """… where something costlier than planned was recorded."""
+    plan, ledger = replace(_plan(1.0), steps=60), Ledger(replace(_plan(1.0), steps=60))
+    ledger.append(plan.event_at(0, sampled=False))
+    totals: set[int] = set()
+    model = _model()
+    fit(
+        model,
+        _data(),
+        loss=lambda batch: (model(batch["x"])[:, 0] - batch["y"]).square(),
+        collate=_collate,
+        recipe=Recipe(epochs=4, batch_size=12, learning_rate=0.05),
+        plan=plan,
+        compute=ComputeConfig(),
+        randomness=Randomness(order=np.random.default_rng(1)),
+        ledger=ledger,
+        progress=lambda done, total: totals.add(total),
+    )
+    assert totals == {len(ledger)} and 1 < len(ledger) < 60
+
+
+NUMBERS = [
+    {"epochs": 0},
+    {"epochs": -1.0},
+    {"epochs": float("nan")},
+    {"epochs": float("inf")},
+    {"batch_size": 0},
+    {"batch_size": -8},
+    {"learning_rate": 0.0},
+    {"learning_rate": -0.1},
+    {"learning_rate": float("nan")},
+    {"learning_rate": float("inf")},
+    {"weight_decay": -1.0},
+    {"weight_decay": float("nan")},
+    {"warmup": -0.1},
+    {"warmup": 1.1},
+    {"warmup": float("nan")},
+]
+
+
+@pytest.mark.parametrize("changed", NUMBERS, ids=str)
+def test_a_recipe_with_a_number_out_of_range_is_refused(changed: dict[str, float]) -> None:
+    good = {"epochs": 1, "batch_size": 8, "learning_rate": 0.1}
+    (name,) = changed
+    with pytest.raises(ValueError, match=name):
+        Recipe(**good | changed)  # type: ignore[arg-type]
+
+
 def test_a_checkpoint_restores_weights_and_optimizer(tmp_path: Path) -> None:
     model = _model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -196,3 +281,27 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c").write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match="checkpoint of this model"):
         load_checkpoint(tmp_path / "c", model, optimizer)
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
+    """Also if the model is of the same kind: its releases are in another ledger."""
+    model = _model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    save_checkpoint(tmp_path / "c", model, optimizer, steps=1, run="one")
+    assert load_checkpoint(tmp_path / "c", model, optimizer, run="one") == 1
+    for other in ("two", ""):
+        with pytest.raises(CheckpointError, match="another training"):
+            load_checkpoint(tmp_path / "c", model, optimizer, run=other)
+
+
+def test_checking_a_training_leaves_no_trace() -> None:
+    model = _model()
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    check_fit(
+        model,
+        recipe=Recipe(epochs=1, batch_size=12, learning_rate=0.05),
+        plan=_plan(),
+        compute=ComputeConfig(),
+    )
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    assert not model._forward_hooks and not model._forward_pre_hooks

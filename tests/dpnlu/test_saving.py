@@ -1,12 +1,15 @@
 """Model directories: what is saved comes back, and changes are noticed."""
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+from dpnlu import durable, saving
 from dpnlu.classifier import Architecture, Classifier, build
 from dpnlu.data import Example, HashedVocabulary, fitted_vocabulary
 from dpnlu.encoding import Labels, encode_all
@@ -59,6 +62,41 @@ def test_a_model_comes_back_as_it_was(kind: str, tmp_path: Path, tiny_encoder: P
     torch.testing.assert_close(*losses, rtol=0, atol=0)
 
 
+def test_what_a_killed_process_left_is_no_part_of_the_model(
+    tmp_path: Path, tiny_encoder: Path
+) -> None:
+    """Neither a half-written file nor what is kept of an unfinished training."""
+    classifier = _build("encoder", tiny_encoder)
+    for name in ("config.json.partial", "tokenizer/half", "run.json", "checkpoint.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"{")
+    save(classifier, tmp_path, recipe=RECIPE, plan=PLAN, metrics={}, card="")
+    assert not {"config.json.partial", "half"} & {path.name for path in tmp_path.rglob("*")}
+    load(tmp_path)
+    for name in ("run.json", "checkpoint.safetensors"):
+        (tmp_path / name).unlink()
+    load(tmp_path)
+
+
+def test_all_of_a_model_is_on_disk_before_its_configuration(
+    tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[str] = set()
+    really = durable.sync
+
+    def sync(path: Path) -> None:
+        if path.parent.name == "config.json.partial":
+            others = set(tmp_path.rglob("*")) - {path, path.parent}
+            assert {place.name for place in others} <= synced
+        synced.add(path.name)
+        really(path)
+
+    monkeypatch.setattr(durable, "sync", sync)
+    classifier = _build("encoder", tiny_encoder)
+    save(classifier, tmp_path, recipe=RECIPE, plan=PLAN, metrics={}, card="")
+    assert {"config.json", "model.safetensors", "tokenizer.json", "encoder"} <= synced
+
+
 def test_nothing_is_pickled(saved: Path) -> None:
     suffixes = {path.suffix for path in saved.rglob("*") if path.is_file()}
     assert suffixes <= {".json", ".safetensors", ".md", ".txt", ".jinja"}
@@ -105,3 +143,90 @@ def test_a_configuration_that_is_not_json_is_refused(saved: Path) -> None:
     (saved / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(ModelDirectoryError, match=r"JSON file at .*config\.json"):
         load(saved)
+
+
+# ---- code in a directory -----------------------------------------------------------------------
+
+CODE = """
+from pathlib import Path
+Path({mark!r}).touch()
+from transformers import BertConfig, BertModel, BertTokenizerFast
+class OwnConfig(BertConfig):
+    model_type = "own"
+class OwnModel(BertModel):
+    config_class = OwnConfig
+class OwnTokenizer(BertTokenizerFast):
+    pass
+"""
+MAPS = {
+    "config.json": {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"},
+    "tokenizer_config.json": {"AutoTokenizer": ["own.OwnTokenizer", "own.OwnTokenizer"]},
+}
+UNKNOWN = {"config.json": {"model_type": "own"}, "tokenizer_config.json": {"tokenizer_class": "O"}}
+
+
+@dataclass
+class Code:
+    """Code that a directory brings along, and whether it was run or asked about."""
+
+    mark: Path
+    questions: list[str]
+
+    def put_into(self, folder: Path, file: str, *, is_known: bool) -> None:
+        """`is_known`: transformers could do without the code."""
+        for place in folder.rglob(file):
+            if place == folder / "config.json" and (folder / "encoder").exists():
+                continue  # it is ours
+            content = json.loads(place.read_text(encoding="utf-8")) | {"auto_map": MAPS[file]}
+            content |= {} if is_known else UNKNOWN[file]
+            place.write_text(json.dumps(content), encoding="utf-8")
+            code = CODE.format(mark=str(self.mark))
+            (place.parent / "own.py").write_text(code, encoding="utf-8")
+
+
+@pytest.fixture
+def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Code:
+    questions: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text: questions.append(text) or "y")
+    return Code(tmp_path / "was-run", questions)
+
+
+def _sign_again(home: Path) -> None:
+    """What somebody who wants the code to be run would do."""
+    config = json.loads((home / "config.json").read_text(encoding="utf-8"))
+    del config["digest"]
+    config["files"] = saving._digests(home)
+    config["digest"] = saving._digest(config)
+    (home / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+@pytest.mark.parametrize("file", MAPS)
+def test_code_in_a_model_directory_is_never_run(
+    tmp_path: Path, tiny_encoder: Path, code: Code, file: str, is_known: bool
+) -> None:
+    home = tmp_path / "m"
+    classifier = _build("encoder", tiny_encoder)
+    save(classifier, home, recipe=RECIPE, plan=PLAN, metrics={}, card="")
+    code.put_into(home, file, is_known=is_known)
+    _sign_again(home)
+    try:
+        load(home)
+    except ModelDirectoryError as error:
+        assert not is_known and "\n" not in str(error)
+    assert not code.mark.exists() and not code.questions
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+@pytest.mark.parametrize("file", MAPS)
+def test_code_that_comes_with_an_encoder_is_never_run(
+    tmp_path: Path, tiny_encoder: Path, code: Code, file: str, is_known: bool
+) -> None:
+    folder = tmp_path / "encoder"
+    shutil.copytree(tiny_encoder, folder)
+    code.put_into(folder, file, is_known=is_known)
+    try:
+        _build("encoder", folder)
+    except ValueError as error:
+        assert not is_known and "\n" not in str(error)
+    assert not code.mark.exists() and not code.questions

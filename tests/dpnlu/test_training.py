@@ -1,6 +1,7 @@
 """The handle: what is released is clipped, noised as planned, recorded first, divided publicly."""
 
 import math
+import os
 import subprocess
 import sys
 import textwrap
@@ -484,6 +485,44 @@ def test_a_ledger_may_be_continued_for_more_steps(make, make_plan):
     private.step(losses_of(model, torch.randn(2, 3)))
     assert len(ledger) == 2 and private.remaining_steps == 0
     assert private.epsilon() > private.plan.epsilon(steps=1)
+
+
+@pytest.mark.usefixtures("unsampled")
+@pytest.mark.parametrize("how", ["a step outside the loader", "a torn line"])
+def test_the_loader_takes_only_steps_with_which_epsilon_stays_within_the_plan(
+    make, data, tmp_path, how
+):
+    """A costlier release than planned was recorded: the rest is spent on fewer steps."""
+    path, fields = tmp_path / "ledger.jsonl", {"steps": 30, "sample_rate": 0.2}
+    model, private = make(ledger=path, **fields)
+    with private:
+        if how == "a torn line":
+            private.ledger.append(private.plan.event_at(0))
+        else:
+            private.step(losses_of(model, torch.randn(2, 3)))
+    if how == "a torn line":
+        path.write_bytes(path.read_bytes()[:-3])
+    _, private = make(model, ledger=Ledger.resume(path), **fields)
+    with private:
+        left = private.remaining_steps
+        assert 0 < left < 29
+        for batch in private.loader(data):
+            private.step(losses_of(model, batch))
+        assert private.steps_taken == left and private.remaining_steps == 0
+    assert private.epsilon() <= private.plan.epsilon()
+
+
+@pytest.mark.parametrize("change", ["rm", "truncate"])
+def test_a_ledger_that_vanishes_stops_training_before_the_next_update(make, data, tmp_path, change):
+    path = tmp_path / "ledger.jsonl"
+    model, private = make(ledger=path, steps=5, sample_rate=1.0)
+    with private, pytest.raises(LedgerError, match="as this training left it"):
+        for batch in private.loader(data):
+            if private.steps_taken == 2:
+                before = _flat(model.parameters())
+                path.unlink() if change == "rm" else os.truncate(path, 0)
+            private.step(losses_of(model, batch))
+    assert private.steps_taken == 2 and torch.equal(_flat(model.parameters()), before)
 
 
 @pytest.mark.usefixtures("unsampled")

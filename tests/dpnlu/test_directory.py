@@ -1,0 +1,96 @@
+"""One training at a time has a directory; what is in it tells how far it came."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dpnlu.directory import (
+    Run,
+    begin,
+    begun,
+    check_unchanged,
+    claimed,
+    continued_ledger,
+    new_ledger,
+    tidy,
+)
+from dpnlu.fingerprint import Fingerprint
+from dpnlu.ledger import Ledger, LedgerError
+from dpnlu.plan import PrivacyPlan
+
+RUN = Run(settings={"data": "d"}, fingerprint=Fingerprint("00", "11"))
+MakePlan = Callable[..., PrivacyPlan]
+
+
+def test_a_directory_is_made_and_free_again_afterwards(tmp_path: Path) -> None:
+    out = tmp_path / "a" / "b"
+    for _ in range(2):
+        with claimed(out), pytest.raises(ValueError, match="another training"), claimed(out):
+            pass
+    assert not list(out.iterdir())
+
+
+def test_what_was_begun_is_read_again_once_something_was_released(
+    tmp_path: Path, make_plan: MakePlan
+) -> None:
+    assert begun(tmp_path, resume=False) is None
+    begin(tmp_path, RUN)
+    assert begun(tmp_path, resume=True) is None, "nothing has happened yet"
+    with new_ledger(tmp_path, make_plan()) as ledger:
+        assert ledger.sampled_only
+        ledger.append(ledger.plan.event_at(0))
+    assert begun(tmp_path, resume=True) == RUN
+    with pytest.raises(ValueError, match="add --resume"):
+        begun(tmp_path, resume=False)
+
+
+def test_a_start_over_removes_the_ledger_that_records_nothing(
+    tmp_path: Path, make_plan: MakePlan
+) -> None:
+    begin(tmp_path, RUN)
+    new_ledger(tmp_path, make_plan()).close()
+    assert begun(tmp_path, resume=False) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_what_is_removed_last_is_what_it_is_recognised_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(tmp_path, RUN)
+    (tmp_path / "checkpoint.safetensors").touch()
+    (tmp_path / "config.json").touch()
+    (tmp_path / "config.json.partial").mkdir()
+    removed: list[str] = []
+    really = Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        removed.append(path.name)
+        really(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    tidy(tmp_path)
+    assert removed == ["checkpoint.safetensors", "run.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("changed", [{"steps": 11}, {"num_examples": 9}, {"noise_multiplier": 2.0}])
+def test_a_ledger_of_another_plan_is_not_gone_on_with(
+    tmp_path: Path, make_plan: MakePlan, changed: dict[str, float]
+) -> None:
+    new_ledger(tmp_path, make_plan()).close()
+    with pytest.raises(LedgerError, match="begin with the plan of this training"):
+        continued_ledger(tmp_path, make_plan(**changed))
+    continued_ledger(tmp_path, make_plan()).close()  # it was closed, and left as it was
+
+
+def test_releases_that_went_missing_since_are_noticed(tmp_path: Path, make_plan: MakePlan) -> None:
+    with new_ledger(tmp_path, make_plan()) as ledger:
+        for step in range(3):
+            ledger.append(ledger.plan.event_at(step))
+    check_unchanged(tmp_path, ledger)
+    path = tmp_path / "ledger.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    assert len(Ledger.read(path)) == 2
+    with pytest.raises(LedgerError, match=r"Expected the 3 releases .* got 2"):
+        check_unchanged(tmp_path, ledger)
