@@ -167,11 +167,12 @@ def fit(
     ) as private:
         made, total = len(private.ledger), len(private.ledger) + private.remaining_steps
         state.check_restored(made, total)
+        step = private.stepper(lambda batch: loss(_moved(batch, compute.device)))
         for batch in private.loader(
             examples, collate_fn=collate, physical_batch_size=compute.physical_batch_size
         ):
             state.begin(len(private.ledger), total)
-            if private.step(loss(_moved(batch, compute.device))):
+            if step(batch):
                 state.finish(len(private.ledger), total)
         state.save(len(private.ledger))  # the last steps may have been empty
         seconds = time.perf_counter() - started

@@ -272,6 +272,81 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Bags:
+    """Gradient i is a (V, d) table in which one row went into many: Σ_t shares[i, t] e_{ids[i, t]}
+    rightᵀ[i], as of a bag of words.
+
+    Attributes:
+        ids: (B, T) row numbers; a negative one is left out (padding).
+        shares: (B, T) how much of each row was taken.
+        right: (B, d) gradient with respect to their sum.
+        shape: (V, d) of the table.
+    """
+
+    ids: Tensor
+    shares: Tensor
+    right: Tensor
+    shape: tuple[int, ...]
+
+    @property
+    def terms(self) -> int:
+        return self.ids.shape[1]
+
+    @property
+    def entries(self) -> int:
+        return self.shape[0] * self.right.shape[1]
+
+    def squared_norms(self, grams: GramCache) -> SquaredNorms:
+        """‖G‖² = ‖b‖² Σ_v (Σ_{t: id_t = v} c_t)²."""
+        values = self._squared_counts() * _squared_lengths(self.right)
+        # Shares are rounded when they scale b, and their sums are those of the gradient's terms.
+        share = growth(self.right.shape[1] + 4 * self.terms + 8, values.dtype)
+        return SquaredNorms(values, self.sizes().square() * share)
+
+    def norms_written_out(self) -> SquaredNorms:
+        return self.rows().norms_written_out()
+
+    def sizes(self) -> Tensor:
+        shares = torch.where(self.ids >= 0, self.shares, 0.0).abs().sum(1)
+        return shares * _lengths(_squared_lengths(self.right))
+
+    def dense(self) -> Tensor:
+        return self.rows().dense()
+
+    def rows(self) -> Rows:
+        """The same with a row of its own for each id."""
+        return Rows(self.ids, self.shares[:, :, None] * self.right[:, None], self.shape)
+
+    def add_weighted_sum(self, coefficients: Tensor, out: Tensor) -> None:
+        # What a bag leaves out has share 0.
+        ids, shares = self.ids.clamp(min=0), torch.where(self.ids >= 0, self.shares, 0.0)
+        right = self.right * coefficients[:, None]
+        rows = (shares[:, :, None] * right[:, None]).flatten(0, 1)
+        out.index_add_(0, ids.flatten(), rows.to(out.dtype))
+
+    def finite_rows(self, finite: Tensor) -> Bags:
+        shares, right = _zeroed(self.shares, finite), _zeroed(self.right, finite)
+        return Bags(self.ids, shares, right, self.shape)
+
+    def of(self, examples: Tensor) -> Bags:
+        return Bags(self.ids[examples], self.shares[examples], self.right[examples], self.shape)
+
+    def _squared_counts(self) -> Tensor:
+        """(B,) sums over the table's rows of the squares of what was taken of each."""
+        kept = self.ids >= 0
+        if isinstance(self.ids, FakeTensor):  # it has no values to be sorted
+            same = (
+                (self.ids[:, :, None] == self.ids[:, None, :]) & kept[:, None, :] & kept[:, :, None]
+            )
+            return (same * self.shares[:, :, None] * self.shares[:, None, :]).sum((1, 2))
+        batch, rows = self.ids.shape[0], self.shape[0]
+        example = torch.arange(batch, device=self.ids.device)[:, None]
+        keys, place = torch.unique((self.ids + rows * example)[kept], return_inverse=True)
+        counts = self.shares.new_zeros(len(keys)).index_add_(0, place, self.shares[kept])
+        return self.shares.new_zeros(batch).index_add_(0, keys // rows, counts.square())
+
+
+@dataclass(frozen=True)
 class Dense:
     """Gradients written out, for tensors small enough.
 
@@ -328,7 +403,7 @@ def _diagonal(grams: Tensor) -> Tensor:
 
 
 def _squared_lengths(rows: Tensor) -> Tensor:
-    """(B, T, d) -> (B, T)."""
+    """(…, d) -> (…)."""
     squares: Tensor = torch.linalg.vecdot(rows, rows)
     return squares
 

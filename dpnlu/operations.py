@@ -13,6 +13,16 @@ from torch import Tensor, nn
 from dpnlu.trace import Finish
 
 
+def all_but_last(dims: int) -> range:
+    """Dimensions that may hold the examples where the last holds features."""
+    return range(max(1, dims - 1))
+
+
+def first_alone(dims: int) -> range:
+    """Where all others hold channels and positions."""
+    return range(1)
+
+
 @dataclass(frozen=True)
 class Rule:
     """How an operation that applies weights to a batched input is recorded.
@@ -25,7 +35,7 @@ class Rule:
 
     finish: Callable[..., Finish]
     input: int = 0
-    dims: Callable[[int], range] = lambda dims: range(max(1, dims - 1))
+    dims: Callable[[int], range] = all_but_last
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,19 @@ TAKE_FIRST_VALUE = frozenset(
         Tensor.expand_as,
         Tensor.view_as,
         Tensor.reshape_as,
+    }
+)
+# They turn or keep the entries of a tensor; with dimension 0 left where it is, those of each row.
+TURNS = frozenset(
+    {
+        Tensor.transpose,
+        torch.transpose,
+        *(getattr(Tensor, name).__get__ for name in ("mT",)),
+        Tensor.permute,
+        torch.permute,
+        Tensor.contiguous,
+        Tensor.to,
+        Tensor.clone,
     }
 )
 # They copy a tensor, perhaps once for each example.

@@ -34,6 +34,7 @@ from dpnlu.layout import Layout
 from dpnlu.operations import (
     COPIES,
     INSPECTIONS,
+    TURNS,
     Operations,
     Rule,
     replaced,
@@ -308,7 +309,20 @@ class Tape(TorchFunctionMode):
                 self._note_in_free(learned)
             if func in COPIES:
                 self._copies[id(output)] = _Copies(args[0], output)
+            elif func in TURNS and id(args[0]) in self._copies:
+                self._turn_source(func, args, kwargs, output)
         return output
+
+    def _turn_source(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        """Copies of something are turned: they are copies of it, turned."""
+        copies = self._copies[id(args[0])]
+        source = copies.source.reshape(copies.shape)
+        turned: Tensor = func(source, *args[1:], **kwargs)
+        if turned.shape[0] == source.shape[0] and turned.dim() == output.dim():
+            self._provenance.derive(func, args, turned, batched=False)
+            self._copies[id(output)] = _Copies(turned, output)
 
     def _note_in_free(self, tensors: Iterable[Tensor]) -> None:
         """These enter a computation free of the batch."""
@@ -457,14 +471,14 @@ class Tape(TorchFunctionMode):
         given = [t for t in tensors_held((args, kwargs)) if not self._provenance.is_known(t)]
         if self.batch_size is None:
             self.batch_size = self._expected or _leading_size(given)
-        is_announced = any(self._provenance.is_announced(tensor) for tensor in given)
-        if self._meets_batch and not is_announced:
+        announced = [tensor for tensor in given if self._provenance.is_announced(tensor)]
+        if self._meets_batch and not announced:
             # Beside the batch, as many rows as examples, or multiples, may be of something else.
             given = [tensor for tensor in given if self.batch_size in tensor.shape[:2]]
-        self._meets_batch |= is_announced
+        self._meets_batch |= bool(announced)
         packed = [held for held in (*args, *kwargs.values()) if isinstance(held, PackedSequence)]
         self._provenance.hand_over(tensor for tensor in given if self._may_hold_examples(tensor))
-        self._provenance.hand_over(tensors_held(packed))
+        self._provenance.hand_over([*announced, *tensors_held(packed)])
         device = next((tensor.device.type for tensor in given), "cpu")
         self.calls.append(Call(module, args, kwargs, _autocast(device)))
 
@@ -511,20 +525,20 @@ class _Copies:
     copies: Tensor
 
     @property
-    def _shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, ...]:
         """The source's shape with as many dimensions as the copies'."""
         return (1,) * (self.copies.dim() - self.source.dim()) + tuple(self.source.shape)
 
     def are_one_for_each(self, batch: int) -> bool:
         """Whether the rows are `batch` copies of the source, one after the other."""
-        first, *inner = zip(self._shape, self.copies.shape, strict=True)
+        first, *inner = zip(self.shape, self.copies.shape, strict=True)
         return first[0] in (1, first[1] // batch) and all(
             known in (1, size) for known, size in inner
         )
 
     def per_example(self, gradient: Tensor, layout: Layout) -> Tensor:
         """The gradient of the copies -> that of the source, (B, *shape)."""
-        apart = layout.apart(gradient).sum_to_size(layout.batch, *self._shape)
+        apart = layout.apart(gradient).sum_to_size(layout.batch, *self.shape)
         return apart.reshape(layout.batch, *self.source.shape)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dpnlu.gradients import Dense, Gradients, GramCache, OuterProducts, Rows, SquaredNorms
+from dpnlu.gradients import Bags, Dense, Gradients, GramCache, OuterProducts, Rows, SquaredNorms
 from dpnlu.rounding import growth, inner_products, squared_terms
 
 # How many entries are written out at once.
@@ -20,6 +20,7 @@ _ENTRIES = 2**22
 def combine(uses: Sequence[Gradients]) -> list[Gradients]:
     """Several uses of one tensor as at most one of each form and shape; their sum stays."""
     outer = [use for use in uses if isinstance(use, OuterProducts)]
+    bags = [use for use in uses if isinstance(use, Bags)]
     rows = [use for use in uses if isinstance(use, Rows)]
     dense = [use for use in uses if isinstance(use, Dense)]
     parts: list[Gradients] = []
@@ -33,6 +34,10 @@ def combine(uses: Sequence[Gradients]) -> list[Gradients]:
                     transposed,
                 )
             )
+    if len(bags) == 1 and not rows:
+        parts += bags
+    else:
+        rows += [use.rows() for use in bags]
     for shape in dict.fromkeys(use.shape for use in rows):
         of_this = [use for use in rows if use.shape == shape]
         parts.append(

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -95,14 +96,24 @@ def assert_taped_exactly() -> Callable[..., None]:
     """
 
     def check(
-        model: nn.Module, forward: Callable[[nn.Module], Tensor], *, same_pass: bool = False
+        model: nn.Module,
+        forward: Callable[[nn.Module], Tensor],
+        *,
+        same_pass: bool = False,
+        batch: tuple[int | None, Any] = (None, None),
     ) -> None:
-        """`same_pass`: the loop runs over the taped pass itself, if chance cannot be repeated."""
+        """Do so.
+
+        Args:
+            same_pass: the loop runs over the taped pass itself, if chance cannot be repeated.
+            batch: number of examples and what holds them, if no input has as many rows.
+        """
         names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         torch.manual_seed(1)
         plain = None if same_pass else _per_example_gradients(forward(model), list(names))
         torch.manual_seed(1)
         tape = Tape(model, OPERATIONS)
+        tape.expect(*batch)
         try:
             losses = forward(model)
             expected = plain or _per_example_gradients(losses, list(names))

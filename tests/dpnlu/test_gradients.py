@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dpnlu import gradients
-from dpnlu.gradients import Dense, GramCache, OuterProducts, Rows
+from dpnlu.gradients import Bags, Dense, GramCache, OuterProducts, Rows
 from dpnlu.uses import combine, squared_norms
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -38,6 +38,11 @@ def rows(batch, positions, d, vocabulary):
     return Rows(ids, torch.randn(batch, positions, d), (vocabulary, d))
 
 
+def bags(batch, positions, d, vocabulary):
+    ids = torch.randint(-1, vocabulary, (batch, positions))
+    return Bags(ids, torch.randn(batch, positions), torch.randn(batch, d), (vocabulary, d))
+
+
 def outer_written_out(use: OuterProducts) -> Tensor:
     total = torch.einsum("bti,btj->bij", use.right, use.left)
     return total.mT if use.transposed else total
@@ -56,6 +61,9 @@ def written_out(use: gradients.Gradients) -> Tensor:
     """(B, *shape), by the definition of each form."""
     if isinstance(use, OuterProducts):
         return outer_written_out(use)
+    if isinstance(use, Bags):
+        values = use.shares[:, :, None] * use.right[:, None]
+        return rows_written_out(Rows(use.ids, values, use.shape))
     return rows_written_out(use) if isinstance(use, Rows) else use.values
 
 
@@ -107,6 +115,10 @@ FORMS = [
         lambda: Rows(torch.full((2, 130), -1), torch.randn(2, 130, 4), (5, 4)),
         False,
     ),
+    Form("bags", lambda: bags(3, 7, 4, 5), False),
+    Form("bags, one position", lambda: bags(3, 1, 4, 5), False),
+    Form("bags, no position", lambda: bags(3, 0, 4, 5), False),
+    Form("bags, no example", lambda: bags(0, 7, 4, 5), False),
     Form("dense", lambda: Dense(torch.randn(3, 4, 5)), False),
     Form("dense, of a scalar", lambda: Dense(torch.randn(3)), False),
     Form("dense, no example", lambda: Dense(torch.randn(0, 4)), False),
@@ -152,9 +164,9 @@ def test_finite_rows_leave_exactly_nothing_of_the_others(form, poison):
     """0 · ∞ is not 0: whatever is in an excluded example, it adds exactly nothing."""
     use = form.make()
     clean = written_out(use).clone()
-    fields = [use.left, use.right] if isinstance(use, OuterProducts) else [use.values]
-    for values in fields:
-        values[1] = poison
+    for values in vars(use).values():
+        if isinstance(values, Tensor) and values.is_floating_point():
+            values[1] = poison
     finite = torch.ones(len(clean), dtype=torch.bool)
     finite[1] = False
     kept = use.finite_rows(finite)
@@ -170,7 +182,7 @@ def test_finite_rows_leave_exactly_nothing_of_the_others(form, poison):
 def test_a_non_finite_example_does_not_touch_the_norms_of_others(form):
     use = form.make()
     before = use.squared_norms(GramCache()).values
-    values = use.right if isinstance(use, OuterProducts) else use.values
+    values = use.right if isinstance(use, (OuterProducts, Bags)) else use.values
     values[1] = math.inf
     after = use.squared_norms(GramCache()).values
     others = torch.arange(len(before)) != 1
@@ -198,6 +210,10 @@ USES = {
     "dense twice": lambda: [Dense(torch.randn(3, 5, 6)), Dense(torch.randn(3, 5, 6))],
     "embedding tied to a head": lambda: [rows(3, 4, 6, 5), outer(3, 2, 6, 5)],
     "tied to a transposed head": lambda: [rows(3, 4, 6, 5), outer(3, 2, 5, 6, True)],
+    "bag": lambda: [bags(3, 4, 6, 5)],
+    "two bags": lambda: [bags(3, 4, 6, 5), bags(3, 2, 6, 5)],
+    "bag tied to a head": lambda: [bags(3, 4, 6, 5), outer(3, 2, 6, 5)],
+    "bag and table": lambda: [bags(3, 4, 6, 5), rows(3, 2, 6, 5)],
     "all forms": lambda: [
         outer(3, 2, 6, 5),
         rows(3, 4, 6, 5),

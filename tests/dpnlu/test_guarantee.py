@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from dpnlu.clipped import add_clipped, gradient_norms
 from dpnlu.compiled import CompiledClipping
 from dpnlu.engines import BookKeeping
-from dpnlu.gradients import Dense, OuterProducts, Rows
+from dpnlu.gradients import Bags, Dense, OuterProducts, Rows
 from dpnlu.plan import PrivacyPlan
 from dpnlu.uses import combine
 
@@ -80,6 +80,17 @@ class Tied(nn.Module):
         return F.linear(self.table(ids).tanh(), self.table.weight)
 
 
+class Bag(nn.Module):
+    """The mean of words, for each position anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.EmbeddingBag(WORDS, WIDTH)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table(ids)[:, None].expand(-1, ids.shape[1], -1)
+
+
 class Gated(nn.Module):
     """Parameters added and multiplied, and a layer used twice."""
 
@@ -102,6 +113,10 @@ CASES = [
     Case("LSTM", lambda: First(nn.LSTM(WIDTH, 16, batch_first=True, bidirectional=True)), 32),
     Case("GRU", lambda: First(nn.GRU(WIDTH, 16, batch_first=True)), 16),
     Case("gates", Gated),
+    Case("group norm", lambda: OverTime(nn.GroupNorm(4, WIDTH))),
+    Case("instance norm", lambda: OverTime(nn.InstanceNorm1d(WIDTH, affine=True))),
+    Case("PReLU", lambda: OverTime(nn.PReLU(WIDTH))),
+    Case("bag of words", Bag, takes_ids=True),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 PRECISIONS = {
@@ -246,12 +261,19 @@ def _long_rows(draw: Callable) -> Rows:
     return Rows(torch.randint(-1, 6, (3, 150)), draw(3, 150, 10), (6, 10))
 
 
+def _bags(draw: Callable) -> Bags:
+    ids = torch.randint(-1, 6, (3, POSITIONS))
+    return Bags(ids, draw(3, POSITIONS), draw(3, 40), (6, 40))
+
+
 FORMS = {
     "outer": lambda draw: [_outer(draw)],
     "outer, one position": lambda draw: [_few(draw)],
     "outer, written out": lambda draw: [_written_out(draw)],
     "rows": lambda draw: [_rows(draw)],
     "long rows": lambda draw: [_long_rows(draw)],
+    "bags": lambda draw: [_bags(draw)],
+    "tied bags": lambda draw: [_bags(draw), OuterProducts(draw(3, 5, 40), draw(3, 5, 6))],
     "dense": lambda draw: [Dense(draw(3, 50, 60))],
     "tied": lambda draw: [
         OuterProducts(draw(3, POSITIONS, 40), draw(3, POSITIONS, 6)),
