@@ -67,7 +67,7 @@ class Layout:
 def candidates(shape: torch.Size, dims: Sequence[int], batch: int) -> Iterator[Layout]:
     """Layouts that a result of this shape may have, the usual one first."""
     for dim in dims:
-        if batch and shape[dim] % batch == 0:
+        if batch and dim < len(shape) and shape[dim] % batch == 0:
             yield Layout(batch, dim)
             if shape[dim] > batch > 1:
                 yield Layout(batch, dim, in_turn=True)

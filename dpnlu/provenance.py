@@ -43,7 +43,8 @@ class Provenance:
         }
         self._free = dict(self._constant)
         self._data: dict[int, Tensor] = {}  # batched, and not differentiated: ids, masks
-        self._computed: set[int] = set()  # batched, and differentiated
+        # Batched, and differentiated; not held, as they are large.
+        self._computed: dict[int, weakref.ref[Tensor]] = {}
         self.batched = Nodes()  # of operations on the batch
         self._handed = {}
         # Number of the next node of the autograd graph: those before are of earlier batches.
@@ -77,9 +78,13 @@ class Provenance:
             return False
         return tensor.untyped_storage().data_ptr() in self._roots
 
-    def is_unseen(self, tensor: Tensor) -> bool:
-        """Whether a tensor was made by an operation that was not seen."""
-        return tensor.grad_fn is not None and not self.is_known(tensor)
+    def is_unseen(self, tensor: Tensor, seen: Nodes) -> bool:
+        """Whether a tensor that may be free was made by an operation that was not seen, whatever
+        was seen inside of it."""
+        node = tensor.grad_fn
+        if node is None or self._is_computed(tensor):
+            return False
+        return node not in seen
 
     def recover(self, tensor: Tensor, seen: Nodes) -> list[Tensor]:
         """Find out where a tensor comes from that was made unseen, by a function of the model's
@@ -92,7 +97,7 @@ class Provenance:
             The parameters behind what is free; none for what is not.
         """
         self._check_left(tensor)
-        known = {free.grad_fn for free in self.free_learned()}
+        known = {free.grad_fn for free in self.free_learned() if free.grad_fn in seen}
         found: list[Tensor] = []
         nodes, waiting = [], [tensor.grad_fn]
         while waiting:
@@ -118,7 +123,11 @@ class Provenance:
     def is_known(self, tensor: Tensor) -> bool:
         """Whether anything was said of the tensor yet."""
         key = id(tensor)
-        return key in self._free or key in self._data or key in self._computed
+        return key in self._free or key in self._data or self._is_computed(tensor)
+
+    def _is_computed(self, tensor: Tensor) -> bool:
+        ref = self._computed.get(id(tensor))
+        return ref is not None and ref() is tensor
 
     def is_free(self, tensor: Tensor) -> bool:
         """Whether the tensor is derived from parameters and constants alone."""
@@ -133,7 +142,7 @@ class Provenance:
         key = id(tensor)
         if key in self._free:
             return False
-        if key in self._data or key in self._computed:
+        if key in self._data or self._is_computed(tensor):
             return True
         self._check_left(tensor)
         if tensor.grad_fn is not None:  # made by what could not be seen
@@ -150,7 +159,7 @@ class Provenance:
             if any(_is_same(tensor, known) for known in self.free_learned()):
                 self._free[id(tensor)] = tensor
             else:
-                self._computed.add(id(tensor))
+                self._compute(tensor)
 
     def derive(self, func: Any, args: tuple[Any, ...], output: Any, *, batched: bool) -> None:
         """State what an operation made.
@@ -171,7 +180,7 @@ class Provenance:
             if id(tensor) in self._constant:  # by `out=`
                 self._write(tensor)
             if tensor.requires_grad:
-                self._computed.add(id(tensor))
+                self._compute(tensor)
             else:
                 self._data[id(tensor)] = tensor
             self._free.pop(id(tensor), None)
@@ -179,6 +188,9 @@ class Provenance:
     def free_learned(self) -> list[Tensor]:
         """The free tensors that were computed from trainable parameters."""
         return [tensor for tensor in self._free.values() if tensor.grad_fn is not None]
+
+    def _compute(self, tensor: Tensor) -> None:
+        self._computed[id(tensor)] = weakref.ref(tensor)
 
     def _write(self, target: Tensor) -> None:
         """A tensor takes up what comes from the batch; so does what it is a view of."""
@@ -194,7 +206,7 @@ class Provenance:
                 )
             self._free.pop(id(changed), None)
             if changed.requires_grad:
-                self._computed.add(id(changed))
+                self._compute(changed)
             else:
                 self._data[id(changed)] = changed
 

@@ -259,7 +259,7 @@ class Tape(TorchFunctionMode):
         start = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         with naming_refusals(self._module):
             for tensor in tensors:
-                if provenance.is_unseen(tensor):
+                if provenance.is_unseen(tensor, self.trace.seen):
                     self._note_in_free(provenance.recover(tensor, self.trace.seen))
             batched = [tensor for tensor in tensors if provenance.is_batched(tensor)]
             learned: list[Tensor] = []
@@ -413,28 +413,29 @@ class Tape(TorchFunctionMode):
             stretches: the operation would expand `free` to as many rows as the others have.
         """
         widest = max(batched, key=Tensor.dim)
+        if not widest.dim():
+            return None
         rows, dims = widest.shape[0], widest.dim()
         batch = rows if self.batch_size is None else self.batch_size
         if not batch:
             return free  # nobody's gradient is to be kept apart
-        if rows % batch and (dims < 2 or widest.shape[1] % batch):
+        shape = ((1,) * dims + tuple(free.shape))[-dims:]
+        is_whole = free.dim() == dims and free.shape[0] == rows
+        if free.dim() > dims or not (is_whole or (stretches and shape[0] == 1)):
             return None
-        if free.dim() == dims and free.shape[0] == rows:
+        copies = self._copies.get(id(free)) if is_whole else None
+        if copies is not None and copies.are_one_for_each(batch):
             stand_in = free.view_as(free)
-            copies = self._copies.get(id(free))
-            if copies is not None and copies.are_one_for_each(batch):
-                self.meet(copies.source, stand_in, copies.per_example)
-            else:
-                self.meet(free, stand_in, _rows_apart, aligned=rows == batch)
+            self.meet(copies.source, stand_in, copies.per_example)
             return stand_in
-        if stretches and (free.dim() < dims or (free.dim() == dims and free.shape[0] == 1)):
-            shape = ((1,) * dims + tuple(free.shape))[-dims:]
-            # Where dimension 1 may hold the examples as well, copies are made along both.
-            outer = 2 if dims > 1 and widest.shape[1] == batch and shape[1] == 1 else 1
-            stand_in = free.expand(*widest.shape[:outer], *shape[outer:])
-            self.meet(free, stand_in, _copies_added(free.shape, outer), dims=range(outer))
-            return stand_in
-        return None
+        # Dimension 1 may hold the examples as well.
+        may_turn = stretches and dims > 1 and widest.shape[1] == batch and shape[1] in (1, batch)
+        outer = 2 if may_turn else 1
+        stand_in = free.expand(*widest.shape[:outer], *shape[outer:])
+        is_aligned = is_whole and rows == batch and not may_turn
+        per_example = _taken_back(shape, free.shape)
+        self.meet(free, stand_in, per_example, dims=range(outer), aligned=is_aligned)
+        return stand_in
 
     # ---- hooks -------------------------------------------------------------------------------
 
@@ -558,12 +559,16 @@ def _rows_apart(gradient: Tensor, layout: Layout) -> Tensor:
     return apart.movedim(1, 1 + layout.dim)
 
 
-def _copies_added(shape: torch.Size, outer: int) -> PerExample:
-    """The gradients of copies along the first `outer` dimensions -> (B, *shape)."""
+def _taken_back(shape: tuple[int, ...], target: torch.Size) -> PerExample:
+    """The gradient of what was expanded from `shape` -> (B, *target): along the dimension that
+    holds the examples it is each one's own rows of a tensor that has them, or a copy of it."""
 
     def per_example(gradient: Tensor, layout: Layout) -> Tensor:
-        apart = layout.apart(gradient).sum(tuple(range(1, outer + 1)))
-        return apart.reshape(layout.batch, *shape)
+        if shape[layout.dim] != 1:
+            apart = _rows_apart(gradient, layout)
+        else:
+            apart = layout.apart(gradient).sum(1).unsqueeze(1 + layout.dim)
+        return apart.sum_to_size(layout.batch, *shape).reshape(layout.batch, *target)
 
     return per_example
 

@@ -151,7 +151,9 @@ class Nodes:
         elif end > start:
             bisect.insort(self._spans, (start, end))
 
-    def __contains__(self, node: Node) -> bool:
+    def __contains__(self, node: Node | None) -> bool:
+        if node is None:
+            return False
         number = node._sequence_nr()
         place = bisect.bisect_right(self._spans, (number, math.inf)) - 1
         return place >= 0 and number < self._spans[place][1]

@@ -61,7 +61,7 @@ def check_seen(
     Raises:
         UnsupportedLayerError: one was not.
     """
-    made = {tensor.grad_fn: "a tensor computed from parameters" for tensor in free}
+    made = {tensor.grad_fn for tensor in free}
     unseen: list[tuple[Edge, str]] = []
     for edge in edges:
         name = edge.node.name()
@@ -70,7 +70,7 @@ def check_seen(
         if name == OF_A_PARAMETER:
             used = names.get(edge.node.variable)  # type: ignore[attr-defined]
         else:
-            used = made.get(edge.node)
+            used = _computed_from(edge.node, names) if edge.node in made else None
         if used is not None and not _is_seen(edge.user, trace):
             unseen.append((edge, used))
     if unseen:
@@ -92,6 +92,24 @@ def _check_users(edges: Sequence[Edge], unseen: Sequence[tuple[Edge, str]], trac
         "modules instead of their forward, take torch.compile and torch.jit off, or freeze it by "
         "requires_grad_(False)."
     )
+
+
+def _computed_from(node: Node, names: Mapping[Tensor, str]) -> str:
+    """Says what a tensor free of the batch was computed from."""
+    known, waiting = {node}, [node]
+    while waiting:
+        node = waiting.pop()
+        name = names.get(getattr(node, "variable", _NOBODY))
+        if name is not None:
+            return f"a tensor computed from {name}"
+        new = {earlier for earlier, _ in node.next_functions if earlier is not None} - known
+        known |= new
+        waiting.extend(new)
+    return "a tensor computed from parameters"
+
+
+# Stands for the parameter of nodes that are of none.
+_NOBODY = torch.empty(0)
 
 
 def _is_cast(node: Node | None) -> bool:
@@ -253,8 +271,8 @@ def _owners(
         again = trace.backward(losses * torch.exp2(digits.to(losses)), retain_graph=True)
         for number, dim in [(place, dim) for place in unknown for dim in places[place].dims]:
             first, second = arrived[number], again[number]
-            if first is not None and second is not None:
-                digit = _digits(first.movedim(dim, 0), second.movedim(dim, 0), base)
+            if first is not None and second is not None and dim < first.dim():
+                digit = _digits(_as_rows(first, dim), _as_rows(second, dim), base)
                 known = owners.get((number, dim), torch.zeros_like(digit))
                 spelt = known + digit * power
                 owners[number, dim] = torch.where((digit < 0) | (known < 0), -2, spelt)
@@ -262,10 +280,16 @@ def _owners(
     for (number, dim), owner in owners.items():
         first = arrived[number]
         assert first is not None
-        owner = torch.where(first.movedim(dim, 0).flatten(1).any(1), owner, -1)
+        owner = torch.where(_as_rows(first, dim).any(1), owner, -1)
         if number not in found and bool(((owner >= -1) & (owner < batch)).all()):
             found[number] = Layout(batch, dim, owners=owner)
     return found
+
+
+def _as_rows(values: Tensor, dim: int) -> Tensor:
+    """(…, n, …) -> (n, k)."""
+    rows = values.movedim(dim, 0)
+    return rows.reshape(len(rows), rows.shape[1:].numel())
 
 
 def _powers(base: int, batch: int) -> Iterator[int]:
@@ -276,9 +300,8 @@ def _powers(base: int, batch: int) -> Iterator[int]:
 
 
 def _digits(first: Tensor, second: Tensor, base: int) -> Tensor:
-    """(n, …) twice -> (n,) the digit d with second = 2^d first in each row; -1 where there is
+    """(n, k) twice -> (n,) the digit d with second = 2^d first in each row; -1 where there is
     none."""
-    first, second = first.flatten(1), second.flatten(1)
     place = first.abs().argmax(1, keepdim=True)
     ratio = (second.gather(1, place) / first.gather(1, place))[:, 0]
     digit = torch.log2(ratio.clamp(min=0.25).nan_to_num(0.25, posinf=0.25)).round()

@@ -26,9 +26,8 @@ def einsum(tape: Tape, equation: Any, *operands: Any) -> Any:
         return NotImplemented
     free = places[0]
     value = torch.einsum(equation, *operands)
-    finish = _contracted(
-        operands[1 - free].detach(), operands[free], labels[1 - free], labels[free], output
-    )
+    terms = operands[1 - free].detach(), operands[free], labels[1 - free], labels[free], output
+    finish = _contracted(*terms) or _elementwise(*terms)
     if finish is None:
         return NotImplemented
     if value.requires_grad:
@@ -37,9 +36,15 @@ def einsum(tape: Tape, equation: Any, *operands: Any) -> Any:
     return value
 
 
+# A label that equations written by others do not use.
+_BATCH = "Z"
+
+
 def _is_plain(*terms: str) -> bool:
     """Whether labels are letters, none of them twice in a term."""
-    return all(term.isalpha() and len(set(term)) == len(term) for term in terms)
+    return all(
+        term.isalpha() and len(set(term)) == len(term) and _BATCH not in term for term in terms
+    )
 
 
 def _contracted(
@@ -71,6 +76,40 @@ def _contracted(
         apart = products.reshape(len(products), *(sizes[label] for label in inputs + outputs))
         order = [1 + (inputs + outputs).index(label) for label in shared]
         yield weight, Dense(apart.permute(0, *order))
+
+    return finish
+
+
+def _elementwise(
+    received: Tensor, weight: Tensor, read: str, shared: str, output: str
+) -> Finish | None:
+    """The same where labels may be in all three. A dimension of the weights may hold the examples
+    too, as if each had weights of its own: then it has no part in those of the others.
+
+    Returns:
+        None where a label is of one term alone and summed over.
+    """
+    if not set(shared) <= set(read + output) or not set(read) <= set(shared + output):
+        return None
+
+    def finish(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
+        batch = output[layout.dim]
+        terms, values = [], []
+        for labels, tensor in ((output, gradient), (read, received)):
+            terms.append(_BATCH + batch + labels.replace(batch, ""))
+            values.append(layout.apart(full_precision(tensor), labels.index(batch)))
+        equation = f"{terms[0]},{terms[1]}->{_BATCH}"
+        if batch not in shared:
+            yield weight, Dense(torch.einsum(equation + shared, *values))
+            return
+        place = shared.index(batch)
+        own = torch.einsum(equation + batch + shared.replace(batch, ""), *values)
+        entries = torch.arange(weight.shape[place], device=weight.device)
+        entries = layout.apart(entries, 0, fill=-1)
+        example, inner = (entries >= 0).nonzero(as_tuple=True)
+        apart = own.new_zeros(len(own), weight.shape[place], *own.shape[2:])
+        apart[example, entries[example, inner]] = own[example, inner]
+        yield weight, Dense(apart.movedim(1, 1 + place))
 
     return finish
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpnlu.errors import UnsupportedLayerError
+from dpnlu.provenance import Provenance
 from dpnlu.training import privatize
 
 pytestmark = [
@@ -342,3 +343,19 @@ def test_weights_that_are_exchanged_through_data_are_noticed(released):
     for way in ("stepper", "step"):
         found = released(Recurrent, losses, data, way=way, steps=1)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_a_tensor_in_the_place_of_one_that_is_gone_is_another():
+    """Python gives new objects the ids of old ones."""
+    provenance = Provenance(nn.Linear(2, 2))
+    for _ in range(100):
+        batched = torch.ones(2, requires_grad=True) * 2
+        provenance.derive(torch.mul, (), batched, batched=True)
+        assert provenance.is_batched(batched)
+        key = id(batched)
+        del batched
+        new = torch.ones(2, requires_grad=True)
+        assert provenance.is_free(new) or not provenance.is_batched(new)
+        if id(new) == key:
+            return
+    pytest.skip("no id came again")

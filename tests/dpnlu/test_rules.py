@@ -608,6 +608,19 @@ EINSUMS = {
     "time last": lambda p, h: torch.einsum("bti,oi->bot", h, p["matrix"]),
     "time first": lambda p, h: torch.einsum("bti,oi->tbo", h, p["matrix"]).transpose(0, 1),
     "frozen": lambda p, h: torch.einsum("bti,oi->bto", h, p["matrix"].detach()),
+    "a label in all three": lambda p, h: torch.einsum("bti,i->bti", h, p["vector"]),
+    "a label in all three, summed": lambda p, h: torch.einsum("bti,ji->btj", h, p["matrix"]),
+    "a label in all three and one apart": lambda p, h: torch.einsum(
+        "btni,ni->btn", torch.stack([h] * 4, 2), p["matrix"]
+    ),
+    "weights of one's own": lambda p, h: torch.einsum(
+        "bti,bij->btj", h, p["matrix"].expand(len(h), 4, 4).tanh()
+    ),
+    "weights of one's own, time first": lambda p, h: torch.einsum(
+        "ibn,jbn->bij",
+        h.transpose(0, 1),
+        torch.einsum("jbn,nm->jbm", torch.ones(5, len(h), 4), p["matrix"]),
+    ),
     "of what is made": lambda p, h: torch.einsum("bti,oi->bto", h, p["matrix"].tanh()),
 }
 
@@ -627,7 +640,6 @@ def test_products_by_einstein_s_notation(assert_taped_exactly, apply, size):
 # ---- operations without a rule ---------------------------------------------------------------
 
 FALLBACKS = {
-    "a label in all three": lambda p, h: torch.einsum("bti,ti->bti", h[:, :2], p["matrix"][:2]),
     "bilinear form": lambda p, h: torch.einsum("bti,ij,bsj->bts", h, p["matrix"], h),
     "bilinear layer": lambda p, h: F.bilinear(h, h.flip(1), p["cube"]),
     "maximum": lambda p, h: torch.maximum(h, p["vector"]),

@@ -78,6 +78,26 @@ def _crf(m: Parameters, h: Tensor) -> Tensor:
     return torch.logsumexp(score, 1)
 
 
+class Product(torch.autograd.Function):
+    """A function of a model's own, whose forward pass is made of operations that are seen."""
+
+    @staticmethod
+    def forward(ctx, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right)
+        return left * right
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        left, right = ctx.saved_tensors
+        return gradient * right, gradient * left
+
+
+def _heads_first(m: Parameters, h: Tensor) -> Tensor:
+    """(B, T, 3) by (2, 3): two heads, of a weight and a bias each, in dimension 0."""
+    heads = torch.stack([h, h.sin()])
+    return (heads * m.prompt[:, None, None] + m.prompt[:, None, :1, None].exp()).transpose(0, 1)
+
+
 USES = [
     Use("x + p", lambda m, h: h + m.vector),
     Use("p + x", lambda m, h: m.vector + h),
@@ -127,6 +147,19 @@ USES = [
     Use("linear, weight turned in memory", lambda m, h: F.linear(h, m.turned)),
     Use("product, parameter turned in memory", lambda m, h: h * m.turned[0] + m.turned.sum(0)),
     Use("conditional random field", _crf),
+    Use("function of its own", lambda m, h: h @ Product.apply(m.square, m.square.tanh())),
+    Use("function of its own, sliced", lambda m, h: h * Product.apply(m.square, m.square)[0]),
+    Use("heads first", _heads_first),
+    Use(
+        "time first, positions",
+        lambda m, h: (h.transpose(0, 1) + m.table[: h.shape[1], None]).transpose(0, 1),
+    ),
+    Use(
+        "time first, positions of each",
+        lambda m, h: (
+            h.transpose(0, 1) + (torch.ones(h.shape[1], len(h), 1) * m.vector).tanh()
+        ).transpose(0, 1),
+    ),
     Use("parameter alone decides the scale", lambda m, h: h * m.square.norm()),
 ]
 

@@ -170,6 +170,23 @@ def test_no_size_of_gradients_hides_it(released, name, scale):
         released(Net().double(), losses, _rows(dtype=torch.float64))
 
 
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        ("stepper", r"^Module \(the loss function\): examples mix"),
+        ("step", "head.bias is used elsewhere"),
+        ("compiled", r"^Module \(the loss function\): .*let nothing be added up"),
+    ],
+)
+def test_a_parameter_that_meets_a_number_of_all_examples_is_refused(released, way, message):
+    def losses(model: Net, rows: Tensor) -> Tensor:
+        found = plain(model, rows)
+        return found + found.mean() * model.head.bias[0]
+
+    with pytest.raises(UnsupportedLayerError, match=message):
+        released(Net(), losses, _rows(), way=way)
+
+
 def test_the_loss_of_the_next_example_is_not_one_s_own(released):
     """Every row has a part in one loss alone, but not in its own."""
     with pytest.raises(UnsupportedLayerError, match=r"when .* others are exchanged"):
@@ -271,6 +288,31 @@ def _decayed(model: Net, rows: Tensor) -> Tensor:
 def _functional(model: Net, rows: Tensor) -> Tensor:
     parameters = {name: 2 * value for name, value in model.named_parameters()}
     return _entropy(torch.func.functional_call(model, parameters, (rows,)), rows)
+
+
+def _net(dtype: torch.dtype) -> Net:
+    torch.manual_seed(0)
+    return Net().to(dtype)
+
+
+def _picked_scalars(model: Net, rows: Tensor) -> Tensor:
+    """Rows are chosen by their values, and one number of each meets a parameter."""
+    losses = _entropy(model(rows), rows)
+    large = losses.detach() > 1.1
+    scaled = losses[large] * model.head.bias[0]
+    return losses.masked_scatter(large, scaled.to(losses.dtype))
+
+
+@every_precision
+def test_whose_single_numbers_are_is_found_as_well(make_plan, precision):
+    dtype, autocast = precision
+    rows = _rows(dtype=dtype)
+    found, expected = (
+        train(_net(dtype), _picked_scalars, rows, make_plan, autocast=autocast, engine=engine)
+        for engine in ("book_keeping", "per_example")
+    )
+    close = 0.02 if autocast else 1e-4
+    torch.testing.assert_close(found, expected, rtol=close, atol=close)
 
 
 class Hidden(torch.autograd.Function):

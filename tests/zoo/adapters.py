@@ -173,7 +173,8 @@ LORA: dict[str, Method] = {
         use_bdlora=lambda base: peft.BdLoraConfig(target_modules_bd_b=base.targets, nblocks=2)
     ),
     "KaSA": _lora(kasa_config=peft.KasaConfig()),
-    "MonteCLoRA": _lora(monteclora_config=peft.MontecloraConfig()),
+    # It draws anew, and so the same again, for every forward pass.
+    "MonteCLoRA": _lora(monteclora_config=peft.MontecloraConfig(buffer_size=1)),
     "VeLoRA": _lora(velora_config=peft.VeloraConfig(num_groups=4)),
     "VeLoRA, random": _lora(velora_config=peft.VeloraConfig(num_groups=4, init_type="random")),
 }
