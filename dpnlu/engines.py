@@ -308,9 +308,10 @@ class BookKeeping:
         """What was done in the forward pass, and how the tape understood it: which operation used
         parameters, on how many entries per example."""
         tape = self._tape
-        graph = signature_of(edges, batch, may_unpack=not tape.is_checkpointed)
+        graph = signature_of(edges, batch, tape.is_free_node, may_unpack=not tape.is_checkpointed)
         understood = (place.described(batch) for place in tape.trace.places)
-        return replace(graph, steps=(*graph.steps, *understood, str(len(tape.trace.lookups))))
+        free = f"{len(tape.trace.lookups)} {len(tape.trace.products)}"
+        return replace(graph, steps=(*graph.steps, *understood, free))
 
 
 class PerExample:

@@ -10,7 +10,7 @@ was packed and is unpacked in the same way has lost no row its place.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,10 +100,17 @@ def walk(losses: Tensor) -> Iterator[Edge]:
             waiting.extend((earlier, place, node) for earlier, place in node.next_functions)
 
 
-def signature_of(edges: Sequence[Edge], batch: int, *, may_unpack: bool = True) -> Signature:
+def signature_of(
+    edges: Sequence[Edge],
+    batch: int,
+    is_free: Callable[[Node], bool] = lambda node: node.name() == OF_A_PARAMETER,
+    *,
+    may_unpack: bool = True,
+) -> Signature:
     """The signature of a graph.
 
     Args:
+        is_free: whether what a node made is known to be free of the batch.
         may_unpack: whether to look at tensors that nodes keep. Under activation checkpointing
             that would compute them anew: then whatever may choose rows is taken to do so.
     """
@@ -114,7 +121,9 @@ def signature_of(edges: Sequence[Edge], batch: int, *, may_unpack: bool = True) 
         node = edge.node
         if not chooses_rows and _kind(node) in _MAY_CHOOSE:
             chooses_rows = not may_unpack or (
-                _chooses_rows(node, batch) and not _keeps_places(node, edge.user)
+                not _is_of_free(node, is_free)
+                and _chooses_rows(node, batch)
+                and not _keeps_places(node, edge.user)
             )
         if edge.is_new:
             places[node] = len(places)
@@ -197,6 +206,12 @@ def _may_hold_examples(dimension: int, size: int, batch: int) -> bool:
 _MAY_CHOOSE = _CHOOSE_ALONG | _CHOOSE | _INDEX | _PACK | _UNPACK | frozenset({_SORT, "Embedding"})
 
 
+def _is_of_free(node: Node, is_free: Callable[[Node], bool]) -> bool:
+    """Whether a node acts on what is free of the batch alone: what it chooses there are no
+    examples."""
+    return all(is_free(earlier) for earlier, _ in node.next_functions if earlier is not None)
+
+
 def _chooses_rows(node: Any, batch: int) -> bool:
     """Whether the node may have put other examples, or other numbers of rows, into the dimension
     that holds them."""
@@ -213,9 +228,7 @@ def _chooses_rows(node: Any, batch: int) -> bool:
                 zip(others, _sizes(node)[1:], strict=False), start=1
             )
         )
-    if kind == "Embedding":  # of a table that is no parameter, perhaps made from the examples
-        return bool(node.next_functions[0][0].name() != OF_A_PARAMETER)
-    return kind in _CHOOSE or kind in _PACK or kind in _UNPACK or kind == _SORT
+    return kind not in _INDEX
 
 
 def _keeps_places(node: Any, user: Any) -> bool:

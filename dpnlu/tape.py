@@ -20,11 +20,11 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
@@ -45,7 +45,10 @@ from dpnlu.operations import (
     writes_in_place,
 )
 from dpnlu.provenance import Provenance
-from dpnlu.trace import Finish, Lookup, Meeting, PerExample, Record, Trace, naming_refusals
+from dpnlu.signature import OF_A_PARAMETER
+from dpnlu.trace import Finish, Lookup, Meeting, PerExample, Product, Record, Trace, naming_refusals
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -215,12 +218,17 @@ class Tape(TorchFunctionMode):
             )
         )
 
-    def remembered(self, weights: tuple[Tensor, ...], make: Callable[[], Any]) -> Any:
-        """What `make` makes of these weights; made once in a forward pass."""
-        key = tuple(id(weight) for weight in weights)
-        if key not in self._memory:
-            self._memory[key] = make()
-        return self._memory[key]
+    def remembered(self, weights: tuple[Tensor, ...], make: Callable[[], T], *key: Any) -> T:
+        """What `make` makes of these weights; made once in a forward pass.
+
+        Args:
+            key: what else it depends on.
+        """
+        whole = (*key, *(id(weight) for weight in weights))
+        if whole not in self._memory:
+            self._memory[whole] = (weights, make())  # their ids stay theirs
+        made: T = self._memory[whole][1]
+        return made
 
     @property
     def module_inputs(self) -> tuple[Any, ...]:
@@ -235,6 +243,12 @@ class Tape(TorchFunctionMode):
     def trainable(self) -> Mapping[int, Tensor]:
         """The parameters that are trained, by id."""
         return self._trainable
+
+    def is_free_node(self, node: Node) -> bool:
+        """Whether what a node of the autograd graph made is known to be free of the batch."""
+        if node.name() == OF_A_PARAMETER:
+            return self.is_free(node.variable)  # type: ignore[attr-defined]
+        return node in self.trace.seen and node not in self._provenance.batched
 
     def free_learned(self) -> list[Tensor]:
         """The free tensors that were computed from trainable parameters."""
@@ -292,9 +306,7 @@ class Tape(TorchFunctionMode):
             self.trace = trace
 
     def _notice_checkpointing(self) -> None:
-        hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-        if hooks is not None and hooks(True) is not None:
-            self.is_checkpointed = True
+        self.is_checkpointed |= _is_inside_checkpoint()
 
     def _apply_free(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], learned: list[Tensor]
@@ -305,6 +317,8 @@ class Tape(TorchFunctionMode):
         if learned and any(tensor.requires_grad for tensor in tensors_in(made)):
             if func is F.embedding:
                 self._look_up(output, *args, **kwargs)
+            elif func is F.linear:
+                self._multiply(output, *args, **kwargs)
             else:
                 self._note_in_free(learned)
             if func in COPIES:
@@ -343,6 +357,18 @@ class Tape(TorchFunctionMode):
         self.trace.lookups[id(output)] = Lookup(output, edge, ids, table, padding_idx)
         if ids.numel() >= table.shape[0]:  # a short table's gradients are smaller than its rows
             self.trace.in_free[id(table)] = table
+
+    def _multiply(
+        self, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> None:
+        """A layer, of parameters alone, is applied to what is free of the batch."""
+        learned = [t for t in (weight, bias) if t is not None and t.requires_grad]
+        self._note_in_free([input])
+        if weight.dim() == 2 and weight.requires_grad and all(t.is_leaf for t in learned):
+            use = Product(get_gradient_edge(output), input, weight, bias)
+            self.trace.products.append(use)
+        else:
+            self._note_in_free(learned)
 
     def _apply_learned(
         self,
@@ -428,14 +454,20 @@ class Tape(TorchFunctionMode):
             stand_in = free.view_as(free)
             self.meet(copies.source, stand_in, copies.per_example)
             return stand_in
-        # Dimension 1 may hold the examples as well.
-        may_turn = stretches and dims > 1 and widest.shape[1] == batch and shape[1] in (1, batch)
-        outer = 2 if may_turn else 1
-        stand_in = free.expand(*widest.shape[:outer], *shape[outer:])
-        is_aligned = is_whole and rows == batch and not may_turn
-        per_example = _taken_back(shape, free.shape)
-        self.meet(free, stand_in, per_example, dims=range(outer), aligned=is_aligned)
-        return stand_in
+        is_square = dims > 1 and widest.shape[1] == batch  # dimension 1 may hold them as well
+        outer = 2 if stretches and is_square and shape[1] in (1, batch) else 1
+
+        def make() -> Tensor:
+            stand_in = free.expand(*widest.shape[:outer], *shape[outer:])
+            is_aligned = is_whole and rows == batch and outer == 1
+            per_example = _taken_back(shape, free.shape)
+            self.meet(free, stand_in, per_example, dims=range(outer), aligned=is_aligned)
+            return stand_in
+
+        if is_square or rows != batch or _is_inside_checkpoint():
+            return make()
+        # The examples can lie in one way only: what arrives at all such uses may be added up.
+        return self.remembered((free,), make, shape)
 
     # ---- hooks -------------------------------------------------------------------------------
 
@@ -508,6 +540,12 @@ def _nothing_compiled() -> AbstractContextManager[Any]:
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
+
+
+def _is_inside_checkpoint() -> bool:
+    """Whether what is saved for the way back may be dropped and computed anew."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return hooks is not None and hooks(True) is not None
 
 
 # Stands below the names of the modules that run while the tape is active on their behalf.

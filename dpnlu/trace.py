@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import _len_torch_function_stack  # type: ignore[attr-defined]
 from torch.utils.checkpoint import CheckpointError
 
 from dpnlu.errors import UnsupportedLayerError
-from dpnlu.gradients import Dense, Gradients, Rows
+from dpnlu.gradients import Dense, Gradients, OuterProducts, Rows
 from dpnlu.layout import Layout, candidates, full_precision
 
 # (gradient w.r.t. a recorded output, where the examples lie in it) -> per-example gradients of the
@@ -138,6 +139,35 @@ class Lookup:
         return self.table, Rows(ids.reshape(batch, positions), values, tuple(self.table.shape))
 
 
+@dataclass(frozen=True)
+class Product:
+    """A layer applied to what is free of the batch, such as relative positions or a prompt.
+
+    Attributes:
+        edge: where the gradient of what it returned arrives.
+        left: (…, d) what it received.
+        weight: (p, d).
+        bias: (p,).
+    """
+
+    edge: GradientEdge
+    left: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    def gradients(self, arrived: Tensor) -> Iterator[tuple[Tensor, Gradients]]:
+        """Of weight and bias, from that of what the layer returned, (B, …, p)."""
+        batch, (outputs, inputs) = len(arrived), self.weight.shape
+        right = arrived.reshape(batch, -1, outputs)
+        left = full_precision(self.left.detach()).reshape(-1, inputs)
+        if not isinstance(right, FakeTensor):
+            used = (right != 0).any(2).any(0).nonzero()[:, 0]  # few positions may be near enough
+            left, right = left[used], right[:, used]
+        yield self.weight, OuterProducts(left.expand(batch, *left.shape), right)
+        if self.bias is not None:
+            yield self.bias, Dense(right.sum(1))
+
+
 @dataclass
 class Nodes:
     """Nodes of the autograd graph, by torch's count of them, which rises as they are made."""
@@ -167,6 +197,7 @@ class Trace:
         records: operations that applied parameters to the batch.
         meetings: where tensors free of the batch, parameters or made from them, met it.
         lookups: table lookups free of the batch, by the id of their output.
+        products: layers applied to what is free of the batch.
         in_free: parameters that entered computations free of the batch, by id.
         seen: the nodes of operations that were seen.
     """
@@ -174,6 +205,7 @@ class Trace:
     records: list[Record] = field(default_factory=list)
     meetings: list[Meeting] = field(default_factory=list)
     lookups: dict[int, Lookup] = field(default_factory=dict)
+    products: list[Product] = field(default_factory=list)
     in_free: dict[int, Tensor] = field(default_factory=dict)
     seen: Nodes = field(default_factory=Nodes)
 
@@ -271,17 +303,20 @@ class Trace:
         origins = {meeting.target: meeting.origin for meeting in self.meetings}
         edges = [origins.get(target) or get_gradient_edge(target) for target in derived]
         parameters = list(self.in_free.values())
-        # A table that also entered in another way gets both gradients through the parameter.
         lookups = [use for use in self.lookups.values() if id(use.table) not in self.in_free]
-        found = _each_back(
-            edges, list(derived.values()), [*parameters, *(use.edge for use in lookups)]
-        )
+        inside = [use.edge for use in lookups] + [use.edge for use in self.products]
+        found = iter(_each_back(edges, list(derived.values()), [*parameters, *inside]))
         for parameter, gradient in zip(parameters, found, strict=False):
             if gradient is not None:
                 yield parameter, Dense(gradient)
-        for use, gradient in zip(lookups, found[len(parameters) :], strict=True):
+        for use, gradient in zip(lookups, found, strict=False):
             if gradient is not None:
                 yield use.rows(gradient)
+        for product, gradient in zip(self.products, found, strict=True):
+            if gradient is not None:
+                # One that also entered in another way has both gradients already.
+                pairs = product.gradients(full_precision(gradient))
+                yield from ((p, use) for p, use in pairs if id(p) not in self.in_free)
 
 
 def _each_back(

@@ -70,6 +70,10 @@ def _with_prompt(m: Parameters, h: Tensor, prompt: Tensor) -> Tensor:
     return m.layer(torch.cat([prompt, h], 1))
 
 
+def _made(m: Parameters, prompt: Tensor | None = None) -> Tensor:
+    return m.layer(m.prompt if prompt is None else prompt).tanh()
+
+
 def _crf(m: Parameters, h: Tensor) -> Tensor:
     """Forward algorithm of a conditional random field, transitions added by broadcasting."""
     score = m.vector + h[:, 0]
@@ -127,6 +131,20 @@ USES = [
     Use("soft prompt, unsqueezed", lambda m, h: _with_prompt(m, h, _copies(m.prompt[None], h))),
     Use("soft prompt, repeated", lambda m, h: _with_prompt(m, h, m.prompt.repeat(len(h), 1, 1))),
     Use("made prompt", lambda m, h: _with_prompt(m, h, _copies(m.layer(m.prompt).tanh(), h))),
+    Use("prompt made twice", lambda m, h: _with_prompt(m, h, _copies(_made(m, _made(m)), h))),
+    Use("prompt, and the weight as a whole", lambda m, h: h * m.layer.weight.norm() + _made(m)[0]),
+    Use(
+        "prompt, and the bias as a whole",
+        lambda m, h: _with_prompt(m, h, _copies(_made(m), h)) * m.layer.bias.sum(),
+    ),
+    Use(
+        "prompt made by a made weight",
+        lambda m, h: _with_prompt(m, h, _copies(F.linear(m.prompt, m.square.tanh(), m.vector), h)),
+    ),
+    Use("prompt made by a frozen weight", lambda m, h: h * F.linear(m.prompt, m.scale[:3])[0]),
+    Use("prompt made without a bias", lambda m, h: h + F.linear(m.token, m.square)[0]),
+    Use("one vector made", lambda m, h: h * F.linear(m.vector, m.square)),
+    Use("relative positions", lambda m, h: h + _made(m, m.table)[2:3]),
     Use("layer on copies", lambda m, h: _with_prompt(m, h, m.layer(_copies(m.token, h)).tanh())),
     Use("token along the positions", lambda m, h: h * m.token.expand(-1, h.shape[1], -1)),
     Use("row along the positions", lambda m, h: h * m.row.expand(h.shape[1], -1)),
