@@ -40,12 +40,14 @@ class _Known:
             batch.
         batches: how many batches of it there were.
         rows, parameters: whether what was asked of each was shown.
+        is_doubtless: whether one of them was not doubtful.
     """
 
     layouts: list[Layout] | None = None
     batches: int = 0
     rows: bool = False
     parameters: bool = False
+    is_doubtless: bool = False
 
 
 @dataclass
@@ -67,12 +69,16 @@ class Checks:
         small = [buffer for buffer in self.model.buffers() if buffer.numel() <= _SMALL]
         self.zeros = [tensor for tensor in (*trained, *small) if not tensor.any()]
 
-    def meet(self, signature: Hashable, *, chooses_rows: bool = False) -> tuple[bool, bool]:
+    def meet(
+        self, signature: Hashable, *, chooses_rows: bool = False, is_doubtful: bool = False
+    ) -> tuple[bool, bool]:
         """A batch comes; whether its rows and whether its parameters' gradients are to be
         checked."""
         known = self._known.setdefault(signature, _Known())
         known.batches += 1
         again = known.batches & (known.batches - 1) == 0 or self._coins.random() < 1 / _RECHECKED
+        known.is_doubtless |= not is_doubtful
+        chooses_rows |= is_doubtful and not known.is_doubtless
         rows = again or chooses_rows or not known.rows or known.layouts is None
         return rows, again or not known.parameters
 

@@ -253,7 +253,8 @@ class CompiledClipping:
         if engine.checks is not None:
             checking = traced(check, (*drawn, *inputs), model=model)
         finding = traced(find, inputs, model=model)
-        if any(signature != signatures[0] or signature.chooses_rows for signature in signatures):
+        is_doubtful = all(signature.is_doubtful for signature in signatures)
+        if is_doubtful or any(s != signatures[0] or s.chooses_rows for s in signatures):
             raise UnsupportedLayerError(
                 "Expected a forward pass that takes the same course every time and the examples as "
                 "they come, got one that changes or picks rows by their values: use "

@@ -262,7 +262,7 @@ class BookKeeping:
         check_batch_size(self._tape.batch_size, batch)
         self.signature = signature = self.signature_of(losses)
         check_rows, check_parameters = self.checks.meet(
-            signature, chooses_rows=signature.chooses_rows
+            signature, chooses_rows=signature.chooses_rows, is_doubtful=signature.is_doubtful
         )
         check_rows = check_rows and batch > 1
         with nothing_accumulated(parameters):
@@ -275,7 +275,7 @@ class BookKeeping:
                 losses,
                 arrived,
                 known or trace.expected_layouts(arrived, batch),
-                chooses_rows=signature.chooses_rows,
+                chooses_rows=signature.may_choose_rows,
                 generator=self._generator,
             )
         else:

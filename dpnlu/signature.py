@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -62,10 +62,18 @@ class Signature:
             batch, by the dimensions along which they act and whether the numbers they hold are 0, 1
             or others; and which output of which node each of them used.
         chooses_rows: rows were chosen by their values, which equal names do not tell.
+        is_doubtful: or perhaps they were, for a dimension has as many entries as there are
+            examples; in a batch of another size it may have others.
     """
 
     steps: tuple[str, ...]
     chooses_rows: bool
+    is_doubtful: bool = field(default=False, compare=False)
+
+    @property
+    def may_choose_rows(self) -> bool:
+        """Whether rows were, or perhaps were, chosen by their values."""
+        return self.chooses_rows or self.is_doubtful
 
 
 @dataclass(frozen=True)
@@ -116,28 +124,26 @@ def signature_of(
     """
     places: dict[Node, int] = {}
     steps: list[str] = []
-    chooses_rows = False
+    chooses = False, False
     for edge in edges:
         node = edge.node
-        if not chooses_rows and _kind(node) in _MAY_CHOOSE:
-            chooses_rows = not may_unpack or (
-                not _is_of_free(node, is_free)
-                and _chooses_rows(node, batch)
-                and not _keeps_places(node, edge.user)
-            )
+        if not chooses[0] and _kind(node) in _MAY_CHOOSE and not _is_of_free(node, is_free):
+            found = _chooses_rows(node, batch) if may_unpack else (True, False)
+            if any(found) and not (may_unpack and _keeps_places(node, edge.user)):
+                chooses = chooses[0] or found[0], chooses[1] or found[1]
         if edge.is_new:
             places[node] = len(places)
             steps.append(f"{edge.output} of {_described(node, batch, may_unpack)}")
         else:
             steps.append(f"{edge.output} of {places[node]}")
-    return Signature(tuple(steps), chooses_rows)
+    return Signature(tuple(steps), *chooses)
 
 
 def _described(node: Any, batch: int, may_unpack: bool) -> str:
     name: str = node.name()
     kind = _kind(node)
     places = _CUT.get(kind, ())
-    if places and not (hasattr(node, "_saved_dim") and not _acts_on_examples(node, batch)):
+    if places and not (hasattr(node, "_saved_dim") and not any(_acts_on_examples(node, batch))):
         name = f"{name} {[getattr(node, place) for place in places]}"
     dimensions = _held(type(node), _DIMENSIONS)  # type: ignore[arg-type]
     if dimensions:
@@ -189,18 +195,16 @@ def _sizes(node: Any) -> tuple[int, ...]:
     return tuple((node._input_metadata[0] if kept is None else kept).shape)
 
 
-def _acts_on_examples(node: Any, batch: int) -> bool:
-    """Whether the dimension along which the node acts may hold examples."""
+def _acts_on_examples(node: Any, batch: int) -> tuple[bool, bool]:
+    """Whether the dimension along which the node acts holds examples, and whether it may do so."""
     dimension = _dimension(node)
-    return _may_hold_examples(dimension, _sizes(node)[dimension], batch)
+    return dimension == 0, _may_hold_examples(dimension, _sizes(node)[dimension], batch)
 
 
 def _may_hold_examples(dimension: int, size: int, batch: int) -> bool:
     """In recurrent networks, and in what they return, examples lie along dimension 1; in others
     only a model that turned them there has them."""
-    if dimension == 0:
-        return True
-    return batch > 1 and (size % batch == 0 if dimension == 1 else size == batch)
+    return batch > 1 and (size % batch == 0 if dimension <= 1 else size == batch)
 
 
 _MAY_CHOOSE = _CHOOSE_ALONG | _CHOOSE | _INDEX | _PACK | _UNPACK | frozenset({_SORT, "Embedding"})
@@ -212,23 +216,23 @@ def _is_of_free(node: Node, is_free: Callable[[Node], bool]) -> bool:
     return all(is_free(earlier) for earlier, _ in node.next_functions if earlier is not None)
 
 
-def _chooses_rows(node: Any, batch: int) -> bool:
-    """Whether the node may have put other examples, or other numbers of rows, into the dimension
-    that holds them."""
+def _chooses_rows(node: Any, batch: int) -> tuple[bool, bool]:
+    """Whether the node put other examples, or other numbers of rows, into the dimension that holds
+    them, and whether it may have done so."""
     kind = _kind(node)
     if kind in _CHOOSE_ALONG:
         return _acts_on_examples(node, batch)
     if kind in _INDEX:
         first, *others = node._saved_indices
         if first is not None:
-            return not _is_every_row(first, node)
-        return any(
+            return not _is_every_row(first, node), False
+        return False, any(
             index is not None and _may_hold_examples(dimension, size, batch)
             for dimension, (index, size) in enumerate(
                 zip(others, _sizes(node)[1:], strict=False), start=1
             )
         )
-    return kind not in _INDEX
+    return True, False
 
 
 def _keeps_places(node: Any, user: Any) -> bool:

@@ -490,7 +490,7 @@ class PrivateTraining:
     def _exact_signature(self) -> Signature | None:
         """What was done with the last batch, if values had no part in that."""
         signature = None if self._recorder is None else self._recorder.signature
-        return None if signature is None or signature.chooses_rows else signature
+        return None if signature is None or signature.may_choose_rows else signature
 
     def _is_to_be_exchanged(self, count: int) -> bool:
         """Whether to check of the last batch, of `count` examples, that they are independent."""
@@ -516,7 +516,7 @@ class PrivateTraining:
         def again(given: Any) -> Answers:
             with moment.repeated():
                 outputs, signature = recorder.run(call, given, count)
-            exact = None if signature is None or signature.chooses_rows else signature
+            exact = None if signature is None or signature.may_choose_rows else signature
             return Answers(by_example(outputs, count), exact)
 
         return Run(again, (call.args, call.kwargs))

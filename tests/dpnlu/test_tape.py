@@ -422,13 +422,43 @@ KEEPING = {
 @pytest.mark.parametrize("choose", CHOICES.values(), ids=CHOICES)
 def test_rows_that_are_chosen_by_their_values_are_noticed(choose):
     outputs = choose(nn.Linear(3, 3)(torch.randn(4, 5, 3)))
-    assert signed(_four(outputs)).chooses_rows
+    assert signed(_four(outputs)).may_choose_rows
 
 
 @pytest.mark.parametrize("keep", KEEPING.values(), ids=KEEPING)
 def test_rows_that_stay_where_they_are_need_no_check(keep):
     outputs = keep(nn.Linear(3, 3)(torch.randn(4, 5, 3)))
-    assert not signed(_four(outputs)).chooses_rows
+    assert not signed(_four(outputs)).may_choose_rows
+
+
+def test_a_dimension_with_as_many_entries_as_there_are_examples_leaves_a_doubt():
+    """… which a batch of another size dispels, if it takes the same steps."""
+
+    def signature(count: int):
+        logits = nn.Linear(3, 6)(torch.randn(count, 3))
+        return signed(logits.gather(1, torch.zeros(count, 1, dtype=torch.long))[:, 0])
+
+    assert signature(3).is_doubtful and signature(6).is_doubtful
+    assert not signature(4).may_choose_rows and not signature(3).chooses_rows
+    assert signature(3) == signature(4)
+
+
+def test_what_is_picked_from_a_table_free_of_the_batch_are_no_examples():
+    class Picking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return (ids[:, None] + self.table.exp()[ids]).sum(1)
+
+    model, ids = Picking(), torch.tensor([1, 0, 3])
+    tape = Tape(model, OPERATIONS)
+    outputs = model(ids)
+    edges = list(walk(outputs))
+    assert not signature_of(edges, 3, tape.is_free_node).may_choose_rows
+    assert signature_of(edges, 3).may_choose_rows
+    tape.close()
 
 
 def test_signatures_agree_in_how_their_steps_are_joined():
