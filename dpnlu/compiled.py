@@ -99,7 +99,7 @@ class CompiledClipping:
                 raise UnsupportedLayerError(
                     f"Expected a model without recurrent layers, got {type(module).__name__} at "
                     f"{name or 'the top'}: unrolled over time it takes minutes to compile and "
-                    "gains nothing; use private.step(losses)."
+                    "gains nothing; use private.stepper."
                 )
         self._engine, self._losses_of = engine, losses_of
         self._scale, self._backend = scale, backend
@@ -195,7 +195,7 @@ class CompiledClipping:
         if before != [tensor._version for tensor in watched]:
             raise UnsupportedLayerError(
                 "Expected a forward pass that leaves the batch and the model's buffers as they "
-                "are, got one that changes some in place: use private.step(losses)."
+                "are, got one that changes some in place: use private.stepper."
             )
 
     def _warn_of_many(self) -> None:
@@ -258,7 +258,7 @@ class CompiledClipping:
             raise UnsupportedLayerError(
                 "Expected a forward pass that takes the same course every time and the examples as "
                 "they come, got one that changes or picks rows by their values: use "
-                "private.step(losses)."
+                "private.stepper."
             )
         return _Programs(
             find=torch.compile(finding, backend=self._backend, fullgraph=True, dynamic=False),

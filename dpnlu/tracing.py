@@ -51,7 +51,7 @@ def traced(function: Function, inputs: Sequence[Tensor], *, model: nn.Module) ->
         raise UnsupportedLayerError(
             "Expected random numbers of torch alone, got a forward pass that draws some of "
             "Python's or NumPy's, which would be the same in every step: draw torch's, or use "
-            "private.step(losses)."
+            "private.stepper."
         )
     _check_constants(program, model)
     return program
@@ -122,7 +122,7 @@ def _watched(function: Function) -> Function:
 def _looks_at_values(what: str) -> UnsupportedLayerError:
     return UnsupportedLayerError(
         "Expected a forward pass that does the same operations whatever the values are, got one "
-        f"that looks at some ({what.partition(chr(10))[0]}): use private.step(losses)."
+        f"that looks at some ({what.partition(chr(10))[0]}): use private.stepper."
     )
 
 

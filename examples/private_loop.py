@@ -40,10 +40,17 @@ plan = dpnlu.PrivacyPlan.calibrate(
     epochs=10,
     max_grad_norm=1.0,
 )
+
+
+def per_example_loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+    words, answers = batch
+    return nn.functional.cross_entropy(model(words), answers, reduction="none")
+
+
 with dpnlu.privatize(model, optimizer, plan) as private:
-    for words, answers in private.loader(dataset, physical_batch_size=64):
-        losses = nn.functional.cross_entropy(model(words), answers, reduction="none")
-        private.step(losses)
+    step = private.stepper(per_example_loss)
+    for batch in private.loader(dataset, physical_batch_size=64):
+        step(batch)
     print(f"ε = {private.epsilon():.2f} at δ = {plan.target_delta:g}")
 
 accuracy = (model(utterances).argmax(1) == labels).float().mean()
