@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from attacks._validate import Bools, Floats, bools, floats, one_of, open_unit
+from attacks._validate import Bools, Floats, any_array, bools, floats, one_of, open_unit
 from attacks.predictive import (
     VARIANCES,
     grand_mean,
@@ -24,6 +24,9 @@ from attacks.predictive import (
     mean_given,
     moments,
 )
+
+# Its square, in units of any spread that float64 can tell from none, is still finite.
+_OUT_OF_PROPORTION = 1e100
 
 Mode = Literal["online", "offline"]
 Variance = Literal["shrunk", "pooled", "per_example"]
@@ -96,12 +99,16 @@ def lira(
 
     Raises:
         ValueError: for NaN or infinite signals, shapes that do not fit, references too few for a
-            variance, signals that do not vary, or an unknown mode or variance.
+            variance, signals that do not vary, a target that is out of all proportion to the
+            references, or an unknown mode or variance.
     """
     one_of("mode", mode, choices=("online", "offline"))
     one_of("variance", variance, choices=tuple(VARIANCES))
     fit = VARIANCES[variance]
     values, signals, members = _signals(target, references, membership)
+    if mode == "offline":
+        signals = np.where(members[..., None], 0.0, signals)
+    values, signals = _in_own_unit(values, signals)
     outside = moments(signals, ~members)
     if mode == "offline":
         return -log_upper_tail(fit(outside, grand_mean(outside)), values)
@@ -144,7 +151,7 @@ def rmia(
             of range, or offline references that leave no example out.
     """
     one_of("mode", mode, choices=("online", "offline"))
-    open_unit("offline_scale", offline_scale)
+    offline_scale = open_unit("offline_scale", offline_scale)
     losses, reference, members = _signals(target_loss, reference_losses, membership)
     if losses.shape[1] != 1:
         raise ValueError(f"Expected one loss per example, got {losses.shape[1]}: add them up.")
@@ -180,10 +187,11 @@ def _signals(
     target: ArrayLike, references: ArrayLike, membership: ArrayLike
 ) -> tuple[Floats, Floats, Bools]:
     """Check the three arrays; return them as (N, S), (M, N, S) and (M, N)."""
-    dimensions = np.ndim(target)
-    if dimensions not in (1, 2):
+    shape = any_array("target", target).shape
+    dimensions = len(shape)
+    if dimensions not in (1, 2) or 0 in shape:
         raise ValueError(
-            f"Expected the target's signals as (N,) or (N, S), got shape {np.shape(target)}: "
+            f"Expected the target's signals as (N,) or (N, S), got shape {shape}: "
             "pass one number per example, or one row."
         )
     values = floats("target", target, dimensions=dimensions)
@@ -199,6 +207,23 @@ def _signals(
     if dimensions == 1:
         return values[:, None], signals[..., None], members
     return values, signals, members
+
+
+def _in_own_unit(values: Floats, signals: Floats) -> tuple[Floats, Floats]:
+    """Return target and references divided by the power of two that brings the references into
+    [-1, 1], each signal by its own.
+
+    No score depends on a signal's unit; the squares of huge and of tiny ones would be lost.
+    """
+    _, exponents = np.frexp(np.abs(signals).max(axis=(0, 1)))
+    with np.errstate(over="ignore"):
+        scaled = np.ldexp(values, -exponents)
+    if np.abs(scaled).max() > _OUT_OF_PROPORTION:
+        raise ValueError(
+            f"Expected a target of about the references' signals, got one over "
+            f"{_OUT_OF_PROPORTION:g} times as large: compute both in the same way."
+        )
+    return scaled, np.ldexp(signals, -exponents)
 
 
 ATTACKS: Mapping[str, Attack] = {

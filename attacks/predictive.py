@@ -18,6 +18,10 @@ from attacks._validate import Bools, Floats
 # A mean is predicted from the other side only if this many examples stand behind each coefficient.
 EXAMPLES_PER_COEFFICIENT = 10
 
+# The likelihood of a prior may be flat: with less, scores differ by percents between two orders of
+# the examples.
+_PRECISE = {"ftol": 1e-14, "gtol": 1e-9}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
@@ -46,8 +50,17 @@ class Predictive:
 
 
 def moments(references: Floats, mask: Bools) -> Moments:
-    """Return the moments of `references (M, N, S)` over the models that `mask (M, N)` selects."""
+    """Return the moments of `references (M, N, S)` over the models that `mask (M, N)` selects.
+
+    Raises:
+        ValueError: no example has two of them, so that nothing is known of their spread.
+    """
     count = mask.sum(axis=0).astype(np.float64)
+    if count.max() < 2:
+        raise ValueError(
+            "Expected some example with two references on each side that is used, got none: "
+            "train more references, or use `rmia`, which needs no variance."
+        )
     kept = mask[..., None]
     mean = np.where(kept, references, 0).sum(axis=0) / np.maximum(count, 1)[:, None]
     residuals = np.where(kept, references - mean, 0)
@@ -187,18 +200,13 @@ def _known_mean(own: Moments, prior_mean: Floats) -> Floats:
 def _pooled_covariance(own: Moments) -> Floats:
     """The covariance `(S, S)` of residuals over all examples; refused where it is degenerate."""
     freedom = np.maximum(own.count - 1, 0).sum()
-    if freedom == 0:
-        raise ValueError(
-            "Expected some example with two references on each side that is used, got none: "
-            "train more references, or use `rmia`, which needs no variance."
-        )
     covariance: Floats = own.scatter.sum(axis=0) / freedom
     deviations = np.sqrt(np.diagonal(covariance))
     correlation = covariance / np.maximum(np.outer(deviations, deviations), 1e-300)
     if np.linalg.eigvalsh(correlation).min() < 1e-10:
         raise ValueError(
-            f"Expected reference signals that vary independently, got deviations {deviations}: "
-            "leave out a signal that is constant or a copy of another."
+            "Expected reference signals that vary independently, got one that is constant or a "
+            "copy of another: leave it out."
         )
     return covariance
 
@@ -214,12 +222,23 @@ def _estimate_prior(
         freedom = size - 1 + excess  # an inverse Wishart exists only above S - 1
         return weight, freedom, freedom * scale * covariance
 
+    # As if the covariance were 1: the optimizer's tolerance is relative, the unit must not matter.
+    whitened = own.count / 2 * np.linalg.slogdet(covariance).logabsdet
+
     def loss(logs: Floats) -> float:
-        return -float(_log_evidence(own, prior_mean, *prior(logs))[informed].sum()) / informed.size
+        evidence = _log_evidence(own, prior_mean, *prior(logs)) + whitened
+        return -float(evidence[informed].sum()) / informed.size
 
     # Beyond these bounds a weight is as good as none or as infinitely many observations.
     bounds = [(-9.0, 9.0), (-2.0, 9.0), (-5.0, 5.0)]
-    best = optimize.minimize(loss, np.array([0.0, 1.0, 0.0]), method="L-BFGS-B", bounds=bounds)
+    best = optimize.minimize(
+        loss,
+        np.array([0.0, 1.0, 0.0]),
+        method="L-BFGS-B",
+        jac="3-point",
+        bounds=bounds,
+        options=_PRECISE,
+    )
     return prior(best.x)
 
 
