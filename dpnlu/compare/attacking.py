@@ -30,11 +30,28 @@ CANARY_MEASUREMENTS = ("exposure", "extraction")
 # What `--attacks` may name: membership attacks, canary measurements, and the audit.
 NAMES = (*ATTACKS, *CANARY_MEASUREMENTS, "audit")
 DEFAULT = ("loss", "lira", "rmia", *CANARY_MEASUREMENTS, "audit")
+# With fewer there is no spread, and for half of the examples no reference on one of the sides.
+LEAST_REFERENCES = 2
 
 # The attack whose scores are audited, fixed beforehand: the best of several would be a further
 # choice to pay for.
 _AUDITED = ("lira", "loss")
 _ROC_POINTS = 200
+
+
+def default_attacks(references: int) -> tuple[str, ...]:
+    """What is run unless attacks are named: `DEFAULT`, as far as the references suffice."""
+    return tuple(name for name in DEFAULT if not needs_more(name, references))
+
+
+def needs_more(name: str, references: int) -> bool:
+    """Whether an attack needs more reference models than that."""
+    return needs_references([name]) and references < LEAST_REFERENCES
+
+
+def needs_references(names: Sequence[str]) -> bool:
+    """Whether any of the attacks compares the target with reference models."""
+    return any(name in ATTACKS and ATTACKS[name].needs_references for name in names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +73,7 @@ def attack(
         is absent.
     """
     warnings: list[str] = []
-    scores = {
-        name: _scores(name, models, study)
-        for name in ATTACKS
-        if name in names and (len(models) > 2 or not ATTACKS[name].needs_references)
-    }
+    scores = {name: _scores(name, models, study) for name in ATTACKS if name in names}
     found: dict[str, Any] = {"membership": {}}
     for name, values in scores.items():
         entry, cautions = _verdict(values, study, claim)

@@ -1,6 +1,8 @@
 """The command line: what it prints, and one clear line for bad input."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -78,6 +80,86 @@ def test_budget_prints_the_same_for_people(capsys: pytest.CaptureFixture[str]) -
     printed = capsys.readouterr().out
     assert "adjacency: add-remove-one" in printed
     assert "noise multiplier: " in printed
+
+
+SMALL_BUDGET = "budget --num-examples 1000 --batch-size 10 --epochs 3".split()
+
+
+def test_budget_writes_an_infinite_epsilon_as_null(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL_BUDGET, "--noise-multiplier", "0", "--json"]) == 0
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    found = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert found["epsilon"] is None
+    assert found["noise_multiplier"] == 0
+    assert main([*SMALL_BUDGET, "--noise-multiplier", "0"]) == 0
+    assert "epsilon: inf" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("schedule", ["constant", "exponential:0.99"])
+@pytest.mark.parametrize("noise", ["1e6", "1e100", "1e308"])
+def test_budget_answers_for_any_noise(
+    noise: str, schedule: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--noise-multiplier", noise, "--noise-schedule", schedule, "--json"]
+    assert main([*SMALL_BUDGET, *more]) == 0
+    assert json.loads(capsys.readouterr().out)["epsilon"] == 0
+
+
+BAD_BUDGETS = {
+    "--epochs 1e300": "1e+09 steps at most",
+    "--epochs 1e12": "1e+09 steps at most",
+    "--epochs 0": "`epochs` > 0",
+    "--epochs nan": "`epochs` > 0",
+    "--num-examples 0": "`num_examples`",
+    f"--num-examples {10**400}": "1e+12 at most",
+    "--batch-size 0": "batch size between 1 and",
+    "--delta nan": "`target_delta`",
+    "--epsilon 0": "`target_epsilon` > 0",
+    "--epsilon nan": "`target_epsilon` > 0",
+    "--noise-multiplier nan": "`noise_multiplier` to be finite",
+    "--noise-multiplier inf": "`noise_multiplier` to be finite",
+    "--noise-multiplier -1": "`noise_multiplier` to be finite and >= 0",
+    "--microbatches 0": "`microbatches`",
+    "--noise-schedule fast": "`noise_schedule`",
+}
+
+
+@pytest.mark.parametrize("options", BAD_BUDGETS)
+def test_a_bad_budget_is_one_line(options: str, capsys: pytest.CaptureFixture[str]) -> None:
+    noise = [] if "--epsilon" in options or "multiplier" in options else ["--epsilon", "3"]
+    assert main([*SMALL_BUDGET, *noise, *options.split()]) == 2
+    _is_one_line(capsys.readouterr().err, BAD_BUDGETS[options])
+
+
+MAIN = "import sys; from dpnlu.cli import main; sys.exit(main(sys.argv[1:]))"
+RUN_MAIN = [sys.executable, "-c", MAIN]
+BUFFERED = os.environ | {"PYTHONUNBUFFERED": ""}
+
+
+@pytest.mark.parametrize("arguments", [[*SMALL_BUDGET, "--epsilon", "3"], ["--help"]])
+def test_a_reader_that_has_seen_enough_is_no_failure(arguments: list[str]) -> None:
+    """As in `dpnlu budget … | head -1`."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [*RUN_MAIN, *arguments], stdout=pipe, stderr=pipe, env=BUFFERED
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+def test_output_that_cannot_be_written_is_a_failure() -> None:
+    command = [*RUN_MAIN, *SMALL_BUDGET, "--epsilon", "3"]
+    with Path("/dev/full").open("w") as full:
+        process = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env=BUFFERED
+        )
+    assert process.returncode == 1
+    assert process.stderr == "dpnlu: error: No space left on device\n"
 
 
 def test_budget_loads_no_torch_and_no_other_accountant() -> None:
