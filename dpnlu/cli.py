@@ -53,6 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _answer(arguments: list[str]) -> int:
+    if broken := [text for text in arguments if text.encode(errors="replace").decode() != text]:
+        return _failed(
+            f"Expected arguments in UTF-8, which reports are written in, got {broken[0]!a}: rename "
+            "the file.",
+            status=2,
+        )
     options = _parser().parse_args(arguments)
     options.command_line = shlex.join(["dpnlu", *arguments])
     try:
@@ -118,8 +124,8 @@ def _compare(options: argparse.Namespace) -> None:
         physical_batch_size=options.physical_batch_size,
         seed=options.seed,
     )
-    prepared = prepare(settings)
     with bars(quiet=options.quiet) as told:
+        prepared = prepare(settings)
         report = compare(prepared, options.out, command=options.command_line, told=told)
     Console().print(terminal_table(report))
     print(options.out / "report.html")

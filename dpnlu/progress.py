@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,9 +17,10 @@ def silent(what: str, done: int, total: int) -> None:
 
 @contextmanager
 def bars(*, quiet: bool) -> Iterator[Told]:
-    """One bar for each thing that is being done; none if `quiet`."""
+    """One bar for each thing that is being done; none, of other libraries neither, if `quiet`."""
     if quiet:
-        yield silent
+        with _no_bars_of_hugging_face():
+            yield silent
         return
     from rich.console import Console
     from rich.progress import (
@@ -46,3 +49,24 @@ def bars(*, quiet: bool) -> Iterator[Told]:
             progress.update(tasks[what], completed=done, total=total)  # type: ignore[arg-type]
 
         yield told
+
+
+@contextmanager
+def _no_bars_of_hugging_face() -> Iterator[None]:
+    """While data and weights are downloaded and loaded, in this process and those it starts."""
+    # Which the libraries look at when they are loaded themselves.
+    names = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    os.environ.update(dict.fromkeys(names, "1"))
+    loaded = sys.modules.get("transformers.utils.logging")
+    shown = loaded if loaded is not None and loaded.is_progress_bar_enabled() else None
+    if shown is not None:
+        shown.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown is not None:
+            shown.enable_progress_bar()
+        for name in names:
+            del os.environ[name]
+        os.environ.update(before)

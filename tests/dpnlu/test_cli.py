@@ -1,5 +1,6 @@
 """The command line: what it prints, and one clear line for bad input."""
 
+import gzip
 import json
 import os
 import signal
@@ -264,6 +265,19 @@ def _not_json(folder: Path) -> str:
     return str(folder / "bad.jsonl")
 
 
+def _pipe(folder: Path) -> str:
+    os.mkfifo(folder / "bad.jsonl")
+    return str(folder / "bad.jsonl")
+
+
+def _written(name: str, content: bytes) -> Callable[[Path], str]:
+    def write(folder: Path) -> str:
+        (folder / name).write_bytes(content)
+        return str(folder / name)
+
+    return write
+
+
 BAD_DATA: dict[str, tuple[Callable[[Path], str], str]] = {
     "missing file": (lambda folder: str(folder / "none.jsonl"), "existing file"),
     "unknown spec": (lambda folder: "atis:somewhere", "snips:DIR"),
@@ -273,6 +287,20 @@ BAD_DATA: dict[str, tuple[Callable[[Path], str], str]] = {
     "tags of another length": (_bad([_row(tags=["O"])]), "tag"),
     "invalid IOB": (_bad([_row(tags=["O", "I-x"])]), "I-x"),
     "one class": (_bad([_row(text=f"t {n}", tokens=["t", str(n)]) for n in range(60)]), "intent"),
+    "no such user": (lambda folder: "~nosuchuser/x.jsonl", "home directory"),
+    "no hub name": (lambda folder: "hf::", "hf:NAME"),
+    "device": (lambda folder: "clinc150:/dev/zero", "regular file"),
+    "pipe": (_pipe, "regular file"),
+    "null label": (_bad([{"text": "a", "intent": None}]), "line 1: expected a row with 'intent'"),
+    "number as label": (_bad([{"text": "a", "intent": 1}]), "got int"),
+    "deep": (_written("deep.jsonl", b"[" * 100_000), "line 1: expected JSON that can be read"),
+    "half a character": (_bad([_row(intent="\ud800")]), "line 1: "),
+    "not UTF-8": (_written("latin.jsonl", b'{"text": "caf\xe9"}\n'), "line 1: expected UTF-8"),
+    "cut off": (_written("cut.jsonl.gz", gzip.compress(b"x" * 99)[:-9]), "expected gzip data"),
+    "empty": (_written("empty.jsonl", b""), "expected at least one row in train"),
+    "header only": (_written("header.csv", b"text,intent\n"), "expected at least one row in train"),
+    "open quote": (_written("quote.csv", b'text,intent\n"a,b\n'), "line 2: "),
+    "long name": (lambda folder: "a" * 5_000 + ".jsonl", "File name too long"),
     "empty split": (
         _bad([_row(split="train"), _row(intent="y", text="c d", split="train")]),
         "test",
@@ -327,6 +355,14 @@ def _is_one_line(printed: str, said: str) -> None:
     assert len(lines) == 1
     assert lines[0].startswith("dpnlu: error: ")
     assert said in lines[0]
+
+
+def test_arguments_that_no_report_can_hold_are_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _train(data, tmp_path / "caf\udce9") == 2
+    _is_one_line(capsys.readouterr().err, "Expected arguments in UTF-8")
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
 
 
 @pytest.mark.filterwarnings("default")

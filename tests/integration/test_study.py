@@ -281,6 +281,26 @@ def test_a_study_that_is_told_to_end_says_so_once_and_can_be_gone_on_with(
     assert (tmp_path / "out" / "report.html").exists()
 
 
+@pytest.mark.slow
+def test_quiet_means_no_progress_of_any_library(tiny_encoder: Path, tmp_path: Path) -> None:
+    """`datasets` shows bars when it reads files, transformers when it loads weights, also in the
+    processes that train references."""
+    pytest.importorskip("datasets")
+    (tmp_path / "data").mkdir()
+    for split, size in (("train", 80), ("test", 20)):
+        rows = "".join(f"say {split} {n},{'ab'[n % 2]}\n" for n in range(size))
+        (tmp_path / "data" / f"{split}.csv").write_text(f"text,intent\n{rows}", encoding="utf-8")
+    code = "import os, sys; os.cpu_count = lambda: 2; from dpnlu.cli import main; "
+    command = [sys.executable, "-c", f"{code}sys.exit(main(sys.argv[1:]))", "compare", "--quiet"]
+    command += ["--data", f"hf:{tmp_path / 'data'}", "--model", f"encoder:{tiny_encoder}"]
+    command += ["--epsilons", "inf", "--epochs", "1", "--references", "2", "--attacks", "loss"]
+    command += ["--audit-examples", "60", "--out", str(tmp_path / "out")]
+    cache = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=cache, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
 @pytest.fixture(scope="module")
 def study() -> Study:
     corpus, _ = drop_repeated(synthetic_corpus(400))
