@@ -134,7 +134,7 @@ def _end_with(lifeline: Connection) -> None:
 
 def _check_manifest(directory: Path, key: Mapping[str, Any]) -> None:
     manifest = directory / _MANIFEST
-    content = json.dumps(key, indent=1, sort_keys=True)
+    content = json.dumps(key, indent=1, sort_keys=True, allow_nan=False)
     if manifest.exists():
         if manifest.read_text(encoding="utf-8") != content:
             raise ValueError(

@@ -174,8 +174,9 @@ def test_the_json_is_the_report_and_nothing_else(tmp_path):
     assert list(json.loads(text)) == sorted(report)
 
 
-def test_text_that_looks_like_numbers_survives_in_the_json(tmp_path):
-    report = minimal() | {"title": "[\n 1,\n 2\n]", "numbers": [1e-5, -2, 3.5e300], "none": []}
+@pytest.mark.parametrize("title", ["[\n 1,\n 2\n]", "[  1,  2 ]"])
+def test_text_that_looks_like_numbers_survives_in_the_json(title, tmp_path):
+    report = minimal() | {"title": title, "numbers": [1e-5, -2, 3.5e300], "none": []}
     write_report(report, tmp_path)
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == report
 

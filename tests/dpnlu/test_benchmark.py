@@ -78,6 +78,40 @@ def test_a_case_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str
     assert "BiLSTM 300/256" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--pairs", "0"], "--pairs >= 3"),
+        (["--pairs", "-1"], "--pairs >= 3"),
+        (["--pairs", str(10**30)], "`pairs` to be 1e+06 at most"),
+        (["--threads", "0"], "`threads` to be an integer >= 1"),
+        (["--threads", "-1"], "`threads` to be an integer >= 1"),
+        (["--threads", str(10**30)], "`threads` to be 1024 at most"),
+    ],
+)
+def test_numbers_out_of_range_are_one_line(
+    options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["benchmark", "overhead", "--cases", "100/100", "--out", str(out), *options]
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert not out.exists()
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(overhead, "measure", fail)
+    (tmp_path / "file").touch()
+    assert main(["benchmark", "overhead", "--quiet", "--out", str(tmp_path / "file")]) == 2
+    assert "File exists" in capsys.readouterr().err
+
+
 def test_tables_say_what_was_measured() -> None:
     row = overhead.Overhead(
         case="x", ordinary_ms=10, private_ms=11, ratio=1.1, ratios=(1.05, 1.15), target=1.2
