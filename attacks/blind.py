@@ -92,8 +92,9 @@ def _for_doubled_variance(confidence: float) -> float:
     """
     error = 1 - open_unit("confidence", confidence)
     z = np.sqrt(2) * special.ndtri(error / 2)
-    # One that rounds to 1 is no confidence any more.
-    return min(float(1 - 2 * special.ndtr(z)), 1 - np.finfo(np.float64).epsneg)
+    # What rounds to 0 or 1 is no confidence any more.
+    limits = np.finfo(np.float64)
+    return float(np.clip(1 - 2 * special.ndtr(z), limits.tiny, 1 - limits.epsneg))
 
 
 def _features(texts: Sequence[str], labels: Sequence[str] | None) -> Any:

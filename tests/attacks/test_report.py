@@ -411,6 +411,18 @@ def test_a_reported_ceiling_goes_before_a_computed_one():
     assert cell(report, 2, "AUC").alarm
 
 
+@pytest.mark.parametrize("epsilon", [0.0, 1e-9, 1e-5, 3e-4, 65_000.0, 1e9])
+@pytest.mark.parametrize("alone", [True, False])
+def test_no_budget_is_too_small_or_too_large_to_be_reported(epsilon, alone, tmp_path):
+    report = study()
+    private = next(entry for entry in report["runs"] if entry["epsilon"] is not None)
+    private |= {"epsilon": epsilon, "target_epsilon": epsilon}
+    free = [entry for entry in report["runs"] if entry["epsilon"] is None]
+    report["runs"] = [private] if alone else [*free, private]
+    write_report(report, tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == report
+
+
 def test_equal_warnings_share_a_number():
     report = study()
     for entry, warnings in zip(report["runs"], (["a"], ["b", "a"], []), strict=True):

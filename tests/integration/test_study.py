@@ -22,6 +22,7 @@ from attacks.farm import load_arrays
 from attacks.report import validate
 from dpnlu.classifier import Architecture, build
 from dpnlu.cli import main
+from dpnlu.compare.attacking import Claim, attack
 from dpnlu.compare.running import Settings, claim_directory
 from dpnlu.compare.study import Study, canary_example, read_canary_losses, read_signals
 from dpnlu.data import HashedVocabulary, drop_repeated, synthetic_corpus
@@ -299,6 +300,22 @@ def test_quiet_means_no_progress_of_any_library(tiny_encoder: Path, tmp_path: Pa
     done = subprocess.run(command, env=cache, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 0
     assert done.stderr == ""
+
+
+def test_signals_that_cannot_be_attacked_cost_their_attack_alone(study: Study) -> None:
+    """A model that has diverged, references that are copies: the others' hours are kept."""
+    rng = np.random.default_rng(0)
+    models = [{"loss": rng.random(200), "intent_margin": np.ones(200)} for _ in study.coins]
+    claim = Claim(epsilon=None, delta=1e-5, confidence=0.95)
+    found = attack(("loss", "lira", "audit"), models, replace(study, canaries=()), claim)
+    assert set(found["membership"]) == {"loss"}
+    assert found["audit"]["scores"] == "loss"
+    (warning,) = (text for text in found["warnings"] if "left out" in text)
+    assert warning.startswith("lira was left out: Expected reference signals that vary")
+    broken = [model | {"loss": np.full(200, np.nan)} for model in models]
+    found = attack(("loss", "audit"), broken, replace(study, canaries=()), claim)
+    assert found["membership"] == {}
+    assert "audit" not in found
 
 
 @pytest.fixture(scope="module")
