@@ -84,7 +84,7 @@ def _interruptible() -> Iterator[None]:
         yield  # signals are not this thread's business
         return
     # One that is ignored, as under nohup, stays ignored.
-    before = {s: h for s in _INTERRUPTS if (h := signal.getsignal(s)) != signal.SIG_IGN}
+    before = {s: h for s in _INTERRUPTS if (h := signal.getsignal(s)) not in (signal.SIG_IGN, None)}
 
     def interrupt(*_: object) -> NoReturn:
         for number in before:

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -161,6 +163,63 @@ def test_output_that_cannot_be_written_is_a_failure() -> None:
         )
     assert process.returncode == 1
     assert process.stderr == "dpnlu: error: No space left on device\n"
+
+
+@pytest.fixture
+def running(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], int]:
+    """Runs a command that does this and nothing else."""
+
+    def run(work: Callable[[], None]) -> int:
+        monkeypatch.setattr("dpnlu.budget.run", lambda options: work())
+        return main([*SMALL_BUDGET, "--epsilon", "3"])
+
+    return run
+
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_every_signal_to_end_interrupts_and_only_once(
+    number: int,
+    running: Callable[[Callable[[], None]], int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tidied = []
+
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        finally:
+            for impatient in SIGNALS:
+                os.kill(os.getpid(), impatient)
+            time.sleep(0.01)
+            tidied.append(True)
+
+    before = [signal.getsignal(number) for number in SIGNALS]
+    assert running(work) == 1
+    assert tidied
+    _is_one_line(capsys.readouterr().err, "interrupted; to go on, run the same command again")
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_signal_that_is_ignored_stays_ignored(
+    running: Callable[[Callable[[], None]], int],
+) -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert running(lambda: os.kill(os.getpid(), signal.SIGHUP)) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_in_a_thread_a_command_leaves_signals_alone(
+    running: Callable[[Callable[[], None]], int],
+) -> None:
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(running, lambda: None).result() == 0
 
 
 def test_budget_loads_no_torch_and_no_other_accountant() -> None:
