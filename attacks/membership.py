@@ -18,6 +18,8 @@ from numpy.typing import ArrayLike
 from attacks._validate import Bools, Floats, any_array, bools, floats, one_of, open_unit
 from attacks.predictive import (
     VARIANCES,
+    Moments,
+    Predictive,
     grand_mean,
     log_density,
     log_upper_tail,
@@ -25,7 +27,7 @@ from attacks.predictive import (
     moments,
 )
 
-# Its square, in units of any spread that float64 can tell from none, is still finite.
+# Its square in units of the least spread is still finite.
 _OUT_OF_PROPORTION = 1e100
 
 Mode = Literal["online", "offline"]
@@ -106,16 +108,13 @@ def lira(
     one_of("variance", variance, choices=tuple(VARIANCES))
     fit = VARIANCES[variance]
     values, signals, members = _signals(target, references, membership)
+    outside = _Side.of(values, signals, ~members)
     if mode == "offline":
-        signals = np.where(members[..., None], 0.0, signals)
-    values, signals = _in_own_unit(values, signals)
-    outside = moments(signals, ~members)
-    if mode == "offline":
-        return -log_upper_tail(fit(outside, grand_mean(outside)), values)
-    inside = moments(signals, members)
-    in_model = fit(inside, mean_given(inside, other=outside))
-    out_model = fit(outside, mean_given(outside, other=inside))
-    return log_density(in_model, values) - log_density(out_model, values)
+        return -log_upper_tail(fit(outside.moments, grand_mean(outside.moments)), outside.values)
+    inside = _Side.of(values, signals, members)
+    in_model = fit(inside.moments, mean_given(inside.moments, other=outside.moments))
+    out_model = fit(outside.moments, mean_given(outside.moments, other=inside.moments))
+    return inside.log_density(in_model) - outside.log_density(out_model)
 
 
 def rmia(
@@ -156,11 +155,12 @@ def rmia(
     if losses.shape[1] != 1:
         raise ValueError(f"Expected one loss per example, got {losses.shape[1]}: add them up.")
     used = members if mode == "online" else np.zeros_like(members)
-    inside = _log_mean(-reference[..., 0], used)
-    outside = _known_outside(_log_mean(-reference[..., 0], ~members), inside)
-    guess = np.logaddexp(np.log(offline_scale) + outside, np.log1p(-offline_scale))
-    inside = np.where(np.isneginf(inside), guess, inside)
-    scores: Floats = np.log(2) - losses[:, 0] - np.logaddexp(inside, outside)
+    with np.errstate(over="ignore"):  # of differences between losses of opposite signs
+        inside = _log_mean(-reference[..., 0], used)
+        outside = _known_outside(_log_mean(-reference[..., 0], ~members), inside)
+        guess = np.logaddexp(np.log(offline_scale) + outside, np.log1p(-offline_scale))
+        inside = np.where(np.isneginf(inside), guess, inside)
+        scores: Floats = np.log(2) - losses[:, 0] - np.logaddexp(inside, outside)
     return scores
 
 
@@ -209,21 +209,41 @@ def _signals(
     return values, signals, members
 
 
-def _in_own_unit(values: Floats, signals: Floats) -> tuple[Floats, Floats]:
-    """Return target and references divided by the power of two that brings the references into
-    [-1, 1], each signal by its own.
+@dataclass(frozen=True)
+class _Side:
+    """The references on one side, and the target beside them, all in a unit of their own.
 
-    No score depends on a signal's unit; the squares of huge and of tiny ones would be lost.
+    No score depends on the unit of a signal; the squares of huge and of tiny ones would be lost.
+
+    Attributes:
+        moments: of the references.
+        values: `(N, S)`, the target's signals.
+        log_unit: log of the product of all signals' units.
     """
-    _, exponents = np.frexp(np.abs(signals).max(axis=(0, 1)))
-    with np.errstate(over="ignore"):
-        scaled = np.ldexp(values, -exponents)
-    if np.abs(scaled).max() > _OUT_OF_PROPORTION:
-        raise ValueError(
-            f"Expected a target of about the references' signals, got one over "
-            f"{_OUT_OF_PROPORTION:g} times as large: compute both in the same way."
-        )
-    return scaled, np.ldexp(signals, -exponents)
+
+    moments: Moments
+    values: Floats
+    log_unit: float
+
+    @classmethod
+    def of(cls, values: Floats, signals: Floats, mask: Bools) -> _Side:
+        """The side of the references that the mask selects. The unit of a signal is the power of
+        two that brings all of it into [-1, 1]."""
+        kept = np.where(mask[..., None], signals, 0.0)
+        _, exponents = np.frexp(np.abs(kept).max(axis=(0, 1)))
+        with np.errstate(over="ignore"):
+            scaled = np.ldexp(values, -exponents)
+        found = moments(np.ldexp(kept, -exponents), mask)
+        if np.abs(scaled).max() > _OUT_OF_PROPORTION:
+            raise ValueError(
+                f"Expected a target of about the references' signals, got one over "
+                f"{_OUT_OF_PROPORTION:g} times as large: compute both in the same way."
+            )
+        return cls(found, scaled, float(exponents.sum() * np.log(2)))
+
+    def log_density(self, model: Predictive) -> Floats:
+        """The log density of the target's signals under a model of this side."""
+        return log_density(model, self.values) - self.log_unit
 
 
 ATTACKS: Mapping[str, Attack] = {

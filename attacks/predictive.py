@@ -18,6 +18,14 @@ from attacks._validate import Bools, Floats
 # A mean is predicted from the other side only if this many examples stand behind each coefficient.
 EXAMPLES_PER_COEFFICIENT = 10
 
+# How far beyond all means on a side one may be predicted, relative to the largest.
+_FARTHEST = 10.0
+
+# Signals whose squares are at most 1 do not vary if their variance is below this.
+_LEAST_VARIANCE = 1e-60
+
+_ROUNDING = 1e-12
+
 # The likelihood of a prior may be flat: with less, scores differ by percents between two orders of
 # the examples.
 _PRECISE = {"ftol": 1e-14, "gtol": 1e-9}
@@ -51,6 +59,10 @@ class Predictive:
 
 def moments(references: Floats, mask: Bools) -> Moments:
     """Return the moments of `references (M, N, S)` over the models that `mask (M, N)` selects.
+
+    Args:
+        references: in units in which none is far beyond 1: squares must not overflow, and variances
+            below 1e-60 are taken for none.
 
     Raises:
         ValueError: no example has two of them, so that nothing is known of their spread.
@@ -91,7 +103,9 @@ def mean_given(own: Moments, *, other: Moments) -> Floats:
         prediction = grand_mean(own)
     else:
         coefficients, *_ = np.linalg.lstsq(design[paired], own.mean[paired], rcond=None)
-        prediction = design @ coefficients
+        # Far beyond all that was seen a line says nothing.
+        farthest = _FARTHEST * np.abs(own.mean).max(axis=0)
+        prediction = np.clip(design @ coefficients, -farthest, farthest)
     return np.where(other.count[:, None] > 0, prediction, np.nan)
 
 
@@ -148,10 +162,10 @@ def shrunk(own: Moments, prior_mean: Floats) -> Predictive:
 
 def log_density(predictive: Predictive, values: Floats) -> Floats:
     """Return the log density `(N,)` of `values (N, S)`, up to a constant common to all."""
+    volume = _log_determinant(predictive.scale) / 2
     deviation = values - predictive.location
     solved = np.linalg.solve(predictive.scale, deviation[..., None])[..., 0]
     distance = (deviation * solved).sum(axis=1)
-    volume = np.linalg.slogdet(predictive.scale).logabsdet / 2
     if predictive.degrees is None:
         gaussian: Floats = -distance / 2 - volume
         return gaussian
@@ -172,7 +186,8 @@ def log_upper_tail(predictive: Predictive, values: Floats) -> Floats:
     deviations = np.sqrt(np.diagonal(predictive.scale, axis1=1, axis2=2))
     correlation = predictive.scale / (deviations[:, :, None] * deviations[:, None, :])
     z = ((values - predictive.location) / deviations).sum(axis=1)
-    z = z / np.sqrt(correlation.sum(axis=(1, 2)))
+    # Of signals that all but cancel, rounding errors are all that is left.
+    z = z / np.sqrt(np.maximum(correlation.sum(axis=(1, 2)), _ROUNDING))
     if predictive.degrees is None:
         tail: Floats = special.log_ndtr(-z)
         return tail
@@ -202,7 +217,7 @@ def _pooled_covariance(own: Moments) -> Floats:
     freedom = np.maximum(own.count - 1, 0).sum()
     covariance: Floats = own.scatter.sum(axis=0) / freedom
     deviations = np.sqrt(np.diagonal(covariance))
-    correlation = covariance / np.maximum(np.outer(deviations, deviations), 1e-300)
+    correlation = covariance / np.maximum(np.outer(deviations, deviations), _LEAST_VARIANCE)
     if np.linalg.eigvalsh(correlation).min() < 1e-10:
         raise ValueError(
             "Expected reference signals that vary independently, got one that is constant or a "
@@ -223,7 +238,7 @@ def _estimate_prior(
         return weight, freedom, freedom * scale * covariance
 
     # As if the covariance were 1: the optimizer's tolerance is relative, the unit must not matter.
-    whitened = own.count / 2 * np.linalg.slogdet(covariance).logabsdet
+    whitened = own.count / 2 * _log_determinant(covariance)
 
     def loss(logs: Floats) -> float:
         evidence = _log_evidence(own, prior_mean, *prior(logs)) + whitened
@@ -252,11 +267,22 @@ def _log_evidence(
     evidence: Floats = (
         special.multigammaln(posterior / 2, size)
         - special.multigammaln(freedom / 2, size)
-        + freedom / 2 * np.linalg.slogdet(prior_scatter).logabsdet
-        - posterior / 2 * np.linalg.slogdet(scatter).logabsdet
+        + freedom / 2 * _log_determinant(prior_scatter)
+        - posterior / 2 * _log_determinant(scatter)
         + size / 2 * np.log(weight / (weight + own.count))
     )
     return evidence
+
+
+def _log_determinant(matrices: Floats) -> Floats:
+    """log |det| of (…, S, S); refused where nothing of it is left after rounding."""
+    found: Floats = np.linalg.slogdet(matrices).logabsdet
+    if not np.isfinite(found).all():
+        raise ValueError(
+            "Expected reference signals of one order of magnitude, got some so far from the others "
+            "that these do not count beside them: leave out such examples."
+        )
+    return found
 
 
 def _posterior_scatter(

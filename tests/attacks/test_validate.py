@@ -278,6 +278,35 @@ def test_a_target_out_of_all_proportion_is_refused() -> None:
         lira(SCORES * 1e120, REFERENCES, MEMBERSHIP)
 
 
+def _wild(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers whose magnitudes have nothing to do with each other."""
+    kinds = (
+        lambda: rng.normal(size=shape) * 10.0 ** rng.uniform(-320, 308, size=shape),
+        lambda: rng.choice([0.0, 1.0, -1.0, 1e308, -1e308, 5e-324], size=shape),
+        lambda: rng.normal(size=shape) * 10.0 ** rng.uniform(-300, 300),
+        lambda: 1e8 + rng.normal(size=shape) * 1e-6,
+        lambda: rng.normal(size=shape),
+    )
+    return kinds[rng.integers(len(kinds))]()
+
+
+@pytest.mark.parametrize("signals", [(), (2,)])
+@pytest.mark.parametrize("name", [name for name in CALLS if name.startswith(("lira", "rmia"))])
+def test_signals_of_wildly_different_magnitudes_keep_the_contract(
+    name: str, signals: tuple[int, ...]
+) -> None:
+    rng = np.random.default_rng(2)
+    for _ in range(200):
+        size, models = rng.choice([2, 5, 40]), rng.choice([2, 6, 20])
+        arguments = dict(CALLS[name].arguments)
+        target, references, membership = list(arguments)[:3]
+        with np.errstate(under="ignore"):
+            arguments[target] = _wild(rng, (size, *signals))
+            arguments[references] = _wild(rng, (models, size, *signals))
+        arguments[membership] = rng.random((models, size)) < rng.choice([0.1, 0.5, 0.9])
+        _keeps_the_contract(name, arguments)
+
+
 FLOATS = st.floats(allow_nan=True, allow_infinity=True, width=64) | st.floats(-3, 3)
 
 
