@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from attacks._validate import open_unit, privacy_parameters, scores_and_members
+from attacks._validate import half_open_unit, number, open_unit, scores_and_members
 from attacks.ceilings import gaussian_epsilon
 from attacks.intervals import upper_limit
 
@@ -85,8 +85,8 @@ def one_run(
         ValueError: for scores or labels as in `attacks.metrics.roc`, labels that no fair coins
             gave, or an argument out of range.
     """
-    privacy_parameters(0.0, delta)
-    open_unit("confidence", confidence)
+    delta = half_open_unit("delta", delta)
+    confidence = open_unit("confidence", confidence)
     guesses = _guess(scores, is_member, rng)
     level = (1 - confidence) / len(GUESS_SHARES)
 
@@ -133,8 +133,8 @@ def one_run_fdp(
     Raises:
         ValueError: as `one_run`, and for δ = 0.
     """
-    open_unit("delta", delta)
-    open_unit("confidence", confidence)
+    delta = open_unit("delta", delta)
+    confidence = open_unit("confidence", confidence)
     guesses = _guess(scores, is_member, rng)
     level = (1 - confidence) / len(GUESS_SHARES)
 
@@ -180,8 +180,9 @@ def clopper_pearson(
     Raises:
         ValueError: for scores or labels as in `attacks.metrics.roc`, or an argument out of range.
     """
-    privacy_parameters(0.0, delta)
-    open_unit("confidence", confidence)
+    delta = half_open_unit("delta", delta)
+    confidence = open_unit("confidence", confidence)
+    threshold = number("threshold", threshold)
     values, members = scores_and_members(scores, is_member)
     misses = int((values[members] < threshold).sum())
     alarms = int((values[~members] >= threshold).sum())

@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-from attacks._validate import Bools, bools, open_unit
+from attacks._validate import Bools, bools, count, open_unit, strings
 from attacks.metrics import auc, auc_interval
 
 
@@ -61,16 +61,22 @@ def blind_baseline(
         confidence: of the interval, in (0, 1).
 
     Raises:
-        ValueError: for lengths that differ, too few members or non-members for the folds, or a
-            confidence out of range.
+        ValueError: for texts or labels that are no strings, texts that are all blank, lengths that
+            differ, too few members or non-members for the folds, or a confidence out of range.
     """
+    texts = strings("texts", texts)
+    if not any(text.strip() for text in texts):
+        raise ValueError(
+            "Expected texts with words, got blank ones only: pass what was trained on."
+        )
     members = bools("is_member", is_member, shape=(len(texts),))
     smaller = int(min(members.sum(), (~members).sum()))
-    if not 2 <= folds <= smaller:
+    if not 2 <= count("folds", folds) <= smaller:
         raise ValueError(
             f"Expected 2 <= folds <= {smaller}, the smaller side's size, got {folds}: "
             "lower `folds`, or give more members and non-members."
         )
+    labels = None if labels is None else strings("labels", labels)
     if labels is not None and len(labels) != len(texts):
         raise ValueError(f"Expected one label for each of {len(texts)} texts, got {len(labels)}.")
     scores = _cross_fit(_features(texts, labels), members, folds=folds, rng=rng)
@@ -84,9 +90,11 @@ def _for_doubled_variance(confidence: float) -> float:
     Cross-fitted scores are not independent: on a fair split, what two examples in different folds
     have in common counts twice, as either is scored by the other, which doubles the variance.
     """
-    open_unit("confidence", confidence)
-    z = np.sqrt(2) * special.ndtri((1 + confidence) / 2)
-    return float(2 * special.ndtr(z) - 1)
+    error = 1 - open_unit("confidence", confidence)
+    z = np.sqrt(2) * special.ndtri(error / 2)
+    # What rounds to 0 or 1 is no confidence any more.
+    limits = np.finfo(np.float64)
+    return float(np.clip(1 - 2 * special.ndtr(z), limits.tiny, 1 - limits.epsneg))
 
 
 def _features(texts: Sequence[str], labels: Sequence[str] | None) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from attacks._validate import Integers, floats, open_unit, privacy_parameters
+from attacks._validate import Integers, any_array, count, floats, half_open_unit, open_unit, shown
 from attacks.auditing import AuditResult
 from attacks.intervals import binomial_interval, lower_limit
 
@@ -24,6 +24,9 @@ DIGITS = tuple("0123456789")
 
 # All secrets up to this length can be scored one by one: a million candidates.
 LONGEST_SECRET = 6
+
+# Each repetition is a training example of its own.
+MOST_REPETITIONS = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,32 +106,49 @@ def parse_canary(spec: str) -> CanarySpec:
     6
 
     Raises:
-        ValueError: for another form, an unknown pattern, a length beyond enumeration, or no
-            repetition.
+        ValueError: for another form, an unknown pattern, a length beyond enumeration, or a number
+            of repetitions out of range.
     """
-    match = re.fullmatch(r"(\w+):(\d+):R=(\d+)", spec)
+    match = (
+        re.fullmatch(r"(\w+):([0-9]{1,9}):R=([0-9]{1,9})", spec) if isinstance(spec, str) else None
+    )
     pattern = PATTERNS.get(match[1]) if match else None
     if match is None or pattern is None:
         raise ValueError(
             f"Expected a canary of the form PATTERN:LENGTH:R=REPETITIONS with PATTERN one of "
-            f"{', '.join(PATTERNS)}, got {spec!r}: write for example pin:4:R=100."
+            f"{', '.join(PATTERNS)}, got {shown(spec)}: write for example pin:4:R=100."
         )
     length, repetitions = int(match[2]), int(match[3])
-    if not 1 <= length <= LONGEST_SECRET or repetitions < 1:
+    if not 1 <= length <= LONGEST_SECRET or not 1 <= repetitions <= MOST_REPETITIONS:
         raise ValueError(
-            f"Expected a secret of 1 to {LONGEST_SECRET} tokens and at least one repetition, "
-            f"got {spec!r}: write for example pin:4:R=100."
+            f"Expected a secret of 1 to {LONGEST_SECRET} tokens and at least one repetition, at "
+            f"most {MOST_REPETITIONS}, got {shown(spec)}: write for example pin:4:R=100."
         )
     return CanarySpec(pattern=pattern, length=length, repetitions=repetitions)
 
 
 def draw_secret(rng: np.random.Generator, *, length: int, candidates: int = 10) -> Integers:
-    """Return a uniformly drawn secret `(length,)`, indices into the candidate tokens."""
-    return rng.integers(candidates, size=length)
+    """Return a uniformly drawn secret `(length,)`, indices into the candidate tokens.
+
+    Raises:
+        ValueError: for a length or number of candidates below 1.
+    """
+    return rng.integers(
+        count("candidates", candidates, least=1), size=count("length", length, least=1)
+    )
 
 
 def all_secrets(length: int, *, candidates: int = 10) -> Integers:
-    """Return every secret `(candidates**length, length)` in lexicographic order."""
+    """Return every secret `(candidates**length, length)` in lexicographic order.
+
+    Raises:
+        ValueError: for a length below 1, fewer than two candidates, or over a million secrets.
+    """
+    length, candidates = count("length", length, least=1), count("candidates", candidates, least=2)
+    if length * math.log(candidates) > LONGEST_SECRET * math.log(len(DIGITS)) + 1e-9:
+        raise ValueError(
+            f"Expected a million secrets at most, got {candidates}**{length}: shorten the secret."
+        )
     positions = np.indices((candidates,) * length)
     return positions.reshape(length, -1).T.astype(np.int64)
 
@@ -139,8 +159,10 @@ def secret_index(secret: ArrayLike, *, candidates: int = 10) -> int:
     Raises:
         ValueError: for an entry that is no index of a candidate.
     """
-    digits = _secrets("secret", secret, dimensions=1, candidates=candidates)
-    return int(np.ravel_multi_index(tuple(digits), (candidates,) * digits.size))
+    index = 0
+    for digit in _secrets("secret", secret, dimensions=1, candidates=candidates):
+        index = index * candidates + int(digit)
+    return index
 
 
 def canary_tokens(pattern: CanaryPattern, secret: ArrayLike) -> tuple[str, ...]:
@@ -161,7 +183,11 @@ def canary_tags(pattern: CanaryPattern, length: int) -> tuple[str, ...]:
 
     >>> canary_tags(PATTERNS["call"], 3)
     ('O', 'B-canary', 'I-canary', 'I-canary')
+
+    Raises:
+        ValueError: for a length below 1.
     """
+    length = count("length", length, least=1)
     outside = ("O",) * len(pattern.carrier)
     if pattern.slot is None:
         return outside + ("O",) * length
@@ -182,7 +208,7 @@ def exposure(losses: ArrayLike, secret_index: int) -> Exposure:
         ValueError: for NaN, a wrong shape, or an index out of range.
     """
     values = floats("losses", losses, dimensions=1)
-    if not 0 <= secret_index < values.size:
+    if count("secret_index", secret_index) >= values.size:
         raise ValueError(
             f"Expected `secret_index` in [0, {values.size}), got {secret_index}: "
             "the true secret must be among the candidates."
@@ -203,8 +229,7 @@ def chance_exposure_bits(candidates: int) -> float:
     Raises:
         ValueError: for fewer than one candidate.
     """
-    if candidates < 1:
-        raise ValueError(f"Expected `candidates` >= 1, got {candidates}: count the true one too.")
+    candidates = count("candidates", candidates, least=1)
     mean_log_rank = float(special.gammaln(candidates + 1)) / candidates / math.log(2)
     return math.log2(candidates) - mean_log_rank
 
@@ -267,8 +292,11 @@ def group_epsilon_from_extraction(
     Raises:
         ValueError: for an argument out of range.
     """
-    privacy_parameters(0.0, delta)
-    open_unit("confidence", confidence)
+    delta = half_open_unit("delta", delta)
+    confidence = open_unit("confidence", confidence)
+
+    successes, trials = count("successes", successes), count("trials", trials)
+    candidates = count("candidates", candidates, least=1)
 
     def bound(successes: int) -> float:
         rate = float(lower_limit(successes, trials, error=1 - confidence))
@@ -289,11 +317,13 @@ def group_epsilon_from_extraction(
 
 def _secrets(name: str, values: ArrayLike, *, dimensions: int, candidates: int) -> Integers:
     """Return an integer array of that many dimensions with entries in [0, candidates)."""
-    array = np.asarray(values)
+    candidates = count("candidates", candidates, least=1)
+    array = any_array(name, values)
     if (
         array.ndim != dimensions
         or not np.issubdtype(array.dtype, np.integer)
         or not ((array >= 0) & (array < candidates)).all()
+        or array.shape[-1] == 0
     ):
         raise ValueError(
             f"Expected `{name}` as integers in [0, {candidates}) with {dimensions} dimension(s), "

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy import optimize, special
 
-from attacks._validate import open_unit, privacy_parameters
+from attacks._validate import number, open_unit, privacy_parameters
 
 
 def approximate_dp_ceiling_auc(epsilon: float, delta: float) -> float:
@@ -27,7 +27,7 @@ def approximate_dp_ceiling_auc(epsilon: float, delta: float) -> float:
     Raises:
         ValueError: for an argument out of range.
     """
-    privacy_parameters(epsilon, delta)
+    epsilon, delta = privacy_parameters(epsilon, delta)
     return float(1 - (1 - delta) ** 2 * special.expit(-epsilon))
 
 
@@ -44,8 +44,8 @@ def approximate_dp_ceiling_tpr(epsilon: float, delta: float, *, fpr: float) -> f
     Raises:
         ValueError: for an argument out of range.
     """
-    privacy_parameters(epsilon, delta)
-    open_unit("fpr", fpr)
+    epsilon, delta = privacy_parameters(epsilon, delta)
+    fpr = open_unit("fpr", fpr)
     steep = delta + np.exp(min(epsilon, 700.0)) * fpr  # e^700 is the last that does not overflow
     flat = 1 - np.exp(-epsilon) * (1 - delta - fpr)
     return float(min(1.0, steep, flat))
@@ -75,7 +75,7 @@ def gaussian_ceiling_tpr(epsilon: float, delta: float, *, fpr: float) -> float:
     Raises:
         ValueError: for an argument out of range.
     """
-    open_unit("fpr", fpr)
+    fpr = open_unit("fpr", fpr)
     return float(special.ndtr(gaussian_mu(epsilon, delta) + special.ndtri(fpr)))
 
 
@@ -91,8 +91,8 @@ def gaussian_mu(epsilon: float, delta: float) -> float:
     Raises:
         ValueError: for an argument out of range, so also for δ = 0, which no Gaussian meets.
     """
-    privacy_parameters(epsilon, delta)
-    open_unit("delta", delta)
+    epsilon, delta = privacy_parameters(epsilon, delta)
+    delta = open_unit("delta", delta)
     if np.isinf(epsilon):
         return np.inf
     scale = 1.0
@@ -113,14 +113,17 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     Raises:
         ValueError: for an argument out of range.
     """
+    mu = number("mu", mu)
     if not 0 <= mu < np.inf:
         raise ValueError(f"Expected `mu` in [0, inf), got {mu}: it is a distance of means.")
-    open_unit("delta", delta)
+    delta = open_unit("delta", delta)
     if mu == 0 or _log_delta(0.0, mu) <= np.log(delta):
         return 0.0
     high = 1.0
-    while _log_delta(high, mu) > np.log(delta):
+    while np.isfinite(high) and _log_delta(high, mu) > np.log(delta):
         high *= 2
+    if np.isinf(high):  # larger than any float
+        return np.inf
     return _root(lambda epsilon: _log_delta(epsilon, mu) - np.log(delta), 0.0, high)
 
 
@@ -132,7 +135,9 @@ def _log_delta(epsilon: float, mu: float) -> float:
     if near < 0:
         ratio = special.erfcx(far / np.sqrt(2)) / special.erfcx(-near / np.sqrt(2))
     else:
-        ratio = np.exp(-(near**2) / 2) * special.erfcx(far / np.sqrt(2)) / (2 * special.ndtr(near))
+        ratio = (
+            np.exp(-near * near / 2) * special.erfcx(far / np.sqrt(2)) / (2 * special.ndtr(near))
+        )
     return float(special.log_ndtr(near) + special.log1p(-ratio))
 
 

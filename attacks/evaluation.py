@@ -9,7 +9,7 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from attacks._validate import scores_and_members
+from attacks._validate import floats, scores_and_members
 from attacks.ceilings import approximate_dp_ceiling_auc, approximate_dp_ceiling_tpr
 from attacks.metrics import OperatingPoint, auc, auc_interval, operating_point
 
@@ -85,7 +85,10 @@ def evaluate(
         )
     guarantee = None if epsilon is None or delta is None else (epsilon, delta)
     _, members = scores_and_members(scores, is_member)
-    points = [operating_point(scores, is_member, fpr=f, confidence=confidence) for f in fprs]
+    points = [
+        operating_point(scores, is_member, fpr=fpr, confidence=confidence)
+        for fpr in floats("fprs", fprs, dimensions=1).tolist()
+    ]
     area_interval = auc_interval(scores, is_member, confidence=confidence)
     area_ceiling = None if guarantee is None else approximate_dp_ceiling_auc(*guarantee)
     rates = {f"{p.fpr:g}": _rate(p, guarantee) for p in points if not math.isnan(p.value)}

@@ -9,20 +9,32 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import signal
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+from io import BytesIO
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from attacks._validate import count as whole_number
 
 Arrays = dict[str, NDArray[Any]]
 # The number of a model -> what was measured on it. Must be importable, to reach other processes.
 Train = Callable[[int], Mapping[str, NDArray[Any]]]
 
 _MANIFEST = "manifest.json"
+
+
+class WorkerDiedError(RuntimeError):
+    """A process that trained models was killed; the models that were finished are kept."""
 
 
 def grow(
@@ -45,47 +57,84 @@ def grow(
         progress: told how many are finished, and of how many.
 
     Raises:
-        ValueError: the directory holds results that depend on something else.
+        ValueError: the directory holds results that depend on something else, or ones that cannot
+            be read; or a number is out of range.
+        WorkerDiedError: a process was killed.
     """
+    count = whole_number("count", count)
+    workers = os.cpu_count() or 1 if workers is None else whole_number("workers", workers, least=1)
     _check_manifest(directory, key)
     missing = [number for number in range(count) if not _path(directory, number).exists()]
     done = count - len(missing)
-    for number, arrays in _trained(train, missing, workers or os.cpu_count() or 1):
-        save_arrays(_path(directory, number), arrays)
-        done += 1
-        if progress is not None:
-            progress(done, count)
+    with closing(_trained(train, missing, workers)) as results:
+        for number, arrays in results:
+            save_arrays(_path(directory, number), arrays)
+            done += 1
+            if progress is not None:
+                progress(done, count)
     return [load_arrays(_path(directory, number)) for number in range(count)]
 
 
 def _trained(
     train: Train, numbers: list[int], workers: int
-) -> Iterator[tuple[int, Mapping[str, NDArray[Any]]]]:
-    """Results as they come."""
+) -> Generator[tuple[int, Mapping[str, NDArray[Any]]]]:
+    """Results as they come. No process outlives this generator, nor the process it runs in."""
     if workers == 1 or len(numbers) <= 1:
         yield from ((number, train(number)) for number in numbers)
         return
     # Processes are spawned: a forked one inherits the state of a thread pool without its threads.
     context = get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(numbers)), context, initializer=_one_thread) as pool:
-        futures = {pool.submit(train, number): number for number in numbers}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    # Whatever ends this process closes its end, and the workers end when they see that.
+    lifeline, held = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(
+        min(workers, len(numbers)), context, initializer=_begin, initargs=(lifeline,)
+    )
+    try:
+        with _interrupts_held_back():
+            futures = {pool.submit(train, number): number for number in numbers}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool:
+        raise WorkerDiedError(
+            "Expected every worker to finish its models, but one was killed, perhaps for want of "
+            "memory: run the same again to go on from the models that are finished."
+        ) from None
+    except BaseException:
+        held.close()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        held.close()
+        lifeline.close()
 
 
-def _one_thread() -> None:
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Have the processes that are started within never see Ctrl-C, which a terminal sends to all:
+    it is this process that ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin(lifeline: Connection) -> None:
+    """In a worker: end with the lifeline, and compute in one thread."""
+    Thread(target=_end_with, args=(lifeline,), daemon=True).start()
     import torch
 
     torch.set_num_threads(1)
 
 
+def _end_with(lifeline: Connection) -> None:
+    lifeline.poll(None)
+    os._exit(1)
+
+
 def _check_manifest(directory: Path, key: Mapping[str, Any]) -> None:
     manifest = directory / _MANIFEST
-    content = json.dumps(key, indent=1, sort_keys=True)
+    content = json.dumps(key, indent=1, sort_keys=True, allow_nan=False)
     if manifest.exists():
         if manifest.read_text(encoding="utf-8") != content:
             raise ValueError(
@@ -112,6 +161,17 @@ def save_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
 
 
 def load_arrays(path: Path) -> Arrays:
-    """Read what `save_arrays` wrote; nothing is unpickled."""
-    with np.load(path, allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}
+    """Read what `save_arrays` wrote; nothing is unpickled.
+
+    Raises:
+        ValueError: the file is damaged, or holds something else.
+    """
+    content = BytesIO(path.read_bytes())
+    try:
+        with np.load(content, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except Exception as error:  # zipfile and numpy answer damage in many ways
+        raise ValueError(
+            f"Expected {path} to hold arrays, found it damaged ({error}): remove it to have it "
+            "made anew."
+        ) from None

@@ -15,15 +15,20 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from attacks._validate import Bools, Floats, bools, floats, one_of, open_unit
+from attacks._validate import Bools, Floats, any_array, bools, floats, one_of, open_unit
 from attacks.predictive import (
     VARIANCES,
+    Moments,
+    Predictive,
     grand_mean,
     log_density,
     log_upper_tail,
     mean_given,
     moments,
 )
+
+# Its square in units of the least spread is still finite.
+_OUT_OF_PROPORTION = 1e100
 
 Mode = Literal["online", "offline"]
 Variance = Literal["shrunk", "pooled", "per_example"]
@@ -96,19 +101,20 @@ def lira(
 
     Raises:
         ValueError: for NaN or infinite signals, shapes that do not fit, references too few for a
-            variance, signals that do not vary, or an unknown mode or variance.
+            variance, signals that do not vary, a target that is out of all proportion to the
+            references, or an unknown mode or variance.
     """
     one_of("mode", mode, choices=("online", "offline"))
     one_of("variance", variance, choices=tuple(VARIANCES))
     fit = VARIANCES[variance]
     values, signals, members = _signals(target, references, membership)
-    outside = moments(signals, ~members)
+    outside = _Side.of(values, signals, ~members)
     if mode == "offline":
-        return -log_upper_tail(fit(outside, grand_mean(outside)), values)
-    inside = moments(signals, members)
-    in_model = fit(inside, mean_given(inside, other=outside))
-    out_model = fit(outside, mean_given(outside, other=inside))
-    return log_density(in_model, values) - log_density(out_model, values)
+        return -log_upper_tail(fit(outside.moments, grand_mean(outside.moments)), outside.values)
+    inside = _Side.of(values, signals, members)
+    in_model = fit(inside.moments, mean_given(inside.moments, other=outside.moments))
+    out_model = fit(outside.moments, mean_given(outside.moments, other=inside.moments))
+    return inside.log_density(in_model) - outside.log_density(out_model)
 
 
 def rmia(
@@ -144,16 +150,17 @@ def rmia(
             of range, or offline references that leave no example out.
     """
     one_of("mode", mode, choices=("online", "offline"))
-    open_unit("offline_scale", offline_scale)
+    offline_scale = open_unit("offline_scale", offline_scale)
     losses, reference, members = _signals(target_loss, reference_losses, membership)
     if losses.shape[1] != 1:
         raise ValueError(f"Expected one loss per example, got {losses.shape[1]}: add them up.")
     used = members if mode == "online" else np.zeros_like(members)
-    inside = _log_mean(-reference[..., 0], used)
-    outside = _known_outside(_log_mean(-reference[..., 0], ~members), inside)
-    guess = np.logaddexp(np.log(offline_scale) + outside, np.log1p(-offline_scale))
-    inside = np.where(np.isneginf(inside), guess, inside)
-    scores: Floats = np.log(2) - losses[:, 0] - np.logaddexp(inside, outside)
+    with np.errstate(over="ignore"):  # of differences between losses of opposite signs
+        inside = _log_mean(-reference[..., 0], used)
+        outside = _known_outside(_log_mean(-reference[..., 0], ~members), inside)
+        guess = np.logaddexp(np.log(offline_scale) + outside, np.log1p(-offline_scale))
+        inside = np.where(np.isneginf(inside), guess, inside)
+        scores: Floats = np.log(2) - losses[:, 0] - np.logaddexp(inside, outside)
     return scores
 
 
@@ -180,10 +187,11 @@ def _signals(
     target: ArrayLike, references: ArrayLike, membership: ArrayLike
 ) -> tuple[Floats, Floats, Bools]:
     """Check the three arrays; return them as (N, S), (M, N, S) and (M, N)."""
-    dimensions = np.ndim(target)
-    if dimensions not in (1, 2):
+    shape = any_array("target", target).shape
+    dimensions = len(shape)
+    if dimensions not in (1, 2) or 0 in shape:
         raise ValueError(
-            f"Expected the target's signals as (N,) or (N, S), got shape {np.shape(target)}: "
+            f"Expected the target's signals as (N,) or (N, S), got shape {shape}: "
             "pass one number per example, or one row."
         )
     values = floats("target", target, dimensions=dimensions)
@@ -199,6 +207,43 @@ def _signals(
     if dimensions == 1:
         return values[:, None], signals[..., None], members
     return values, signals, members
+
+
+@dataclass(frozen=True)
+class _Side:
+    """The references on one side, and the target beside them, all in a unit of their own.
+
+    No score depends on the unit of a signal; the squares of huge and of tiny ones would be lost.
+
+    Attributes:
+        moments: of the references.
+        values: `(N, S)`, the target's signals.
+        log_unit: log of the product of all signals' units.
+    """
+
+    moments: Moments
+    values: Floats
+    log_unit: float
+
+    @classmethod
+    def of(cls, values: Floats, signals: Floats, mask: Bools) -> _Side:
+        """The side of the references that the mask selects. The unit of a signal is the power of
+        two that brings all of it into [-1, 1]."""
+        kept = np.where(mask[..., None], signals, 0.0)
+        _, exponents = np.frexp(np.abs(kept).max(axis=(0, 1)))
+        with np.errstate(over="ignore"):
+            scaled = np.ldexp(values, -exponents)
+        found = moments(np.ldexp(kept, -exponents), mask)
+        if np.abs(scaled).max() > _OUT_OF_PROPORTION:
+            raise ValueError(
+                f"Expected a target of about the references' signals, got one over "
+                f"{_OUT_OF_PROPORTION:g} times as large: compute both in the same way."
+            )
+        return cls(found, scaled, float(exponents.sum() * np.log(2)))
+
+    def log_density(self, model: Predictive) -> Floats:
+        """The log density of the target's signals under a model of this side."""
+        return log_density(model, self.values) - self.log_unit
 
 
 ATTACKS: Mapping[str, Attack] = {

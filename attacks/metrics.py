@@ -108,7 +108,7 @@ def roc_band(scores: ArrayLike, is_member: ArrayLike, *, confidence: float = 0.9
     Raises:
         ValueError: as `roc`, and for a confidence out of range.
     """
-    open_unit("confidence", confidence)
+    confidence = open_unit("confidence", confidence)
     curve = roc(scores, is_member)
     members = int(np.count_nonzero(is_member))
     hits = np.rint(curve.tpr * members)
@@ -156,10 +156,10 @@ def auc_interval(
     Raises:
         ValueError: as `roc`, and for a confidence out of range.
     """
-    open_unit("confidence", confidence)
+    confidence = open_unit("confidence", confidence)
     values, members = scores_and_members(scores, is_member)
     of_members, of_others = _placements(values, members)
-    z = float(special.ndtri((1 + confidence) / 2))
+    z = -float(special.ndtri((1 - confidence) / 2))  # (1 + confidence) / 2 may round to 1
     low, high = _newcombe_interval(of_members.mean(), of_members.size, of_others.size, z)
     delong = _delong_interval(of_members, of_others, confidence)
     return min(low, delong[0]), max(high, delong[1])
@@ -184,13 +184,13 @@ def operating_point(
     Raises:
         ValueError: as `roc`, and for an `fpr` or confidence out of range.
     """
-    open_unit("fpr", fpr)
-    open_unit("confidence", confidence)
+    fpr = open_unit("fpr", fpr)
+    confidence = open_unit("confidence", confidence)
     values, members = scores_and_members(scores, is_member)
     inside, outside = values[members], np.sort(values[~members])[::-1]
     expected = fpr * outside.size + 1e-9  # 0.29 * 100 is 28.999999999999996
     # The first non-member that may not be reached; everything above it may.
-    threshold = outside[int(expected)]
+    threshold = outside[min(int(expected), outside.size - 1)]
     hits = int((inside > threshold).sum())
     resolved = expected >= 1
     return OperatingPoint(
@@ -282,7 +282,7 @@ def _delong_interval(
         return area, area
     # With few members a normal quantile is too short: Brunner and Munzel (2000) take Student's t.
     freedom = variance**2 / (parts**2 / (of_members.size - 1, of_others.size - 1)).sum()
-    quantile = special.stdtrit(freedom, (1 + confidence) / 2)
+    quantile = -special.stdtrit(freedom, (1 - confidence) / 2)
     margin = quantile * np.sqrt(variance) / (area * (1 - area))
     low, high = special.expit(special.logit(area) + np.array([-margin, margin]))
     return float(low), float(high)
@@ -299,6 +299,8 @@ def _newcombe_interval(area: float, members: int, others: int, z: float) -> tupl
 
     # `excess` is 0 at an observed 0 or 1 itself: step inside to bracket the other root.
     inner = float(np.clip(area, 1e-12, 1 - 1e-12))
+    if excess(inner) >= 0:  # at next to no confidence
+        return float(area), float(area)
     low = 0.0 if area <= 0 else float(optimize.brentq(excess, 0, inner))
     high = 1.0 if area >= 1 else float(optimize.brentq(excess, inner, 1))
     return low, high
@@ -309,11 +311,11 @@ def _caution(fpr: float, non_members: int, expected: float) -> str:
     if expected < 1:
         return (
             f"TPR at FPR {fpr:g} is undefined with {non_members} non-members: "
-            f"score at least {int(np.ceil(1 / fpr - 1e-9))}."
+            f"score at least {np.ceil(1 / fpr - 1e-9):.0f}."
         )
     if expected < FEW_FALSE_POSITIVES:
         return (
             f"TPR at FPR {fpr:g} rests on {int(expected)} false positive(s) among {non_members} "
-            f"non-members: score at least {int(np.ceil(FEW_FALSE_POSITIVES / fpr - 1e-9))}."
+            f"non-members: score at least {np.ceil(FEW_FALSE_POSITIVES / fpr - 1e-9):.0f}."
         )
     return ""

@@ -18,6 +18,18 @@ from attacks._validate import Bools, Floats
 # A mean is predicted from the other side only if this many examples stand behind each coefficient.
 EXAMPLES_PER_COEFFICIENT = 10
 
+# How far beyond all means on a side one may be predicted, relative to the largest.
+_FARTHEST = 10.0
+
+# Signals whose squares are at most 1 do not vary if their variance is below this.
+_LEAST_VARIANCE = 1e-60
+
+_ROUNDING = 1e-12
+
+# The likelihood of a prior may be flat: with less, scores differ by percents between two orders of
+# the examples.
+_PRECISE = {"ftol": 1e-14, "gtol": 1e-9}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
@@ -46,8 +58,21 @@ class Predictive:
 
 
 def moments(references: Floats, mask: Bools) -> Moments:
-    """Return the moments of `references (M, N, S)` over the models that `mask (M, N)` selects."""
+    """Return the moments of `references (M, N, S)` over the models that `mask (M, N)` selects.
+
+    Args:
+        references: in units in which none is far beyond 1: squares must not overflow, and variances
+            below 1e-60 are taken for none.
+
+    Raises:
+        ValueError: no example has two of them, so that nothing is known of their spread.
+    """
     count = mask.sum(axis=0).astype(np.float64)
+    if count.max() < 2:
+        raise ValueError(
+            "Expected some example with two references on each side that is used, got none: "
+            "train more references, or use `rmia`, which needs no variance."
+        )
     kept = mask[..., None]
     mean = np.where(kept, references, 0).sum(axis=0) / np.maximum(count, 1)[:, None]
     residuals = np.where(kept, references - mean, 0)
@@ -78,7 +103,9 @@ def mean_given(own: Moments, *, other: Moments) -> Floats:
         prediction = grand_mean(own)
     else:
         coefficients, *_ = np.linalg.lstsq(design[paired], own.mean[paired], rcond=None)
-        prediction = design @ coefficients
+        # Far beyond all that was seen a line says nothing.
+        farthest = _FARTHEST * np.abs(own.mean).max(axis=0)
+        prediction = np.clip(design @ coefficients, -farthest, farthest)
     return np.where(other.count[:, None] > 0, prediction, np.nan)
 
 
@@ -135,10 +162,10 @@ def shrunk(own: Moments, prior_mean: Floats) -> Predictive:
 
 def log_density(predictive: Predictive, values: Floats) -> Floats:
     """Return the log density `(N,)` of `values (N, S)`, up to a constant common to all."""
+    volume = _log_determinant(predictive.scale) / 2
     deviation = values - predictive.location
     solved = np.linalg.solve(predictive.scale, deviation[..., None])[..., 0]
     distance = (deviation * solved).sum(axis=1)
-    volume = np.linalg.slogdet(predictive.scale).logabsdet / 2
     if predictive.degrees is None:
         gaussian: Floats = -distance / 2 - volume
         return gaussian
@@ -159,7 +186,8 @@ def log_upper_tail(predictive: Predictive, values: Floats) -> Floats:
     deviations = np.sqrt(np.diagonal(predictive.scale, axis1=1, axis2=2))
     correlation = predictive.scale / (deviations[:, :, None] * deviations[:, None, :])
     z = ((values - predictive.location) / deviations).sum(axis=1)
-    z = z / np.sqrt(correlation.sum(axis=(1, 2)))
+    # Of signals that all but cancel, rounding errors are all that is left.
+    z = z / np.sqrt(np.maximum(correlation.sum(axis=(1, 2)), _ROUNDING))
     if predictive.degrees is None:
         tail: Floats = special.log_ndtr(-z)
         return tail
@@ -187,18 +215,13 @@ def _known_mean(own: Moments, prior_mean: Floats) -> Floats:
 def _pooled_covariance(own: Moments) -> Floats:
     """The covariance `(S, S)` of residuals over all examples; refused where it is degenerate."""
     freedom = np.maximum(own.count - 1, 0).sum()
-    if freedom == 0:
-        raise ValueError(
-            "Expected some example with two references on each side that is used, got none: "
-            "train more references, or use `rmia`, which needs no variance."
-        )
     covariance: Floats = own.scatter.sum(axis=0) / freedom
     deviations = np.sqrt(np.diagonal(covariance))
-    correlation = covariance / np.maximum(np.outer(deviations, deviations), 1e-300)
+    correlation = covariance / np.maximum(np.outer(deviations, deviations), _LEAST_VARIANCE)
     if np.linalg.eigvalsh(correlation).min() < 1e-10:
         raise ValueError(
-            f"Expected reference signals that vary independently, got deviations {deviations}: "
-            "leave out a signal that is constant or a copy of another."
+            "Expected reference signals that vary independently, got one that is constant or a "
+            "copy of another: leave it out."
         )
     return covariance
 
@@ -214,12 +237,23 @@ def _estimate_prior(
         freedom = size - 1 + excess  # an inverse Wishart exists only above S - 1
         return weight, freedom, freedom * scale * covariance
 
+    # As if the covariance were 1: the optimizer's tolerance is relative, the unit must not matter.
+    whitened = own.count / 2 * _log_determinant(covariance)
+
     def loss(logs: Floats) -> float:
-        return -float(_log_evidence(own, prior_mean, *prior(logs))[informed].sum()) / informed.size
+        evidence = _log_evidence(own, prior_mean, *prior(logs)) + whitened
+        return -float(evidence[informed].sum()) / informed.size
 
     # Beyond these bounds a weight is as good as none or as infinitely many observations.
     bounds = [(-9.0, 9.0), (-2.0, 9.0), (-5.0, 5.0)]
-    best = optimize.minimize(loss, np.array([0.0, 1.0, 0.0]), method="L-BFGS-B", bounds=bounds)
+    best = optimize.minimize(
+        loss,
+        np.array([0.0, 1.0, 0.0]),
+        method="L-BFGS-B",
+        jac="3-point",
+        bounds=bounds,
+        options=_PRECISE,
+    )
     return prior(best.x)
 
 
@@ -233,11 +267,22 @@ def _log_evidence(
     evidence: Floats = (
         special.multigammaln(posterior / 2, size)
         - special.multigammaln(freedom / 2, size)
-        + freedom / 2 * np.linalg.slogdet(prior_scatter).logabsdet
-        - posterior / 2 * np.linalg.slogdet(scatter).logabsdet
+        + freedom / 2 * _log_determinant(prior_scatter)
+        - posterior / 2 * _log_determinant(scatter)
         + size / 2 * np.log(weight / (weight + own.count))
     )
     return evidence
+
+
+def _log_determinant(matrices: Floats) -> Floats:
+    """log |det| of (…, S, S); refused where nothing of it is left after rounding."""
+    found: Floats = np.linalg.slogdet(matrices).logabsdet
+    if not np.isfinite(found).all():
+        raise ValueError(
+            "Expected reference signals of one order of magnitude, got some so far from the others "
+            "that these do not count beside them: leave out such examples."
+        )
+    return found
 
 
 def _posterior_scatter(

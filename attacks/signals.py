@@ -73,7 +73,10 @@ def collect(
     Args:
         model: the model that `predict` runs.
         predict: batch -> logits and labels.
-        batches: whatever `predict` takes.
+        batches: whatever `predict` takes; at least one.
+
+    Raises:
+        ValueError: there is no batch.
     """
     was_training = model.training
     model.eval()
@@ -82,6 +85,8 @@ def collect(
             parts = [_signals(predict(batch)) for batch in batches]
     finally:
         model.train(was_training)
+    if not parts:
+        raise ValueError("Expected at least one batch of examples, got none: score some examples.")
     return Signals(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
 

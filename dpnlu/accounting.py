@@ -84,7 +84,7 @@ def epsilon(events: Iterable[SampledGaussian], *, delta: float, accountant: str 
     Raises:
         ValueError: δ is out of range, or the accountant is unknown or cannot do it.
     """
-    _check_delta(delta)
+    check_delta(delta)
     if accountant not in ACCOUNTANTS:
         raise ValueError(
             f"Expected `accountant` to be one of {sorted(ACCOUNTANTS)}, got {accountant!r}."
@@ -113,7 +113,7 @@ def calibrate_noise_multiplier(
     Raises:
         ValueError: δ is out of range, or no noise multiplier below a million reaches the target.
     """
-    _check_delta(delta)
+    check_delta(delta)
 
     def excess(sigma: float, coarsening: float) -> float:
         spent = _spent(events(sigma), lambda e: _pld_epsilon_on_grid(e, delta, coarsening))
@@ -143,10 +143,11 @@ def _spent(
     return max(0.0, compute(released))
 
 
-def _check_delta(delta: float) -> None:
+def check_delta(delta: float, *, name: str = "delta") -> None:
+    """Raise ValueError unless δ is one that the accountants can do."""
     if not SMALLEST_DELTA <= delta < 1:
         raise ValueError(
-            f"Expected `delta` in [{SMALLEST_DELTA:g}, 1), got {delta}: choose one well below "
+            f"Expected `{name}` in [{SMALLEST_DELTA:g}, 1), got {delta}: choose one well below "
             "1 / number of examples."
         )
 
@@ -231,10 +232,14 @@ def _newton(excess: Callable[[float], float], line: _Line, *, tolerance: float) 
 
 
 def _merged(events: Iterable[SampledGaussian]) -> tuple[SampledGaussian, ...]:
-    """The events without empty ones, equal mechanisms joined: order does not matter to ε."""
+    """The events without empty ones, equal mechanisms joined: order does not matter to ε.
+
+    More noise than the largest is counted as the largest, which can only raise ε.
+    """
     steps: dict[SampledGaussian, int] = {}
     for event in events:
-        key = SampledGaussian(**{**event.__dict__, "steps": 0})
+        noise = min(event.noise_multiplier, _LARGEST_NOISE_MULTIPLIER)
+        key = SampledGaussian(**{**event.__dict__, "steps": 0, "noise_multiplier": noise})
         steps[key] = steps.get(key, 0) + event.steps
     return tuple(
         SampledGaussian(**{**key.__dict__, "steps": count}) for key, count in steps.items() if count

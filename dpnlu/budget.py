@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from typing import Any
 
 from dpnlu.accounting import ACCOUNTANTS
 from dpnlu.plan import PrivacyPlan
+
+# As good as 0, for which there is no noise.
+_SMALLEST_EPSILON = 1e-300
 
 
 def add_parser(commands: Any) -> None:
@@ -23,7 +27,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--noise-schedule", default="constant", help="or exponential:F, inverse:F")
     parser.add_argument("--microbatches", type=int, help="clip micro-batches: sensitivity 2C")
     parser.add_argument("--accountant", choices=sorted(ACCOUNTANTS), default="pld")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON; an infinite ε is null")
     parser.set_defaults(run=run)
 
 
@@ -43,7 +47,8 @@ def run(options: argparse.Namespace) -> None:
     if plan.noise_schedule != "constant":
         found["constant_noise_multiplier_of_equal_epsilon"] = _constant(plan).noise_multiplier
     if options.json:
-        print(json.dumps(found))
+        known = {name: None if value == math.inf else value for name, value in found.items()}
+        print(json.dumps(known, allow_nan=False))
         return
     for name, value in found.items():
         number = f"{value:.6g}" if isinstance(value, float) else value
@@ -70,15 +75,13 @@ def plan_of(options: argparse.Namespace) -> PrivacyPlan:
     )
     if options.noise_multiplier is None:
         return plan
-    if not options.noise_multiplier >= 0:
-        raise ValueError(f"Expected a noise multiplier >= 0, got {options.noise_multiplier}.")
     return plan.with_noise(options.noise_multiplier)
 
 
 def _constant(plan: PrivacyPlan) -> PrivacyPlan:
     """The plan of the same ε whose noise does not change: what a schedule has to beat."""
     return PrivacyPlan.calibrate(
-        target_epsilon=plan.epsilon(),
+        target_epsilon=max(plan.epsilon(), _SMALLEST_EPSILON),
         target_delta=plan.target_delta,
         num_examples=plan.num_examples,
         expected_batch_size=round(plan.expected_batch_size),

@@ -6,7 +6,8 @@
     dpnlu budget      which ε a mechanism has, or which noise an ε needs
     dpnlu benchmark   what private training costs on this machine
 
-Exit status: 0; 1 when a run failed; 2 for bad input, with one line that says what to do.
+Exit status: 0; 1 when a run failed or was interrupted; 2 for bad input, with one line that says
+what to do; 141 when the reader of a pipe had seen enough.
 """
 
 from __future__ import annotations
@@ -30,24 +31,73 @@ from dpnlu.benchmark import command as benchmark
 # Set it to see the traceback behind an error.
 _TRACEBACK = "DPNLU_TRACEBACK"
 
+# What a terminal or a scheduler sends to have a command end.
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    status = 0
+    try:
+        try:
+            status = _answer(sys.argv[1:] if arguments is None else list(arguments))
+        finally:
+            print(end="", flush=True)  # now, when a failure can still be answered
+    except OSError as error:
+        # When Python ends, it tries once more to write what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 128 + signal.SIGPIPE
+        return status or _failed(_one_line(error), status=1)
+    return status
+
+
+def _answer(arguments: list[str]) -> int:
+    if broken := [text for text in arguments if text.encode(errors="replace").decode() != text]:
+        return _failed(
+            f"Expected arguments in UTF-8, which reports are written in, got {broken[0]!a}: rename "
+            "the file.",
+            status=2,
+        )
     options = _parser().parse_args(arguments)
     options.command_line = shlex.join(["dpnlu", *arguments])
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _interruptible():
             warnings.showwarning = _show_warning
             options.run(options)
     except KeyboardInterrupt:
         hint = " --resume" if options.command == "train" else ""
         return _failed(f"interrupted; to go on, run the same command again{hint}", status=1)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         return _failed(_one_line(error), status=2)
     except Exception as error:
         return _failed(f"{type(error).__name__}: {_one_line(error)}", status=1)
     return 0
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Raise KeyboardInterrupt at every signal to end, once: tidying up is not interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are not this thread's business
+        return
+    # One that is ignored, as under nohup, stays ignored.
+    before = {s: h for s in _INTERRUPTS if (h := signal.getsignal(s)) not in (signal.SIG_IGN, None)}
+
+    def interrupt(*_: object) -> NoReturn:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in before:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -66,7 +116,7 @@ def _compare(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         dropout=options.dropout,
         max_grad_norm=options.max_grad_norm,
-        attacks=tuple(options.attacks),
+        attacks=_chosen_attacks(options),
         canaries=tuple(options.canaries),
         references=options.references,
         audit_examples=options.audit_examples,
@@ -74,8 +124,8 @@ def _compare(options: argparse.Namespace) -> None:
         physical_batch_size=options.physical_batch_size,
         seed=options.seed,
     )
-    prepared = prepare(settings)
     with bars(quiet=options.quiet) as told:
+        prepared = prepare(settings)
         report = compare(prepared, options.out, command=options.command_line, told=told)
     Console().print(terminal_table(report))
     print(options.out / "report.html")
@@ -101,27 +151,16 @@ def _train(options: argparse.Namespace) -> None:
         physical_batch_size=options.physical_batch_size,
         seed=options.seed,
     )
-    with _terminated_as_interrupted(), bars(quiet=options.quiet) as told:
+    with bars(quiet=options.quiet) as told:
         metrics = release(settings, options.out, resume=options.resume, told=told)
     _print_numbers(metrics)
     print(options.out)
 
 
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """End on SIGTERM, which schedulers send before they kill, as on Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are not this thread's business
-        return
+def _chosen_attacks(options: argparse.Namespace) -> tuple[str, ...]:
+    from dpnlu.compare.attacking import default_attacks
 
-    def interrupt(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return tuple(options.attacks or default_attacks(options.references))
 
 
 def _attack(options: argparse.Namespace) -> None:
@@ -136,7 +175,7 @@ def _attack(options: argparse.Namespace) -> None:
             options.model_directory,
             options.out,
             data=options.data,
-            attacks=tuple(options.attacks),
+            attacks=_chosen_attacks(options),
             references=options.references,
             audit_examples=options.audit_examples,
             confidence=options.confidence,
@@ -187,8 +226,8 @@ def _add_training(parser: argparse.ArgumentParser, *, run: Any) -> None:
 
 
 def _add_attacks(parser: argparse.ArgumentParser) -> None:
-    names = ["loss", "lira", "rmia", "exposure", "extraction", "audit"]
-    parser.add_argument("--attacks", nargs="+", default=names, metavar="ATTACK")
+    names = "loss, lira, rmia, exposure, extraction, audit"
+    parser.add_argument("--attacks", nargs="+", metavar="ATTACK", help=f"default: {names}")
     parser.add_argument("--references", type=int, default=8, help="reference models per budget")
     parser.add_argument("--audit-examples", type=int, default=2000)
     parser.add_argument("--confidence", type=float, default=0.95)
@@ -206,11 +245,15 @@ class _Parser(argparse.ArgumentParser):
     """Errors on one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise SystemExit(_failed(f"{message} (see {self.prog} --help)", status=2))
+        line = " ".join(message.split())
+        raise SystemExit(_failed(f"{line} (see {self.prog} --help)", status=2))
 
 
 def _epsilon(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not value > 0:
         raise argparse.ArgumentTypeError(f"expected ε > 0 or inf, got {text}")
     return value

@@ -50,9 +50,11 @@ class Engine(Protocol):
 
     Attributes:
         takes_whole_batches: the losses must be those of all examples that were computed.
+        counts_forward_passes: of each that keeps a graph the losses must be stepped on.
     """
 
     takes_whole_batches: bool
+    counts_forward_passes: bool
 
     def expect(self, batch_size: int | None, batch: Any = None) -> None:
         """Announce the coming physical batch: its size, None if it is not known beforehand, and
@@ -100,6 +102,7 @@ class BookKeeping:
     """
 
     takes_whole_batches = True
+    counts_forward_passes = False
 
     def __init__(self, model: nn.Module, plan: PrivacyPlan, *, verify: bool = True) -> None:
         check_visible(model)
@@ -322,6 +325,7 @@ class PerExample:
     """
 
     takes_whole_batches = False
+    counts_forward_passes = False
 
     def __init__(self, model: nn.Module, plan: PrivacyPlan) -> None:
         self._plan = plan
@@ -383,6 +387,7 @@ class Microbatch:
     """
 
     takes_whole_batches = False
+    counts_forward_passes = False
 
     def __init__(self, model: nn.Module, plan: PrivacyPlan) -> None:
         self._plan = plan
@@ -459,6 +464,7 @@ class Opacus:
     """
 
     takes_whole_batches = True
+    counts_forward_passes = True
 
     def __init__(self, model: nn.Module, plan: PrivacyPlan) -> None:
         from opacus.grad_sample import GradSampleHooks

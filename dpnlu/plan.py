@@ -13,14 +13,19 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from dpnlu.accounting import (
-    SMALLEST_DELTA,
     SampledGaussian,
     calibrate_noise_multiplier,
+    check_delta,
     check_digits,
     epsilon,
 )
 from dpnlu.clipping import CLIPPING_RULES
+from dpnlu.ranges import check_choice, check_count, check_not_negative, check_positive
 
+# A training of a millisecond a step takes twelve days for so many.
+MOST_STEPS = 10**9
+# Each epoch of a noise schedule is a mechanism of its own; composing so many takes minutes.
+MOST_SCHEDULED_EPOCHS = 10_000
 SAMPLINGS = ("poisson", "truncated_poisson")
 CLIPPING_UNITS = ("example", "microbatch")
 
@@ -37,7 +42,7 @@ class PrivacyPlan:
             without privacy and ε is infinite.
         max_grad_norm: bound C > 0 on the gradient norm of one clipping unit.
         sample_rate: probability in (0, 1] with which each example enters a logical batch.
-        steps: number of releases, >= 1; empty logical batches count.
+        steps: number of releases, in [1, 1e9]; empty logical batches count.
         target_delta: the δ at which ε is stated, in [1e-12, 1); should be below 1 / num_examples.
         num_examples: size of the training set, treated as public.
         clipping: key of `dpnlu.clipping.CLIPPING_RULES`.
@@ -67,21 +72,26 @@ class PrivacyPlan:
     unit: str = "example"
 
     def __post_init__(self) -> None:
-        _check_number("noise_multiplier", self.noise_multiplier, ">= 0", self.noise_multiplier >= 0)
-        _check_number("max_grad_norm", self.max_grad_norm, "> 0", self.max_grad_norm > 0)
-        _check_count("steps", self.steps)
-        _check_count("num_examples", self.num_examples)
+        check_not_negative("noise_multiplier", self.noise_multiplier)
+        check_positive("max_grad_norm", self.max_grad_norm)
+        check_count("steps", self.steps, most=MOST_STEPS)
+        check_count("num_examples", self.num_examples)
         _check_sample_rate(self.sample_rate)
         _check_delta(self.target_delta, self.num_examples)
-        _check_choice("clipping", self.clipping, tuple(CLIPPING_RULES))
-        _check_choice("unit", self.unit, ("example",))
-        _check_choice("sampling", self.sampling, SAMPLINGS)
-        _check_choice("clipping_unit", self.clipping_unit, CLIPPING_UNITS)
+        check_choice("clipping", self.clipping, tuple(CLIPPING_RULES))
+        check_choice("unit", self.unit, ("example",))
+        check_choice("sampling", self.sampling, SAMPLINGS)
+        check_choice("clipping_unit", self.clipping_unit, CLIPPING_UNITS)
         _check_paired("microbatches", self.microbatches, self.clipping_unit == "microbatch")
         _check_paired("max_batch_size", self.max_batch_size, self.sampling == "truncated_poisson")
         if self.max_batch_size is not None:
             check_digits(self.target_delta, self.steps)  # now, and not after hours of training
         _schedule(self.noise_schedule)
+        if self.noise_schedule != "constant" and self.epochs > MOST_SCHEDULED_EPOCHS:
+            raise ValueError(
+                f"Expected {MOST_SCHEDULED_EPOCHS} epochs at most with a noise schedule, got "
+                f"{self.epochs:.4g}: train for fewer, or with constant noise."
+            )
 
     @classmethod
     def calibrate(
@@ -269,7 +279,7 @@ def _schedule(spec: str) -> Callable[[int], float]:
 
 
 def _rate(expected_batch_size: float, num_examples: int) -> float:
-    _check_count("num_examples", num_examples)
+    check_count("num_examples", num_examples)
     if not 1 <= expected_batch_size <= num_examples:
         raise ValueError(
             f"Expected a batch size between 1 and the number of examples, {num_examples}, "
@@ -288,17 +298,13 @@ def _steps(
     assert epochs is not None
     if not (epochs > 0 and math.isfinite(epochs)):
         raise ValueError(f"Expected `epochs` > 0, got {epochs}.")
-    return max(1, round(epochs * num_examples / expected_batch_size))
-
-
-def _check_number(name: str, value: float, condition: str, holds: bool) -> None:
-    if not (holds and math.isfinite(value)):
-        raise ValueError(f"Expected `{name}` to be finite and {condition}, got {value}.")
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"Expected `{name}` to be an integer >= 1, got {value!r}.")
+    asked = epochs * num_examples / expected_batch_size
+    if asked > MOST_STEPS:
+        raise ValueError(
+            f"Expected {MOST_STEPS:.4g} steps at most, got {asked:.4g}: lower the epochs, or raise "
+            "the batch size."
+        )
+    return max(1, round(asked))
 
 
 def _check_sample_rate(value: float) -> None:
@@ -310,19 +316,13 @@ def _check_sample_rate(value: float) -> None:
 
 
 def _check_delta(value: float, num_examples: int) -> None:
-    if not SMALLEST_DELTA <= value < 1:
-        raise ValueError(f"Expected `target_delta` in [{SMALLEST_DELTA:g}, 1), got {value}.")
+    check_delta(value, name="target_delta")
     if value >= 1 / num_examples:
         warnings.warn(
             f"δ = {value:g} is not below 1 / {num_examples} examples: at this δ, publishing a few "
             "examples outright would count as private. Choose a smaller δ.",
             stacklevel=4,
         )
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"Expected `{name}` to be one of {', '.join(choices)}, got {value!r}.")
 
 
 def _check_paired(name: str, value: int | None, needed: bool) -> None:
@@ -333,4 +333,4 @@ def _check_paired(name: str, value: int | None, needed: bool) -> None:
         )
         raise ValueError(f"Expected `{name}` exactly together with {owner}, got {value}.")
     if value is not None:
-        _check_count(name, value)
+        check_count(name, value)

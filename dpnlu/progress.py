@@ -53,10 +53,11 @@ def bars(*, quiet: bool) -> Iterator[Told]:
 
 @contextmanager
 def _no_bars_of_hugging_face() -> Iterator[None]:
-    """While weights are downloaded and loaded, in this process and those that it starts."""
-    name = "HF_HUB_DISABLE_PROGRESS_BARS"  # is looked at when the libraries are loaded
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+    """While data and weights are downloaded and loaded, in this process and those it starts."""
+    # Which the libraries look at when they are loaded themselves.
+    names = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    os.environ.update(dict.fromkeys(names, "1"))
     loaded = sys.modules.get("transformers.utils.logging")
     shown = loaded if loaded is not None and loaded.is_progress_bar_enabled() else None
     if shown is not None:
@@ -66,7 +67,6 @@ def _no_bars_of_hugging_face() -> Iterator[None]:
     finally:
         if shown is not None:
             shown.enable_progress_bar()
-        if before is None:
+        for name in names:
             del os.environ[name]
-        else:
-            os.environ[name] = before
+        os.environ.update(before)

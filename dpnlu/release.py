@@ -6,7 +6,6 @@ ledger has left: releases whose updates were lost stay spent, so that ε is neve
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,11 +21,11 @@ from dpnlu.checkpoint import Checkpoints
 from dpnlu.classifier import Classifier
 from dpnlu.data import (
     Corpus,
-    DataError,
     HashedVocabulary,
     Vocabulary,
     fitted_vocabulary,
     load_corpus,
+    read_labels,
     read_word_list,
 )
 from dpnlu.directory import (
@@ -234,15 +233,8 @@ def _with_labels(corpus: Corpus, path: str | None) -> Corpus:
     """The corpus with the label sets that a file declares."""
     if path is None:
         return corpus
-    try:
-        declared = json.loads(Path(path).read_text(encoding="utf-8"))
-        intents, slots = declared["intents"], declared.get("slots")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f'Expected {path} to hold {{"intents": [...], "slots": [...]}}: {error}'
-        ) from None
-    slots = None if slots is None else tuple(map(str, slots))
-    return replace(corpus, declared_intents=tuple(map(str, intents)), declared_slots=slots)
+    intents, slots = read_labels(Path(path))
+    return replace(corpus, declared_intents=intents, declared_slots=slots)
 
 
 def _experiment(settings: ReleaseSettings, corpus: Corpus) -> Experiment:

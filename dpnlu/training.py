@@ -34,7 +34,7 @@ from dpnlu.sampling import PhysicalBatch
 from dpnlu.signature import Signature
 from dpnlu.sums import NoisySums
 from dpnlu.tape import Call
-from dpnlu.validation import check_losses, check_trainable, check_unchanged
+from dpnlu.validation import check_losses, check_shape, check_trainable, check_unchanged
 
 
 class NonFiniteBatchError(RuntimeError):
@@ -248,7 +248,7 @@ class PrivateTraining:
 
             def again(other: Any) -> Answers:
                 with moment.repeated():
-                    return self._answers(self._losses(losses_of, other, batch), batch)
+                    return self._answers(self._losses_again(losses_of, other, batch), batch)
 
             def add(sums: NoisySums) -> Clipped | None:
                 clipped = self._add(losses, batch, sums)
@@ -478,6 +478,17 @@ class PrivateTraining:
             return self._recorder.losses(losses_of, data, count)
         losses = losses_of(data)
         check_losses(losses, count)
+        return losses
+
+    def _losses_again(
+        self, losses_of: Callable[[Any], Tensor], data: Any, batch: PhysicalBatch | None
+    ) -> Tensor:
+        """The same of a batch in which examples were exchanged, on which no step is made."""
+        if not self._engine.counts_forward_passes:
+            return self._losses(losses_of, data, batch)
+        with torch.no_grad():
+            losses = losses_of(data)
+        check_shape(losses, None if batch is None else len(batch.ids))
         return losses
 
     def _answers(self, losses: Tensor, batch: PhysicalBatch | None) -> Answers:

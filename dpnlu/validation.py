@@ -100,11 +100,26 @@ def check_batch_size(recorded: int | None, batch: int) -> None:
 
 
 def check_losses(losses: Tensor, expected: int | None) -> None:
-    """Whether these are the losses of `expected` examples, of any number if that is None.
+    """Whether these are losses of `expected` examples to train on, of any number if that is None.
 
     Raises:
         TypeError: not a tensor.
         ValueError: another shape, or nothing that depends on parameters.
+    """
+    check_shape(losses, expected)
+    if len(losses) and not losses.requires_grad:
+        raise ValueError(
+            "Expected losses that depend on the model's parameters, got some without a gradient: "
+            "compute them outside torch.no_grad() and do not detach them."
+        )
+
+
+def check_shape(losses: Tensor, expected: int | None) -> None:
+    """Whether there is one loss for each of `expected` examples, of any number if that is None.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: another shape.
     """
     if not isinstance(losses, Tensor):
         raise TypeError(f"Expected `losses` to be a tensor (B,), got {type(losses).__name__}.")
@@ -119,11 +134,6 @@ def check_losses(losses: Tensor, expected: int | None) -> None:
         raise ValueError(
             f"Expected {expected} losses, one for each example of the batch, got {len(losses)}: "
             "reduce the losses of an example's tokens to one number first."
-        )
-    if len(losses) and not losses.requires_grad:
-        raise ValueError(
-            "Expected losses that depend on the model's parameters, got some without a gradient: "
-            "compute them outside torch.no_grad() and do not detach them."
         )
 
 

@@ -57,7 +57,7 @@ def _to_json(content: Mapping[str, Any]) -> str:
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     # A line break inside a string is written as \n, so a real one stands between list entries only.
     number = r"-?\d[\d.eE+-]*"
-    return re.sub(rf"\[\s+{number}(?:,\s+{number})*\s+\]", _on_one_line, text) + "\n"
+    return re.sub(rf"\[\n\s*{number}(?:,\n\s*{number})*\n\s*\]", _on_one_line, text) + "\n"
 
 
 def _on_one_line(numbers: re.Match[str]) -> str:

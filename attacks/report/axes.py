@@ -178,7 +178,7 @@ def budget_scale(
     """Make x the accounted ε, logarithmic, at least from `least` to `most`; ∞ has a place right."""
     low, high = min(least, min(epsilons) / 1.5), max(most, 1.3 * max(epsilons))
     infinity = high * (high / low) ** 0.08 if unlimited else None
-    ticks = [budget for budget in BUDGETS if low <= budget <= high]
+    ticks = [budget for budget in BUDGETS if low <= budget <= high] or [min(epsilons)]
     ticks = ticks[:: -(-len(ticks) // MOST_TICKS)]
     names = [significant(tick) for tick in ticks]
     if infinity is not None:

@@ -17,6 +17,9 @@ from attacks.report.runs import Run, clean, column, epsilon, is_private, stronge
 # Where on its way up the Gaussian ceiling is named: there the two ceilings are far apart.
 NAMED_AUC = 0.8
 
+# A budget beyond these is no better than none, or no different from 0: it has no place on an axis.
+DRAWN = (1e-6, 1e6)
+
 
 def leakage(report: Mapping[str, Any]) -> Figure | None:
     """ε against the strongest attack's AUC, under both ceilings; ∞ at the right edge."""
@@ -63,7 +66,7 @@ def usefulness(report: Mapping[str, Any]) -> Figure | None:
 def audit(report: Mapping[str, Any]) -> Figure | None:
     """The audited lower bound against the accounted ε, with the identity and each ceiling."""
     audited = [run for run in report["runs"] if "audit" in run]
-    private = [run for run in audited if is_private(run)]
+    private = [run for run in audited if is_private(run) and run["epsilon"] <= DRAWN[1]]
     if not private:
         return None
     free = [run for run in audited if not is_private(run)]
@@ -103,7 +106,7 @@ MEASURES = (
 
 def _has_budget(run: Run) -> bool:
     """Whether the run has a place on a logarithmic ε axis."""
-    return is_private(run) and run["epsilon"] > 0
+    return is_private(run) and DRAWN[0] <= run["epsilon"] <= DRAWN[1]
 
 
 def _draw_ceilings(axes: Axes, scale: look.BudgetScale, *, delta: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,30 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 Inputs = tuple[Tensor, Tensor]  # token ids (B, T), intents (B,)
 
+_INTENTS = 64
+_SLOTS = 32
+
+
+def intent_losses(model: nn.Module, inputs: Inputs) -> Tensor:
+    """(B,) cross entropies of intents."""
+    ids, intents = inputs
+    return F.cross_entropy(model(ids), intents, reduction="none")
+
+
+def slot_losses(model: nn.Module, inputs: Inputs) -> Tensor:
+    """(B,) losses of a model that labels every word; its labels are made of the words."""
+    ids, _ = inputs
+    losses: Tensor = model(ids, ids % _SLOTS)
+    return losses
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One line of the table.
 
     Attributes:
-        build: makes the model, called with (B, T) ids, returning (B, K) logits.
+        build: makes the model.
+        losses_of: (model, inputs) -> (B,) per-example losses.
         positions: T.
         physical: examples computed at once.
         logical: examples per step.
@@ -29,6 +47,7 @@ class Case:
 
     name: str
     build: Callable[[], nn.Module]
+    losses_of: Callable[[nn.Module, Inputs], Tensor] = intent_losses
     positions: int
     physical: int
     logical: int
@@ -52,13 +71,6 @@ class Case:
         return batches
 
 
-def losses(model: nn.Module, inputs: Inputs) -> Tensor:
-    """(B,) per-example losses."""
-    ids, intents = inputs
-    return F.cross_entropy(model(ids), intents, reduction="none")
-
-
-_INTENTS = 64
 _BERT_VOCABULARY = 30_522
 
 
@@ -102,6 +114,30 @@ class RecurrentClassifier(nn.Module):
         return states
 
 
+class RecurrentTagger(nn.Module):
+    """Embedding, one bidirectional LSTM, and a linear-chain conditional random field over slots."""
+
+    def __init__(self, embedding_size: int, hidden_size: int, vocabulary: int = 10_000) -> None:
+        """Random weights."""
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, embedding_size, padding_idx=0)
+        self.lstm = nn.LSTM(embedding_size, hidden_size, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(2 * hidden_size, _SLOTS)
+        self.transitions = nn.Parameter(torch.randn(_SLOTS, _SLOTS) / 10)
+
+    def forward(self, ids: Tensor, slots: Tensor) -> Tensor:
+        """(B, T), (B, T) -> (B,): minus the log likelihood of the slots, by the forward algorithm
+        (Lafferty et al. 2001)."""
+        emissions = self.head(self.lstm(self.embedding(ids))[0])
+        scores = emissions[:, 0]
+        for emission in emissions[:, 1:].unbind(1):
+            scores = torch.logsumexp(scores[:, :, None] + self.transitions, 1) + emission
+        taken = emissions.gather(2, slots[:, :, None])[:, :, 0].sum(1)
+        taken = taken + self.transitions[slots[:, :-1], slots[:, 1:]].sum(1)
+        losses: Tensor = torch.logsumexp(scores, 1) - taken
+        return losses
+
+
 class EncoderHead(nn.Module):
     """A Hugging Face encoder for sequence classification, called with ids alone."""
 
@@ -133,6 +169,30 @@ def bert(*, layers: int, hidden: int, heads: int) -> nn.Module:
 def minilm() -> nn.Module:
     """The shape of all-MiniLM-L6: 6 layers of 384, 30 522 words, 22.7 M parameters."""
     return bert(layers=6, hidden=384, heads=12)
+
+
+def deberta() -> nn.Module:
+    """A DeBERTa-v2 with relative positions as in its published models, 2 layers of 128."""
+    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+
+    shape: dict[str, Any] = {
+        "vocab_size": _BERT_VOCABULARY,
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 512,
+    }
+    positions: dict[str, Any] = {
+        "relative_attention": True,
+        "position_buckets": 256,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+    }
+    config = DebertaV2Config(**shape, **positions)
+    config.num_labels = _INTENTS
+    return EncoderHead(DebertaV2ForSequenceClassification(config))
 
 
 def minilm_lora() -> nn.Module:
@@ -202,6 +262,33 @@ CASES = (
         positions=24,
         physical=64,
         logical=256,
+    ),
+    Case(
+        name="BiLSTM-CRF 100/100",
+        build=lambda: RecurrentTagger(100, 100),
+        losses_of=slot_losses,
+        positions=24,
+        physical=64,
+        logical=256,
+        target=1.5,
+    ),
+    Case(
+        name="DeBERTa-v2 2 x 128, logical 256",
+        build=deberta,
+        positions=32,
+        physical=32,
+        logical=256,
+        vocabulary=_BERT_VOCABULARY,
+        target=1.5,
+    ),
+    Case(
+        name="DeBERTa-v2 2 x 128, logical 32",
+        build=deberta,
+        positions=32,
+        physical=32,
+        logical=32,
+        vocabulary=_BERT_VOCABULARY,
+        target=1.5,
     ),
 )
 

@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from dpnlu.progress import Told
+from dpnlu.ranges import check_count
+
+# Threads beyond these are refused by no system before it is out of memory.
+_MOST_PAIRS, _MOST_THREADS = 1_000_000, 1024
 
 
 def add_parser(commands: Any) -> None:
@@ -32,6 +36,11 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         ValueError: no case has such a name, or an option is out of range.
     """
+    if options.pairs < 3:
+        raise ValueError(f"Expected --pairs >= 3, got {options.pairs}.")
+    check_count("pairs", options.pairs, most=_MOST_PAIRS)
+    if options.threads is not None:
+        check_count("threads", options.threads, most=_MOST_THREADS)
     import torch
 
     from dpnlu.benchmark.cases import CASES
@@ -45,10 +54,10 @@ def run(options: argparse.Namespace) -> None:
     if not chosen:
         names = "; ".join(case.name for case in CASES)
         raise ValueError(f"Expected --cases among {names}; got {' '.join(options.cases)}.")
-    if options.pairs < 3:
-        raise ValueError(f"Expected --pairs >= 3, got {options.pairs}.")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)  # now, and not after all was measured
     with bars(quiet=options.quiet) as told:
         rows, text = _MEASUREMENTS[options.what](chosen, options, told)
     print(text)
@@ -111,7 +120,6 @@ def _keep(options: argparse.Namespace, rows: Sequence[Any], table: str) -> Path:
     import torch
 
     day = datetime.date.today().isoformat()
-    options.out.mkdir(parents=True, exist_ok=True)
     machine = {
         "processor": processor(),
         "threads": torch.get_num_threads(),
@@ -125,7 +133,8 @@ def _keep(options: argparse.Namespace, rows: Sequence[Any], table: str) -> Path:
         "rows": [asdict(row) for row in rows],
     }
     path: Path = options.out / f"{day}-{options.what}"
-    path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    written = json.dumps(content, indent=1, allow_nan=False)
+    path.with_suffix(".json").write_text(written + "\n", encoding="utf-8")
     facts = ", ".join(f"{name} {value}" for name, value in machine.items())
     text = (
         f"# {options.what.capitalize()}, {day}\n\n`{options.command_line}`\n\n{facts}\n\n{table}\n"

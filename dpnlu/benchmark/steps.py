@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpnlu.benchmark.cases import Case, Inputs, losses
+from dpnlu.benchmark.cases import Case, Inputs
 from dpnlu.plan import PrivacyPlan
 from dpnlu.sampling import PhysicalBatch
 from dpnlu.training import privatize
@@ -25,7 +25,7 @@ def ordinary(case: Case, model: nn.Module, *, compiles: bool = False) -> Iterato
     """Backward pass per physical batch, then the optimizer."""
     optimizer = _optimizer(model)
     batches = case.inputs()
-    losses_of: Callable[[Inputs], Tensor] = partial(losses, model)
+    losses_of: Callable[[Inputs], Tensor] = partial(case.losses_of, model)
     if compiles:
         losses_of = torch.compile(losses_of)
 
@@ -55,11 +55,8 @@ def private(
     with tempfile.TemporaryDirectory(prefix="dpnlu-benchmark-") as folder:
         ledger = Path(folder) / "ledger"
         with privatize(model, _optimizer(model), plan, engine=engine, ledger=ledger) as handle:
-
-            def plain(inputs: Inputs) -> bool:
-                return handle.step(losses(model, inputs))
-
-            step_on = handle.compile(partial(losses, model)) if compiles else plain
+            losses_of = partial(case.losses_of, model)
+            step_on = handle.compile(losses_of) if compiles else handle.stepper(losses_of)
 
             def step() -> None:
                 for number, inputs in enumerate(batches, start=1):

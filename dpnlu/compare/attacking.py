@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,11 +31,28 @@ CANARY_MEASUREMENTS = ("exposure", "extraction")
 # What `--attacks` may name: membership attacks, canary measurements, and the audit.
 NAMES = (*ATTACKS, *CANARY_MEASUREMENTS, "audit")
 DEFAULT = ("loss", "lira", "rmia", *CANARY_MEASUREMENTS, "audit")
+# With fewer there is no spread, and for half of the examples no reference on one of the sides.
+LEAST_REFERENCES = 2
 
 # The attack whose scores are audited, fixed beforehand: the best of several would be a further
 # choice to pay for.
 _AUDITED = ("lira", "loss")
 _ROC_POINTS = 200
+
+
+def default_attacks(references: int) -> tuple[str, ...]:
+    """What is run unless attacks are named: `DEFAULT`, as far as the references suffice."""
+    return tuple(name for name in DEFAULT if not needs_more(name, references))
+
+
+def needs_more(name: str, references: int) -> bool:
+    """Whether an attack needs more reference models than that."""
+    return needs_references([name]) and references < LEAST_REFERENCES
+
+
+def needs_references(names: Sequence[str]) -> bool:
+    """Whether any of the attacks compares the target with reference models."""
+    return any(name in ATTACKS and ATTACKS[name].needs_references for name in names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,26 +71,36 @@ def attack(
 
     Returns:
         The entries "membership", "canary", "audit" and "warnings" of a run; what was not measured
-        is absent.
+        is absent, and what could not be is among the warnings.
     """
     warnings: list[str] = []
-    scores = {
-        name: _scores(name, models, study)
-        for name in ATTACKS
-        if name in names and (len(models) > 2 or not ATTACKS[name].needs_references)
-    }
+    scores = {}
+    for name in (name for name in ATTACKS if name in names):
+        with _left_out_if_impossible(name, warnings):
+            scores[name] = _scores(name, models, study)
     found: dict[str, Any] = {"membership": {}}
     for name, values in scores.items():
         entry, cautions = _verdict(values, study, claim)
         found["membership"][name] = entry
         warnings += [f"{name}: {caution}" for caution in cautions if caution not in warnings]
     if study.canaries and set(names) & set(CANARY_MEASUREMENTS):
-        entries = [_canary(canary, models, claim) for canary in study.canaries]
-        found |= {"canary": entries[0], "canaries": entries}
+        with _left_out_if_impossible("canary", warnings):
+            entries = [_canary(canary, models, claim) for canary in study.canaries]
+            found |= {"canary": entries[0], "canaries": entries}
     if "audit" in names and scores:
         found["audit"] = _audit(scores, study, claim)
         warnings += _refutation(found["audit"], claim)
     return found | {"warnings": warnings}
+
+
+@contextmanager
+def _left_out_if_impossible(what: str, warnings: list[str]) -> Iterator[None]:
+    """Have a study whose models took hours keep all else, where a model's signals are no numbers or
+    do not vary."""
+    try:
+        yield
+    except ValueError as error:
+        warnings.append(f"{what} was left out: {error}")
 
 
 def _scores(name: str, models: Sequence[Arrays], study: Study) -> NDArray[np.float64]:

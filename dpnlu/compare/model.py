@@ -15,13 +15,20 @@ from typing import Any
 import numpy as np
 
 from attacks.report import write_report
+from dpnlu.compare.attacking import needs_references
 from dpnlu.compare.reporting import build_report
-from dpnlu.compare.running import Finished, Prepared, Settings, claim_directory, train_references
+from dpnlu.compare.running import (
+    Finished,
+    Prepared,
+    Settings,
+    claim_directory,
+    train_references,
+)
 from dpnlu.compare.study import Study
 from dpnlu.compare.training import Budget
 from dpnlu.data import Corpus, HashedVocabulary, drop_repeated, load_corpus
 from dpnlu.encoding import WordEncoding
-from dpnlu.experiment import Experiment
+from dpnlu.experiment import Experiment, new_classifier
 from dpnlu.fitting import ComputeConfig
 from dpnlu.progress import Told
 from dpnlu.saving import SavedModel, load
@@ -50,8 +57,12 @@ def attack_model(
     Raises:
         ValueError: the model, the data or the output directory does not do.
     """
+    if directory.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ValueError(
+            f"Expected the report outside of the model {directory}, which nothing may be added to, "
+            f"got {out}: choose another folder."
+        )
     saved = load(directory)
-    corpus, repeats = drop_repeated(load_corpus(data, seed=seed))
     settings = Settings(
         data=data,
         model=saved.classifier.architecture.name,
@@ -64,14 +75,16 @@ def attack_model(
         physical_batch_size=physical_batch_size,
         seed=seed,
     )
+    corpus, repeats = drop_repeated(load_corpus(data, seed=seed))
     study = _study(corpus, settings)
     budget = _budget(saved, corpus, study, settings, name=directory.name)
-    claim_directory(out, settings)
-    models = [
-        budget.read(saved.classifier, 0),
-        *train_references(settings, budget, out, told),
-    ]
     prepared = Prepared(settings, corpus, repeats, study, (budget,))
+    study.check_sides(for_references=needs_references(attacks))
+    if references > 0:
+        new_classifier(budget.experiment, seed=seed)  # now, and not after files were written
+    target = budget.read(saved.classifier, 0)
+    claim_directory(out, settings)
+    models = [target, *train_references(settings, budget, out, told)]
     finished = Finished(budget, models, saved.metrics)
     report = build_report(prepared, [finished], command=command)
     write_report(report, out)

@@ -21,22 +21,34 @@ import numpy as np
 
 from attacks import farm
 from attacks.canaries import parse_canary
+from attacks.membership import ATTACKS
 from dpnlu import defaults
+from dpnlu.accounting import check_delta
 from dpnlu.card import model_card
 from dpnlu.classifier import Classifier
-from dpnlu.compare.attacking import DEFAULT, NAMES
-from dpnlu.compare.study import Study
+from dpnlu.compare.attacking import (
+    DEFAULT,
+    LEAST_REFERENCES,
+    NAMES,
+    needs_more,
+    needs_references,
+)
+from dpnlu.compare.study import LEAST_AUDIT_EXAMPLES, Study
 from dpnlu.compare.training import Arrays, Budget
 from dpnlu.data import Corpus, HashedVocabulary, RepeatReport, drop_repeated, load_corpus
 from dpnlu.durable import write_json
-from dpnlu.experiment import Experiment, measure
+from dpnlu.experiment import Experiment, measure, new_classifier
 from dpnlu.fitting import ComputeConfig
 from dpnlu.ledger import Ledger
 from dpnlu.plan import PrivacyPlan
 from dpnlu.progress import Told
+from dpnlu.ranges import LARGEST_SEED, check_count, check_positive
 from dpnlu.saving import LEDGER, METRICS, is_model, read_json, save
 
 STUDY = "study.json"
+
+# Beyond these a study would never end.
+MOST_EPOCHS, MOST_REFERENCES = 1e6, 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +64,12 @@ class Settings:
         attacks: names from `dpnlu.compare.attacking.NAMES`.
         canaries: such as "pin:4:R=100", of different patterns.
         references: number of reference models per budget.
-        audit_examples: how many training examples a coin decides about; at most all.
+        audit_examples: how many training examples a coin decides about, at least 20; at most all
+            of them.
         confidence: of all intervals and bounds.
+
+    Raises:
+        ValueError: a setting is out of range, or two of them contradict each other.
     """
 
     data: str
@@ -73,26 +89,58 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if unknown := sorted(set(self.attacks) - set(NAMES)):
-            raise ValueError(f"Expected attacks among {', '.join(NAMES)}, got {unknown[0]!r}.")
+        self._check_epsilons()
+        self._check_numbers()
+        self._check_attacks()
+        defaults.architecture(self.model, private=False, dropout=self.dropout)
+
+    def _check_epsilons(self) -> None:
         if bad := [epsilon for epsilon in self.epsilons if not epsilon > 0]:
             raise ValueError(f"Expected every ε to be positive (or inf), got {bad[0]}.")
-        if len(set(self.epsilons)) < len(self.epsilons) or not self.epsilons:
-            raise ValueError(f"Expected different values of ε, at least one, got {self.epsilons}.")
-        if self.references < 0 or self.audit_examples < 2:
+        names = [budget_name(epsilon) for epsilon in self.epsilons]
+        if len(set(names)) < len(names) or not names:
             raise ValueError(
-                f"Expected references >= 0 and audit examples >= 2, got {self.references} and "
-                f"{self.audit_examples}."
+                f"Expected different values of ε, at least one, got {', '.join(names)}: of two "
+                "that agree in six digits, leave one out."
             )
+
+    def _check_numbers(self) -> None:
+        check_delta(self.delta)
+        if self.epochs is not None:
+            check_positive("epochs", self.epochs, most=MOST_EPOCHS)
+        if self.batch_size is not None:
+            check_count("batch_size", self.batch_size)
+        check_positive("max_grad_norm", self.max_grad_norm)
+        check_count("physical_batch_size", self.physical_batch_size)
+        check_count("seed", self.seed, least=0, most=LARGEST_SEED)
         if not 0 < self.confidence < 1:
             raise ValueError(f"Expected a confidence in (0, 1), got {self.confidence}.")
+        if self.references < 0 or self.audit_examples < LEAST_AUDIT_EXAMPLES:
+            raise ValueError(
+                f"Expected references >= 0 and audit examples >= {LEAST_AUDIT_EXAMPLES}, got "
+                f"{self.references} and {self.audit_examples}."
+            )
+        check_count("references", self.references, least=0, most=MOST_REFERENCES)
+
+    def _check_attacks(self) -> None:
+        if unknown := sorted(set(self.attacks) - set(NAMES)):
+            raise ValueError(f"Expected attacks among {', '.join(NAMES)}, got {unknown[0]!r}.")
+        if unable := [name for name in self.attacks if needs_more(name, self.references)]:
+            raise ValueError(
+                f"Expected at least {LEAST_REFERENCES} references for the attack {unable[0]}, got "
+                f"{self.references}: raise --references, or leave the attack out."
+            )
+        if "audit" in self.attacks and not set(self.attacks) & set(ATTACKS):
+            raise ValueError(
+                "Expected a membership attack whose scores the audit can use, got none: add loss "
+                "or lira to the attacks."
+            )
         patterns = [parse_canary(spec).pattern.name for spec in self.canaries]
         if len(set(patterns)) < len(patterns):
             raise ValueError(
                 f"Expected canaries of different patterns, got {', '.join(self.canaries)}: two of "
                 "one pattern would be confused; run them in studies of their own."
             )
-        defaults.architecture(self.model, private=False, dropout=self.dropout)
 
 
 @dataclass(frozen=True)
@@ -124,8 +172,8 @@ def prepare(settings: Settings) -> Prepared:
     """Load the data, draw who is a member of what, and calibrate the plans.
 
     Raises:
-        ValueError: the data, a label set, a budget or the batch size does not do; nothing has been
-            written yet.
+        ValueError: the data, a label set, a budget, the batch size or the encoder does not do, or
+            the examples are too few; nothing has been written yet.
     """
     corpus, repeats = drop_repeated(load_corpus(settings.data, seed=settings.seed))
     size = len(corpus.split("train"))
@@ -137,6 +185,8 @@ def prepare(settings: Settings) -> Prepared:
         rng=np.random.default_rng([settings.seed, 1]),
     )
     budgets = tuple(_budget(settings, corpus, study, epsilon) for epsilon in settings.epsilons)
+    study.check_sides(for_references=needs_references(settings.attacks))
+    new_classifier(budgets[0].experiment, seed=settings.seed)
     return Prepared(settings, corpus, repeats, study, budgets)
 
 
@@ -163,7 +213,7 @@ def claim_directory(directory: Path, settings: Settings) -> None:
         ValueError: it holds another study, or something else.
     """
     described = directory / STUDY
-    names = [_name(epsilon) for epsilon in settings.epsilons]
+    names = [budget_name(epsilon) for epsilon in settings.epsilons]
     content = json.loads(json.dumps(asdict(settings) | {"epsilons": names}))
     if described.exists():
         if read_json(described) != content:
@@ -172,7 +222,10 @@ def claim_directory(directory: Path, settings: Settings) -> None:
                 "choose another folder, or repeat the settings to go on with it."
             )
         return
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    begun = {STUDY, f"{STUDY}.partial"}  # by a start that was killed
+    if directory.exists() and (
+        not directory.is_dir() or {path.name for path in directory.iterdir()} - begun
+    ):
         raise ValueError(
             f"Expected {directory} to be empty or to hold this study, found something else: choose "
             "another folder."
@@ -181,7 +234,8 @@ def claim_directory(directory: Path, settings: Settings) -> None:
     write_json(described, content)
 
 
-def _name(epsilon: float) -> str:
+def budget_name(epsilon: float) -> str:
+    """What a budget is called in the report and in file names."""
     return f"eps-{epsilon:g}"
 
 
@@ -203,7 +257,7 @@ def _budget(settings: Settings, corpus: Corpus, study: Study, epsilon: float) ->
             max_grad_norm=settings.max_grad_norm,
         )
     return Budget(
-        name=_name(epsilon),
+        name=budget_name(epsilon),
         target_epsilon=epsilon if private else None,
         study=study,
         experiment=Experiment(

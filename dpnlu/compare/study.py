@@ -27,6 +27,11 @@ from dpnlu.models import Batch
 
 _BATCH_SIZE = 256
 
+# Fewer say nothing about any model.
+LEAST_AUDIT_EXAMPLES = 20
+# As many as the blind baseline has folds.
+_LEAST_ON_EACH_SIDE = 5
+
 # Of a model with dropout: the secrets it is asked about once more, all in one batch, and under how
 # many masks. With 400 masks the ranks still moved from draw to draw, with 800 they stayed.
 _LIKELIEST, _MASKS = 100, 1000
@@ -85,6 +90,41 @@ class Study:
         """What the model trains on."""
         members = (e for e, is_in in zip(self.audit, self.coins[model], strict=True) if is_in)
         return (*self.base, *members, *self._canaries(model))
+
+    def check_sides(self, *, for_references: bool) -> None:
+        """Whether enough audit examples are members, and enough are not, of each model.
+
+        Args:
+            for_references: whether attacks compare the references on either side as well.
+
+        Raises:
+            ValueError: they are not.
+        """
+        if len(self.audit) < LEAST_AUDIT_EXAMPLES:
+            raise ValueError(
+                f"Expected at least {LEAST_AUDIT_EXAMPLES} audit examples, got {len(self.audit)}, "
+                "all that there are: use data with more rows."
+            )
+        members = int(self.coins[0].sum())
+        others = len(self.audit) - members
+        if min(members, others) < _LEAST_ON_EACH_SIDE:
+            raise ValueError(
+                f"Expected at least {_LEAST_ON_EACH_SIDE} audit examples that are members and as "
+                f"many that are not, got {members} and {others}: use data with more rows, or raise "
+                "--audit-examples."
+            )
+        inside = self.coins[1:].sum(axis=0)
+        outside = len(self.coins) - 1 - inside
+        if for_references and min(inside.max(), outside.max()) < 2:
+            raise ValueError(
+                "Expected some audit example in two references and some in neither of two, got "
+                "none: raise --references or --audit-examples."
+            )
+        if not self.base and not self.coins.any(axis=1).all():
+            raise ValueError(
+                "Expected every model to have examples to train on, got one without: use data with "
+                "more rows."
+            )
 
     def labels(self, corpus: Corpus) -> Labels:
         """The corpus' labels, and those of the canary."""

@@ -6,6 +6,7 @@ from dpnlu.data.errors import DataError as DataError
 from dpnlu.data.hub import load_hub as load_hub
 from dpnlu.data.hwu64 import load_hwu64 as load_hwu64
 from dpnlu.data.jsonl import load_jsonl as load_jsonl
+from dpnlu.data.labels import read_labels as read_labels
 from dpnlu.data.loading import ACCEPTED_SPECS as ACCEPTED_SPECS
 from dpnlu.data.loading import load_corpus as load_corpus
 from dpnlu.data.records import Corpus as Corpus

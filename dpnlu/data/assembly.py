@@ -9,6 +9,9 @@ from dpnlu.data.annotation import tokenize
 from dpnlu.data.errors import DataError, located
 from dpnlu.data.records import Corpus, Example, normalized
 
+# A longer text is no utterance; all the others in its batch would be padded to its length.
+LONGEST_TEXT = 100_000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
@@ -112,6 +115,11 @@ def _split_name(given: str) -> str:
 
 def _example(row: Row, *, split: str, position: int) -> Example:
     """Return the example that a row describes."""
+    if len(row.text) > LONGEST_TEXT:
+        raise DataError(
+            f"expected an utterance of at most {LONGEST_TEXT} characters, got {len(row.text)}; cut "
+            "it, or remove the row."
+        )
     text = " ".join(row.text.split())
     return Example(
         id=f"{split}-{position:05d}",

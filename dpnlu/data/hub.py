@@ -77,9 +77,11 @@ def _load(name: str) -> Mapping[str, Any]:
             "run pip install 'dpnlu[hub]'."
         ) from None
     path, _, config = name.partition(":")
+    if not path.strip():
+        raise DataError(f"hf:{name}: expected hf:NAME[:CONFIG], got no name; name a data set.")
     try:
         splits: Mapping[str, Any] = datasets.load_dataset(path, config or None)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # what may go wrong there has no end
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"hf:{name}: expected a data set that can be loaded, got '{reason}'; "
@@ -128,7 +130,7 @@ def _rows(
         if record[columns["intent"].name] != UNLABELLED:
             values = {role: _named(record[column.name], column) for role, column in columns.items()}
             row = _row(values, place=f"{source}, {split} row {number}")
-            own = values.get("split") or split
+            own = str(values.get("split") or split)
             yield replace(row, split=SPLIT_NAMES.get(own, own))
 
 
@@ -163,7 +165,7 @@ def _utterance(
     values: Mapping[str, Any], *, place: str
 ) -> tuple[str | None, tuple[str, ...] | None, tuple[str, ...] | None]:
     """Return text, tokens and tags; tags without a column of tokens belong to blank-cut ones."""
-    text = None if values.get("text") is None else str(values["text"])
+    text = _text(values.get("text"), place=place)
     annotated = values.get("annotated")
     tokens = _strings(values.get("tokens"), place=place)
     tags = _strings(values.get("tags"), place=place)
@@ -175,6 +177,15 @@ def _utterance(
     if text is None and tokens is not None:
         text = " ".join(tokens)
     return text, tokens, None if tags is None else iob2(tags)
+
+
+def _text(value: Any, *, place: str) -> str | None:
+    """Return a text; a number, as which a table's column may have been read, is one too."""
+    if value is None or isinstance(value, str | int | float):
+        return None if value is None else str(value)
+    raise DataError(
+        f"{place}: expected a string as text, got {type(value).__name__}; join or convert it."
+    )
 
 
 def _strings(value: Any, *, place: str) -> tuple[str, ...] | None:

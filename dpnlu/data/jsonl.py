@@ -82,4 +82,5 @@ def _strings(record: Mapping[str, object], key: str, *, place: str) -> tuple[str
 def _user(record: Mapping[str, object], *, place: str) -> str | None:
     """Return the user, who may be named by a number."""
     value = record.get("user")
-    return str(value) if isinstance(value, int) else _optional(record, "user", place=place)
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return str(value) if is_number else _optional(record, "user", place=place)

@@ -54,11 +54,15 @@ def _size(text: str) -> int:
 
 
 def _existing(name: str) -> Path:
-    """Return the path, refusing one that does not exist."""
-    path = Path(name).expanduser()
-    if not path.exists():
-        raise DataError(f"{path}: expected an existing file or folder, got none; check the path.")
-    return path
+    """Return the path, refusing one that does not exist or cannot be."""
+    try:
+        path = Path(name).expanduser()
+        if path.exists():
+            return path
+        reason = "none"
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a home of nobody, no name
+        reason = f"'{getattr(error, 'strerror', None) or error}'"
+    raise DataError(f"{name}: expected an existing file or folder, got {reason}; check the path.")
 
 
 LOADERS: dict[str, Callable[[Path], Corpus]] = {

@@ -20,7 +20,8 @@ def read_text(path: Path, *, errors: str = "strict") -> str:
             "replace" puts U+FFFD in their place.
 
     Raises:
-        DataError: the file is absent, unreadable, damaged, or not UTF-8 under "strict".
+        DataError: the file is absent, unreadable, damaged, no regular file, or not UTF-8 under
+            "strict".
     """
     data = _read_bytes(path)
     try:
@@ -85,7 +86,8 @@ def read_table(
         The file and line at which the row begins, and its fields by column.
 
     Raises:
-        DataError: no header, a required column absent, a row of another length, bad quoting.
+        DataError: no header, a required column absent or there twice, a row of another length, bad
+            quoting.
     """
     header: list[str] | None = None
     for place, fields in _csv_rows(path, delimiter=delimiter):
@@ -102,6 +104,12 @@ def read_table(
 def _read_bytes(path: Path) -> bytes:
     """Return the file's bytes, decompressed if its name says so."""
     try:
+        # A pipe may wait for ever, and a device never end.
+        if not path.is_file() and not path.is_dir() and path.exists():
+            raise DataError(
+                f"{path}: expected a regular file, got a pipe, a socket or a device; save what "
+                "it yields to a file."
+            )
         data = path.read_bytes()
         return gzip.decompress(data) if path.suffix == ".gz" else data
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -134,6 +142,12 @@ def _csv_rows(path: Path, *, delimiter: str) -> Iterator[tuple[str, list[str]]]:
 def _header(fields: list[str], *, place: str, required: Collection[str]) -> list[str]:
     """Return the columns' names after checking that the required ones are there."""
     header = [field.strip() for field in fields]
+    repeated = [column for column in required if header.count(column) > 1]
+    if repeated:
+        raise DataError(
+            f"{place}: expected different columns, got '{repeated[0]}' {header.count(repeated[0])} "
+            "times; rename all but one."
+        )
     missing = [column for column in required if column not in header]
     if missing:
         raise DataError(

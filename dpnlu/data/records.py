@@ -15,7 +15,7 @@ class Example:
 
     Attributes:
         id: Stable name made of the split and the position in it, such as "train-00042".
-        text: The utterance as the source spells it.
+        text: The utterance as the source spells it; like all strings here, valid Unicode.
         tokens: Its tokens; at least one, none of them blank.
         tags: One IOB2 tag per token, or None in a corpus without slots.
         intent: The label of the whole utterance.
@@ -133,7 +133,13 @@ def normalized(text: str) -> str:
 
 
 def _check_strings(example: Example) -> None:
-    """Refuse a blank id, text or intent, and an unknown split."""
+    """Refuse a blank id, text or intent, an unknown split, and what no file can hold."""
+    strings = (example.id, example.text, example.intent, *example.tokens, *(example.tags or ()))
+    if broken := next((text for text in strings if not _is_unicode(text)), None):
+        raise DataError(
+            f"Example {example.id}: expected valid Unicode, got {broken!a}, "
+            "which has half a surrogate pair; correct or remove the row."
+        )
     for field in ("id", "text", "intent"):
         if not getattr(example, field).strip():
             raise DataError(
@@ -145,6 +151,15 @@ def _check_strings(example: Example) -> None:
             f"Example {example.id}: expected a split of {', '.join(SPLITS)}, "
             f"got '{example.split}'; rename it."
         )
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether UTF-8 can write the text: JSON smuggles in halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_tokens(example: Example) -> None:

@@ -130,10 +130,10 @@ def _segment(piece: object, *, place: str) -> Segment:
     match piece:
         case {"text": str(text), "entity": str(slot)}:
             return Segment(text, slot)
-        case {"text": str(text)}:
+        case {"text": str(text), **rest} if rest.get("entity") is None:
             return Segment(text)
         case _:
             raise DataError(
-                f"{place}: expected a segment with a string 'text', got {type(piece).__name__}; "
-                "correct the row."
+                f"{place}: expected a segment with a string 'text' and perhaps a string 'entity', "
+                f"got {type(piece).__name__}; correct the row."
             )

@@ -18,6 +18,8 @@ from dpnlu.data.records import Corpus, normalized
 DEFAULT_SIZE = 2_000
 # One row of every intent must fit into train, which takes four fifths of the rows.
 MIN_SIZE = 20
+# The grammar has not much more to say: beyond, utterances that are new become rare.
+MAX_SIZE = 1_000_000
 
 AMBIGUOUS_SHARE = 0.05
 RARE_SHARE = 0.10
@@ -39,15 +41,19 @@ def synthetic_corpus(size: int, *, seed: int = 0) -> Corpus:
     twice in the whole corpus; every intent occurs in train; 80/10/10 are train, valid and test.
 
     Args:
-        size: Number of utterances in all splits together; at least 20.
+        size: Number of utterances in all splits together; 20 to a million.
         seed: Decides which; a non-negative integer.
 
     Raises:
-        DataError: `size` is too small.
+        DataError: `size` is too small or too large.
     """
     if size < MIN_SIZE:
         raise DataError(
             f"Expected a synthetic corpus of at least {MIN_SIZE} rows, got {size}; ask for more."
+        )
+    if size > MAX_SIZE:
+        raise DataError(
+            f"Expected a synthetic corpus of at most {MAX_SIZE} rows, got {size}; ask for fewer."
         )
     held_out = size // 10
     splits = ["train"] * (size - 2 * held_out) + ["valid"] * held_out + ["test"] * held_out

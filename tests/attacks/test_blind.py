@@ -76,3 +76,18 @@ def test_bad_input_is_refused(change, message):
     arguments = {"texts": random_texts(rng, 20), "is_member": halves(10), "rng": rng} | change
     with pytest.raises(ValueError, match=message):
         blind_baseline(arguments.pop("texts"), arguments.pop("is_member"), **arguments)
+
+
+@pytest.mark.parametrize("confidence", [5e-324, 1e-300, 1 - 2**-53])
+def test_any_confidence_has_its_interval(confidence):
+    is_member = np.arange(40) % 2 == 0
+    texts = [f"say {number}" for number in range(40)]
+    rng = np.random.default_rng(0)
+    found = blind_baseline(texts, is_member, rng=rng, confidence=confidence)
+    assert 0 <= found.interval[0] <= found.auc <= found.interval[1] <= 1
+
+
+def test_texts_without_a_word_are_refused():
+    for texts, said in (([""] * 20, "texts with words"), ([None] * 20, "sequence of strings")):
+        with pytest.raises(ValueError, match=said):
+            blind_baseline(texts, np.arange(20) % 2 == 0, rng=np.random.default_rng(0))

@@ -53,7 +53,7 @@ class TestSpecification:
         ):
             parse_canary(spec)
 
-    @pytest.mark.parametrize("spec", ["pin:0:R=1", "pin:7:R=1", "pin:4:R=0"])
+    @pytest.mark.parametrize("spec", ["pin:0:R=1", "pin:7:R=1", "pin:4:R=0", "pin:4:R=100001"])
     def test_sizes_out_of_range_are_refused(self, spec):
         with pytest.raises(ValueError, match="1 to 6 tokens and at least one repetition"):
             parse_canary(spec)

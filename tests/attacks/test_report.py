@@ -174,8 +174,9 @@ def test_the_json_is_the_report_and_nothing_else(tmp_path):
     assert list(json.loads(text)) == sorted(report)
 
 
-def test_text_that_looks_like_numbers_survives_in_the_json(tmp_path):
-    report = minimal() | {"title": "[\n 1,\n 2\n]", "numbers": [1e-5, -2, 3.5e300], "none": []}
+@pytest.mark.parametrize("title", ["[\n 1,\n 2\n]", "[  1,  2 ]"])
+def test_text_that_looks_like_numbers_survives_in_the_json(title, tmp_path):
+    report = minimal() | {"title": title, "numbers": [1e-5, -2, 3.5e300], "none": []}
     write_report(report, tmp_path)
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == report
 
@@ -408,6 +409,18 @@ def test_a_reported_ceiling_goes_before_a_computed_one():
     assert not cell(report, 2, "AUC").alarm
     report["runs"][2]["membership"]["lira"] |= {"auc_ceiling": 0.4}
     assert cell(report, 2, "AUC").alarm
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-9, 1e-5, 3e-4, 65_000.0, 1e9])
+@pytest.mark.parametrize("alone", [True, False])
+def test_no_budget_is_too_small_or_too_large_to_be_reported(epsilon, alone, tmp_path):
+    report = study()
+    private = next(entry for entry in report["runs"] if entry["epsilon"] is not None)
+    private |= {"epsilon": epsilon, "target_epsilon": epsilon}
+    free = [entry for entry in report["runs"] if entry["epsilon"] is None]
+    report["runs"] = [private] if alone else [*free, private]
+    write_report(report, tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == report
 
 
 def test_equal_warnings_share_a_number():

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 # A module, or a package taken as a whole, imports only from those before it.
 ORDER = (
     "durable",
+    "ranges",
     "privacy_loss",
     "composition",
     "pld",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpnlu.benchmark import compiled, memory, overhead, sweep
-from dpnlu.benchmark.cases import CASES, RecurrentClassifier, losses, named
+from dpnlu.benchmark.cases import CASES, RecurrentClassifier, RecurrentTagger, named
 from dpnlu.benchmark.steps import ordinary, private
 from dpnlu.cli import main
 
@@ -34,7 +34,7 @@ def test_steps_train_on_the_same_data_with_the_same_accumulation() -> None:
             not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)
         ]
         assert all(changed)
-        assert losses(model, batches[0]).shape == (4,)
+        assert SMALL.losses_of(model, batches[0]).shape == (4,)
 
 
 def test_every_case_is_there_with_its_target() -> None:
@@ -46,7 +46,20 @@ def test_every_case_is_there_with_its_target() -> None:
         "BiLSTM 100/100": 1.60,
         "BiLSTM 300/256, packed": None,
         "BiGRU 300/256": None,
+        "BiLSTM-CRF 100/100": 1.50,
+        "DeBERTa-v2 2 x 128, logical 256": 1.50,
+        "DeBERTa-v2 2 x 128, logical 32": 1.50,
     }
+
+
+def test_the_losses_of_the_tagger_are_minus_log_probabilities() -> None:
+    torch.manual_seed(0)
+    model = RecurrentTagger(3, 2, vocabulary=8)
+    ids = torch.tensor([[3, 5, 1], [2, 2, 7]])
+    for example in ids:
+        every = torch.cartesian_prod(*[torch.arange(32)] * 3)
+        losses = model(example.expand(len(every), 3), every)
+        torch.testing.assert_close(losses.neg().exp().sum(), torch.tensor(1.0))
 
 
 def test_ragged_texts_end_where_padding_begins() -> None:
@@ -60,7 +73,7 @@ def test_ragged_texts_end_where_padding_begins() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["overhead", "memory"])
 def test_the_command_keeps_its_table(tmp_path: Path, what: str) -> None:
-    command = ["benchmark", what, "--cases", "100/100", "--pairs", "3", "--quiet"]
+    command = ["benchmark", what, "--cases", "BiLSTM 100/100", "--pairs", "3", "--quiet"]
     assert main([*command, "--out", str(tmp_path)]) == 0
     (table,) = tmp_path.glob("*.md")
     (data,) = tmp_path.glob("*.json")
@@ -73,9 +86,43 @@ def test_the_command_keeps_its_table(tmp_path: Path, what: str) -> None:
 
 def test_a_case_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["benchmark", "overhead", "--cases", "nonsense"]) == 2
-    assert main(["benchmark", "sweep", "--cases", "100/100"]) == 2
-    assert main(["benchmark", "compiled", "--cases", "100/100"]) == 2
+    assert main(["benchmark", "sweep", "--cases", "BiLSTM 100/100"]) == 2
+    assert main(["benchmark", "compiled", "--cases", "BiLSTM 100/100"]) == 2
     assert "BiLSTM 300/256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--pairs", "0"], "--pairs >= 3"),
+        (["--pairs", "-1"], "--pairs >= 3"),
+        (["--pairs", str(10**30)], "`pairs` to be 1e+06 at most"),
+        (["--threads", "0"], "`threads` to be an integer >= 1"),
+        (["--threads", "-1"], "`threads` to be an integer >= 1"),
+        (["--threads", str(10**30)], "`threads` to be 1024 at most"),
+    ],
+)
+def test_numbers_out_of_range_are_one_line(
+    options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["benchmark", "overhead", "--cases", "BiLSTM 100/100", "--out", str(out), *options]
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert not out.exists()
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(overhead, "measure", fail)
+    (tmp_path / "file").touch()
+    assert main(["benchmark", "overhead", "--quiet", "--out", str(tmp_path / "file")]) == 2
+    assert "File exists" in capsys.readouterr().err
 
 
 def test_tables_say_what_was_measured() -> None:

@@ -1,10 +1,15 @@
 """The command line: what it prints, and one clear line for bad input."""
 
+import gzip
 import json
+import os
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -78,6 +83,143 @@ def test_budget_prints_the_same_for_people(capsys: pytest.CaptureFixture[str]) -
     printed = capsys.readouterr().out
     assert "adjacency: add-remove-one" in printed
     assert "noise multiplier: " in printed
+
+
+SMALL_BUDGET = "budget --num-examples 1000 --batch-size 10 --epochs 3".split()
+
+
+def test_budget_writes_an_infinite_epsilon_as_null(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL_BUDGET, "--noise-multiplier", "0", "--json"]) == 0
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    found = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert found["epsilon"] is None
+    assert found["noise_multiplier"] == 0
+    assert main([*SMALL_BUDGET, "--noise-multiplier", "0"]) == 0
+    assert "epsilon: inf" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("schedule", ["constant", "exponential:0.99"])
+@pytest.mark.parametrize("noise", ["1e6", "1e100", "1e308"])
+def test_budget_answers_for_any_noise(
+    noise: str, schedule: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--noise-multiplier", noise, "--noise-schedule", schedule, "--json"]
+    assert main([*SMALL_BUDGET, *more]) == 0
+    assert json.loads(capsys.readouterr().out)["epsilon"] == 0
+
+
+BAD_BUDGETS = {
+    "--epochs 1e300": "1e+09 steps at most",
+    "--epochs 1e12": "1e+09 steps at most",
+    "--epochs 0": "`epochs` > 0",
+    "--epochs nan": "`epochs` > 0",
+    "--num-examples 0": "`num_examples`",
+    f"--num-examples {10**400}": "1e+12 at most",
+    "--batch-size 0": "batch size between 1 and",
+    "--delta nan": "`target_delta`",
+    "--epsilon 0": "`target_epsilon` > 0",
+    "--epsilon nan": "`target_epsilon` > 0",
+    "--noise-multiplier nan": "`noise_multiplier` to be finite",
+    "--noise-multiplier inf": "`noise_multiplier` to be finite",
+    "--noise-multiplier -1": "`noise_multiplier` to be finite and >= 0",
+    "--microbatches 0": "`microbatches`",
+    "--noise-schedule fast": "`noise_schedule`",
+}
+
+
+@pytest.mark.parametrize("options", BAD_BUDGETS)
+def test_a_bad_budget_is_one_line(options: str, capsys: pytest.CaptureFixture[str]) -> None:
+    noise = [] if "--epsilon" in options or "multiplier" in options else ["--epsilon", "3"]
+    assert main([*SMALL_BUDGET, *noise, *options.split()]) == 2
+    _is_one_line(capsys.readouterr().err, BAD_BUDGETS[options])
+
+
+MAIN = "import sys; from dpnlu.cli import main; sys.exit(main(sys.argv[1:]))"
+RUN_MAIN = [sys.executable, "-c", MAIN]
+BUFFERED = os.environ | {"PYTHONUNBUFFERED": ""}
+
+
+@pytest.mark.parametrize("arguments", [[*SMALL_BUDGET, "--epsilon", "3"], ["--help"]])
+def test_a_reader_that_has_seen_enough_is_no_failure(arguments: list[str]) -> None:
+    """As in `dpnlu budget … | head -1`."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [*RUN_MAIN, *arguments], stdout=pipe, stderr=pipe, env=BUFFERED
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+def test_output_that_cannot_be_written_is_a_failure() -> None:
+    command = [*RUN_MAIN, *SMALL_BUDGET, "--epsilon", "3"]
+    with Path("/dev/full").open("w") as full:
+        process = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env=BUFFERED
+        )
+    assert process.returncode == 1
+    assert process.stderr == "dpnlu: error: No space left on device\n"
+
+
+@pytest.fixture
+def running(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], int]:
+    """Runs a command that does this and nothing else."""
+
+    def run(work: Callable[[], None]) -> int:
+        monkeypatch.setattr("dpnlu.budget.run", lambda options: work())
+        return main([*SMALL_BUDGET, "--epsilon", "3"])
+
+    return run
+
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_every_signal_to_end_interrupts_and_only_once(
+    number: int,
+    running: Callable[[Callable[[], None]], int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tidied = []
+
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        finally:
+            for impatient in SIGNALS:
+                os.kill(os.getpid(), impatient)
+            time.sleep(0.01)
+            tidied.append(True)
+
+    before = [signal.getsignal(number) for number in SIGNALS]
+    assert running(work) == 1
+    assert tidied
+    _is_one_line(capsys.readouterr().err, "interrupted; to go on, run the same command again")
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_signal_that_is_ignored_stays_ignored(
+    running: Callable[[Callable[[], None]], int],
+) -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert running(lambda: os.kill(os.getpid(), signal.SIGHUP)) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_in_a_thread_a_command_leaves_signals_alone(
+    running: Callable[[Callable[[], None]], int],
+) -> None:
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(running, lambda: None).result() == 0
 
 
 def test_budget_loads_no_torch_and_no_other_accountant() -> None:
@@ -182,6 +324,19 @@ def _not_json(folder: Path) -> str:
     return str(folder / "bad.jsonl")
 
 
+def _pipe(folder: Path) -> str:
+    os.mkfifo(folder / "bad.jsonl")
+    return str(folder / "bad.jsonl")
+
+
+def _written(name: str, content: bytes) -> Callable[[Path], str]:
+    def write(folder: Path) -> str:
+        (folder / name).write_bytes(content)
+        return str(folder / name)
+
+    return write
+
+
 BAD_DATA: dict[str, tuple[Callable[[Path], str], str]] = {
     "missing file": (lambda folder: str(folder / "none.jsonl"), "existing file"),
     "unknown spec": (lambda folder: "atis:somewhere", "snips:DIR"),
@@ -191,6 +346,20 @@ BAD_DATA: dict[str, tuple[Callable[[Path], str], str]] = {
     "tags of another length": (_bad([_row(tags=["O"])]), "tag"),
     "invalid IOB": (_bad([_row(tags=["O", "I-x"])]), "I-x"),
     "one class": (_bad([_row(text=f"t {n}", tokens=["t", str(n)]) for n in range(60)]), "intent"),
+    "no such user": (lambda folder: "~nosuchuser/x.jsonl", "home directory"),
+    "no hub name": (lambda folder: "hf::", "hf:NAME"),
+    "device": (lambda folder: "clinc150:/dev/zero", "regular file"),
+    "pipe": (_pipe, "regular file"),
+    "null label": (_bad([{"text": "a", "intent": None}]), "line 1: expected a row with 'intent'"),
+    "number as label": (_bad([{"text": "a", "intent": 1}]), "got int"),
+    "deep": (_written("deep.jsonl", b"[" * 100_000), "line 1: expected JSON that can be read"),
+    "half a character": (_bad([_row(intent="\ud800")]), "line 1: "),
+    "not UTF-8": (_written("latin.jsonl", b'{"text": "caf\xe9"}\n'), "line 1: expected UTF-8"),
+    "cut off": (_written("cut.jsonl.gz", gzip.compress(b"x" * 99)[:-9]), "expected gzip data"),
+    "empty": (_written("empty.jsonl", b""), "expected at least one row in train"),
+    "header only": (_written("header.csv", b"text,intent\n"), "expected at least one row in train"),
+    "open quote": (_written("quote.csv", b'text,intent\n"a,b\n'), "line 2: "),
+    "long name": (lambda folder: "a" * 5_000 + ".jsonl", "File name too long"),
     "empty split": (
         _bad([_row(split="train"), _row(intent="y", text="c d", split="train")]),
         "test",
@@ -245,6 +414,14 @@ def _is_one_line(printed: str, said: str) -> None:
     assert len(lines) == 1
     assert lines[0].startswith("dpnlu: error: ")
     assert said in lines[0]
+
+
+def test_arguments_that_no_report_can_hold_are_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _train(data, tmp_path / "caf\udce9") == 2
+    _is_one_line(capsys.readouterr().err, "Expected arguments in UTF-8")
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
 
 
 @pytest.mark.filterwarnings("default")

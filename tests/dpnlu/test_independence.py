@@ -209,6 +209,13 @@ def test_so_it_is_by_the_engine_that_loops_over_examples(train, name):
         train(case.model(), case.losses, _rows(), engine="per_example")
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # torch, of Opacus' hooks
+def test_so_it_is_by_opacus_whose_count_of_forward_passes_is_left_as_it_is(train):
+    assert train(Net(), plain, _rows(), engine="opacus") == 4
+    with pytest.raises(UnsupportedLayerError, match="are exchanged"):
+        train(Standardised(), plain, _rows(), engine="opacus")
+
+
 def test_within_a_microbatch_examples_may_mix(train):
     """It is clipped as a whole."""
     fields = {"clipping_unit": "microbatch", "microbatches": 2}

@@ -45,7 +45,12 @@ INVALID_PLANS = [
     Invalid({"steps": 0}, "`steps` to be an integer >= 1, got 0"),
     Invalid({"steps": 2.5}, "`steps`"),
     Invalid({"steps": True}, "`steps`"),
+    Invalid({"steps": 10**9 + 1}, r"`steps` to be 1e\+09 at most"),
     Invalid({"num_examples": 0}, "`num_examples`"),
+    Invalid({"num_examples": 10**13}, r"`num_examples` to be 1e\+12 at most"),
+    Invalid(
+        {"noise_schedule": "inverse:1e-9", "steps": 10**6}, "10000 epochs at most with a noise"
+    ),
     Invalid({"target_delta": 0.0}, r"`target_delta` in \[1e-12, 1\)"),
     Invalid({"target_delta": 1e-13}, "`target_delta`"),
     Invalid({"target_delta": 1.0}, "`target_delta`"),
@@ -88,6 +93,8 @@ INVALID_CALIBRATIONS = [
     Invalid({"steps": 0}, "`steps`"),
     Invalid({"steps": None, "epochs": 0}, "`epochs` > 0, got 0"),
     Invalid({"steps": None, "epochs": math.inf}, "`epochs` > 0"),
+    Invalid({"steps": None, "epochs": 1e300}, r"1e\+09 steps at most, got 2e\+301"),
+    Invalid({"num_examples": 10**400}, r"`num_examples` to be 1e\+12 at most"),
     Invalid({"target_delta": 0.0}, "`target_delta`"),
     Invalid({"clipping": "none"}, "`clipping`"),
 ]

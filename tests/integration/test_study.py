@@ -2,6 +2,10 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +22,8 @@ from attacks.farm import load_arrays
 from attacks.report import validate
 from dpnlu.classifier import Architecture, build
 from dpnlu.cli import main
+from dpnlu.compare.attacking import Claim, attack
+from dpnlu.compare.running import Settings, claim_directory
 from dpnlu.compare.study import Study, canary_example, read_canary_losses, read_signals
 from dpnlu.data import HashedVocabulary, drop_repeated, synthetic_corpus
 from dpnlu.encoding import Labels, batches, encode_all
@@ -142,6 +148,29 @@ def test_a_trained_model_can_be_attacked(
     (run,) = report["runs"]
     assert run["epsilon"] <= 8
     assert set(run["membership"]) == {"loss", "lira", "rmia"}
+    for options, said in (
+        (["--out", str(model / "report")], "outside of the model"),
+        (["--audit-examples", "2"], "audit examples >= 20"),
+        (["--physical-batch-size", "0"], "`physical_batch_size`"),
+        (["--seed", "-1"], "`seed`"),
+        (["--references", "1", "--attacks", "lira"], "2 references for the attack lira"),
+        (["--confidence", "1"], "confidence"),
+        (["--data", str(_other_labels(tmp_path))], "intents of the model"),
+    ):
+        capsys.readouterr()
+        out = tmp_path / "refused"
+        assert main([*attack, "--out", str(out), *options]) == 2
+        printed = capsys.readouterr().err
+        assert said in printed and len(printed.splitlines()) == 1
+        assert not out.exists() and not (model / "report").exists()
+
+
+def _other_labels(folder: Path) -> Path:
+    """Data that the model was not trained for."""
+    rows = [{"text": f"say {n}", "intent": f"intent {n % 2}"} for n in range(200)]
+    path = folder / "other.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 @pytest.mark.parametrize(
@@ -154,17 +183,139 @@ def test_a_trained_model_can_be_attacked(
         (["--references", "-1"], "references >= 0"),
         (["--confidence", "2"], "onfidence"),
         (["--batch-size", "100000"], "batch size"),
+        (["--epsilons", "8", "8.0"], "different values"),
+        (["--epsilons", "0.1234561", "0.1234562"], "agree in six digits"),
+        (["--epsilons", "0"], "ε > 0"),
+        (["--epsilons", "nan"], "ε > 0"),
+        (["--epsilons", "many"], "ε > 0"),
+        (["--epsilons", "8", "--noise"], "--noise"),
+        (["--delta", "0", "--epsilons", "inf"], "`delta` in [1e-12, 1)"),
+        (["--delta", "nan", "--epsilons", "inf"], "`delta` in [1e-12, 1)"),
+        (["--delta", "1e-12", "--epsilons", "1e-9"], "target ε that some noise"),
+        (["--epochs", "0"], "`epochs` to be finite and > 0"),
+        (["--epochs", "-1", "--epsilons", "inf"], "`epochs` to be finite and > 0"),
+        (["--epochs", "nan", "--epsilons", "inf"], "`epochs` to be finite and > 0"),
+        (["--epochs", "inf"], "`epochs` to be finite and > 0"),
+        (["--epochs", "1e300", "--epsilons", "inf"], "`epochs` to be 1e+06 at most"),
+        (["--batch-size", "0"], "`batch_size` to be an integer >= 1"),
+        (["--batch-size", "-1", "--epsilons", "inf"], "`batch_size` to be an integer >= 1"),
+        (["--physical-batch-size", "0"], "`physical_batch_size` to be an integer >= 1"),
+        (["--max-grad-norm", "0", "--epsilons", "inf"], "`max_grad_norm` to be finite and > 0"),
+        (["--max-grad-norm", "nan"], "`max_grad_norm` to be finite and > 0"),
+        (["--dropout", "1"], "dropout in [0, 1)"),
+        (["--dropout", "nan"], "dropout in [0, 1)"),
+        (["--seed", "-1"], "`seed` to be an integer >= 0"),
+        (["--seed", str(2**63)], "`seed` to be 9.223e+18 at most"),
+        (["--confidence", "nan"], "onfidence"),
+        (["--audit-examples", "2"], "audit examples >= 20"),
+        (["--audit-examples", "0"], "audit examples >= 20"),
+        (["--references", "1", "--attacks", "lira"], "2 references for the attack lira"),
+        (["--references", "0", "--attacks", "loss", "rmia"], "2 references for the attack rmia"),
+        (["--references", "10000000"], "`references` to be 1e+05 at most"),
+        (["--attacks", "audit"], "add loss"),
+        (["--canaries", "pin:7:R=1"], "a secret of 1 to 6 tokens"),
+        (["--canaries", "pin:4:R=0"], "at least one repetition"),
+        (["--canaries", "pin:4:R=1000000000000"], "pin:4:R=100"),
+        (["--data", "synthetic:20"], "use data with more rows"),
+        (["--data", "synthetic:9999999"], "synthetic"),
+        (["--model", "encoder:/nowhere/at/all"], "/nowhere/at/all"),
+        (["--model", "encoder:"], "lstm or encoder:NAME_OR_PATH"),
     ],
 )
+@pytest.mark.filterwarnings("default:δ = ")
 def test_bad_options_are_refused_before_anything_is_written(
     options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["compare", "--data", "synthetic:300", "--quiet", "--out", str(tmp_path / "o")]
-    assert main([*command, *options]) == 2
+    try:
+        status = main([*command, *options])
+    except SystemExit as exit:  # of the parser
+        status = int(exit.code or 0)
+    assert status == 2
     printed = capsys.readouterr().err
     assert said in printed
     assert len(printed.splitlines()) == 1
     assert not (tmp_path / "o").exists()
+
+
+def test_attacks_that_were_not_named_are_left_out_without_references(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main([*COMPARE, "--epsilons", "inf", "--references", "0", "--out", str(out)]) == 0
+    (run,) = _report(out)["runs"]
+    assert set(run["membership"]) == {"loss"}
+    assert run["audit"]["scores"] == "loss"
+
+
+def test_a_study_whose_start_was_killed_can_be_begun(tmp_path: Path) -> None:
+    (tmp_path / "study.json.partial").write_text('{"data": ', encoding="utf-8")
+    settings = Settings(data="synthetic:300", model="lstm", epsilons=(8.0,))
+    claim_directory(tmp_path, settings)
+    claim_directory(tmp_path, settings)
+    (tmp_path / "thesis.tex").touch()
+    (tmp_path / "study.json").unlink()
+    with pytest.raises(ValueError, match="something else"):
+        claim_directory(tmp_path, settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["INT", "TERM", "HUP"])
+def test_a_study_that_is_told_to_end_says_so_once_and_can_be_gone_on_with(
+    end: str, tmp_path: Path
+) -> None:
+    code = "import os, sys; os.cpu_count = lambda: 2; from dpnlu.cli import main; "
+    command = [sys.executable, "-c", f"{code}sys.exit(main(sys.argv[1:]))", *COMPARE]
+    command += ["--epsilons", "inf", "--epochs", "9", "--out", str(tmp_path / "out")]
+    study = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert study.stderr is not None
+    with study, study.stderr:
+        references = tmp_path / "out" / "runs" / "eps-inf" / "references"
+        while not (references / "manifest.json").exists() and study.poll() is None:
+            time.sleep(0.05)
+        time.sleep(1)
+        # A terminal sends Ctrl-C to the workers, too.
+        to = os.killpg if end == "INT" else os.kill
+        to(study.pid, getattr(signal, f"SIG{end}"))
+        said = study.stderr.read()  # which ends with the last process that could write there
+    assert said == "dpnlu: error: interrupted; to go on, run the same command again\n"
+    assert study.returncode == 1
+    assert subprocess.run(command).returncode == 0
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_quiet_means_no_progress_of_any_library(tiny_encoder: Path, tmp_path: Path) -> None:
+    """`datasets` shows bars when it reads files, transformers when it loads weights, also in the
+    processes that train references."""
+    pytest.importorskip("datasets")
+    (tmp_path / "data").mkdir()
+    for split, size in (("train", 80), ("test", 20)):
+        rows = "".join(f"say {split} {n},{'ab'[n % 2]}\n" for n in range(size))
+        (tmp_path / "data" / f"{split}.csv").write_text(f"text,intent\n{rows}", encoding="utf-8")
+    code = "import os, sys; os.cpu_count = lambda: 2; from dpnlu.cli import main; "
+    command = [sys.executable, "-c", f"{code}sys.exit(main(sys.argv[1:]))", "compare", "--quiet"]
+    command += ["--data", f"hf:{tmp_path / 'data'}", "--model", f"encoder:{tiny_encoder}"]
+    command += ["--epsilons", "inf", "--epochs", "1", "--references", "2", "--attacks", "loss"]
+    command += ["--audit-examples", "60", "--out", str(tmp_path / "out")]
+    cache = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=cache, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
+def test_signals_that_cannot_be_attacked_cost_their_attack_alone(study: Study) -> None:
+    """A model that has diverged, references that are copies: the others' hours are kept."""
+    rng = np.random.default_rng(0)
+    models = [{"loss": rng.random(200), "intent_margin": np.ones(200)} for _ in study.coins]
+    claim = Claim(epsilon=None, delta=1e-5, confidence=0.95)
+    found = attack(("loss", "lira", "audit"), models, replace(study, canaries=()), claim)
+    assert set(found["membership"]) == {"loss"}
+    assert found["audit"]["scores"] == "loss"
+    (warning,) = (text for text in found["warnings"] if "left out" in text)
+    assert warning.startswith("lira was left out: Expected reference signals that vary")
+    broken = [model | {"loss": np.full(200, np.nan)} for model in models]
+    found = attack(("loss", "audit"), broken, replace(study, canaries=()), claim)
+    assert found["membership"] == {}
+    assert "audit" not in found
 
 
 @pytest.fixture(scope="module")

@@ -61,6 +61,21 @@ def test_inline_slots(annotated: str, segments: list[Segment]) -> None:
     assert inline_segments(annotated) == segments
 
 
+@pytest.mark.parametrize("beginning", ["[", "[time", "[time ", "[time :", "[time : five", "[ : "])
+@pytest.mark.parametrize("filling", [" ", "\t\n", "[", "a", ":", " a", "[a :"])
+def test_a_slot_that_never_ends_takes_linear_time(beginning: str, filling: str) -> None:
+    """With 50 000 blanks a cubic search takes hours, a quadratic one minutes."""
+    text = beginning + filling * 50_000
+    assert inline_segments(text) == [Segment(text)]
+
+
+@given(st.text(alphabet="[]: ab\t\u2003", max_size=30))
+def test_inline_slots_are_those_of_a_search_that_gives_back(text: str) -> None:
+    slots = re.findall(r"\[\s*([^\s\[\]:]+)\s*:\s*([^\[\]]*?)\s*\]", text)
+    found = [(piece.slot, piece.text) for piece in inline_segments(text) if piece.slot]
+    assert found == [(slot, value) for slot, value in slots if value]
+
+
 @given(SEGMENTS)
 def test_inline_annotation_survives_writing_and_parsing(
     pieces: list[tuple[str, str | None]],

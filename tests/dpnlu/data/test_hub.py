@@ -159,6 +159,46 @@ def test_a_bad_row_is_named(tmp_path: Path, row: dict[str, Any], message: str) -
         load_hub(str(tmp_path / "d"))
 
 
+def test_texts_that_are_lists_are_refused(tmp_path: Path) -> None:
+    features = {
+        "text": datasets.Sequence(datasets.Value("string")),
+        "intent": datasets.Value("string"),
+    }
+    folder = write_parquet(tmp_path / "d", features, train=[{"text": ["a", "b"], "intent": "x"}])
+    with pytest.raises(DataError, match="train row 1: expected a string as text, got list"):
+        load_hub(str(folder))
+
+
+def test_a_split_that_is_a_list_is_refused(tmp_path: Path) -> None:
+    features = {
+        "text": datasets.Value("string"),
+        "intent": datasets.Value("string"),
+        "split": datasets.Sequence(datasets.Value("string")),
+    }
+    rows = [{"text": "x", "intent": "y", "split": [split]} for split in ("train", "test")]
+    with pytest.raises(DataError, match=r"train row 1: expected a split of .*, got '\['train'\]'"):
+        load_hub(str(write_parquet(tmp_path / "d", features, train=rows)))
+
+
+@pytest.mark.parametrize("name", ["", ":", " :x", "::"])
+def test_a_name_is_needed(name: str) -> None:
+    with pytest.raises(DataError, match=r"expected hf:NAME\[:CONFIG\], got no name"):
+        load_hub(name)
+
+
+@pytest.mark.parametrize("error", [IndexError("list index"), KeyError("x"), TypeError("a\nb")])
+def test_whatever_the_package_raises_is_told_in_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(DataError, match="expected a data set that can be loaded, got") as caught:
+        load_hub("some/set")
+    assert "\n" not in str(caught.value)
+
+
 def test_several_intents_per_text_are_refused(tmp_path: Path) -> None:
     features = {
         "text": datasets.Value("string"),

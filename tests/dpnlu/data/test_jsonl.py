@@ -76,6 +76,22 @@ BAD_LINES = {
     '{"text": "x y", "intent": "y", "split": "test", "tags": ["O"]}': "1 tags for 2 tokens",
     '{"text": "x y", "intent": "y", "split": "test", "tags": ["O", "I-a"]}': "'I-a' at position 1",
     '{"text": "x", "intent": "y", "split": "test", "user": [1]}': "string under 'user', got list",
+    '{"text": "x", "intent": null}': "expected a row with 'intent'",
+    '{"text": null, "intent": "x"}': "expected a row with 'text'",
+    '{"text": "x", "intent": ["y"], "split": "test"}': "string under 'intent', got list",
+    '{"text": "x", "intent": {}, "split": "test"}': "string under 'intent', got dict",
+    '{"text": "x", "intent": true, "split": "test"}': "string under 'intent', got bool",
+    '{"text": "x", "intent": "y", "split": "test", "user": true}': "string under 'user', got bool",
+    '{"text": "x", "intent": "y", "split": "test", "tags": [null]}': "list of strings",
+    '{"text": "x", "intent": "y", "split": "test", "tags": {"O": 1}}': "list of strings",
+    '{"text": "x", "intent": "y", "split": "a\\nb"}': "got 'a b'",
+    '{"text": "\\ud800", "intent": "y", "split": "test"}': "valid Unicode, got '\\ud800'",
+    '{"text": "x", "intent": "\\udfff", "split": "test"}': "valid Unicode, got '\\udfff'",
+    '{"text": "x", "intent": "y", "split": "test", "tags": ["B-\\ud83c"]}': "valid Unicode",
+    '{"text": "x", "intent": "y", "split": "test", "tokens": ["\\ud83c"]}': "valid Unicode",
+    f'{{"text": "{"a " * 60_000}", "intent": "y", "split": "test"}}': "at most 100000 characters",
+    f'{{"text": "x", "intent": "y", "split": "{"a" * 9_000}"}}': "expected a split of train",
+    "\0": "expected JSON, got",
     "[" * 100_000: "expected JSON that can be read",
     '{"text": "x", "intent": "y", "fold": ' + "1" * 5_000 + "}": "expected JSON that can be read",
 }
@@ -89,7 +105,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
     message = str(caught.value)
     assert message.startswith(f"{path}, line 5: ")
     assert BAD_LINES[line] in message
-    assert "\n" not in message
+    assert "\n" not in message and len(message) < 700
 
 
 def test_tags_on_some_rows_only_are_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Data SPECs, and what the package may import."""
 
 import ast
+import os
 import sys
 from pathlib import Path
 
@@ -39,6 +40,26 @@ def test_a_size_that_is_no_number(size: str) -> None:
 def test_a_path_that_does_not_exist(tmp_path: Path, spec: str) -> None:
     with pytest.raises(DataError, match=r"none.*: expected an existing file or folder"):
         load_corpus(spec.format(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["~nosuchuser/x", "a" * 5_000, "a" * 300, "x\0y", "~x\0y", "\ud800", "~\ud800", "/dev/null/x"],
+    ids=lambda name: ascii(name[:20]),
+)
+@pytest.mark.parametrize("spec", ["snips:{}", "hwu64:{}", "clinc150:{}", "{}.jsonl", "{}.csv"])
+def test_a_path_that_cannot_be(name: str, spec: str) -> None:
+    with pytest.raises(DataError, match="expected an existing file or folder, got") as caught:
+        load_corpus(spec.format(name))
+    assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("spec", ["clinc150:{}", "{}.jsonl", "{}.csv"])
+def test_a_pipe_where_a_file_is_due(tmp_path: Path, spec: str) -> None:
+    given = spec.format(tmp_path / "pipe")
+    os.mkfifo(given.removeprefix("clinc150:"))
+    with pytest.raises(DataError, match="expected a regular file, got a pipe"):
+        load_corpus(given)
 
 
 def test_a_folder_where_a_file_is_due(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Files that cannot be read, and tables."""
 
 import gzip
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,22 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
         read_text(tmp_path)
 
 
+def test_what_never_ends_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket"))
+        for path in (tmp_path / "pipe", tmp_path / "link", tmp_path / "socket", Path("/dev/zero")):
+            with pytest.raises(DataError, match=f"{path}: expected a regular file"):
+                read_text(path)
+
+
+def test_a_file_without_a_name_of_its_own_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one")
+    (tmp_path / "link").symlink_to(tmp_path / "a.txt")
+    assert read_text(tmp_path / "link") == "one"
+
+
 def test_json_faults_name_the_place_and_the_line_within() -> None:
     with pytest.raises(DataError, match=r"^here: expected JSON, got .* at line 2 column 5"):
         parse_json('{\n"a" 1}', place="here")
@@ -76,6 +94,7 @@ def test_rows_carry_the_line_at_which_they_begin(tmp_path: Path) -> None:
     [
         ("", "t.csv: expected a header line"),
         ("a;c\n1;2\n", "line 1: expected a header with the columns a, b, got a, c; add b"),
+        ("a;b;a\n1;2;3\n", "line 1: expected different columns, got 'a' 2 times"),
         ("a;b\n1;2\n3\n", "line 3: expected 2 fields as in the header, got 1"),
         ("a;b\n1;2;3\n", "line 2: expected 2 fields as in the header, got 3"),
         (

@@ -35,6 +35,10 @@ EXAMPLES = (example(), example("train-00001", intent="music"), example("test-000
         ({"tags": ("O", "O", "I-x", "O", "O")}, "'I-x' at position 2"),
         ({"tags": ("O", "O", "O", "O", "time")}, "'time' at position 4"),
         ({"split": "dev"}, "got 'dev'"),
+        ({"text": "half \ud83c"}, "valid Unicode, got 'half"),
+        ({"intent": "\ud83c"}, "valid Unicode"),
+        ({"tokens": ("\udfff",), "tags": None}, "valid Unicode"),
+        ({"tags": ("O", "O", "O", "O", "B-\udfff")}, "valid Unicode"),
     ],
 )
 def test_example_names_its_id_and_the_fault(changes: dict[str, Any], message: str) -> None:

@@ -135,6 +135,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ({"PlayMusic": [{"data": "x"}]}, "row 1: expected an object with a list 'data', got dict"),
         ({"PlayMusic": [{"data": ["x"]}]}, "row 1: expected a segment .*got str"),
         ({"PlayMusic": [{"data": [{"text": 1}]}]}, "row 1: expected a segment .*got dict"),
+        (
+            {"PlayMusic": [{"data": [{"text": "x", "entity": 1}]}]},
+            "row 1: expected a segment .*a string 'entity', got dict",
+        ),
         ({"PlayMusic": [{"data": []}]}, "row 1: Example test-00000: .*non-empty text"),
         ({"PlayMusic": [{"data": [{"text": "?!"}]}]}, "row 1: .*at least one token"),
     ],

@@ -136,6 +136,11 @@ def test_some_labels_are_wrong(large: Corpus) -> None:
     assert 0.005 < sum(meant != given for meant, given in met) / len(met) < 0.05
 
 
+def test_more_than_the_grammar_can_say_is_refused() -> None:
+    with pytest.raises(DataError, match="at most 1000000 rows, got 999999999"):
+        synthetic_corpus(999_999_999)
+
+
 @pytest.mark.parametrize("size", [-1, 0, 19])
 def test_too_small_a_corpus_is_refused(size: int) -> None:
     with pytest.raises(DataError, match=f"at least 20 rows, got {size}"):
