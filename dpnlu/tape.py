@@ -121,7 +121,7 @@ class Tape(TorchFunctionMode):
     def clear(self) -> None:
         """Forget what was recorded, and release its memory."""
         self.trace, self.calls = Trace(), []
-        self._copies = {}
+        self._copies, self._memory = {}, {}
         self._provenance.forget()
         self.batch_size = None
         self.is_checkpointed = self._meets_batch = False
@@ -149,7 +149,6 @@ class Tape(TorchFunctionMode):
         tensors = tensors_held(batch)
         self.batch_size = _leading_size(tensors) if batch_size is None else batch_size
         self._provenance.hand_over(tensors)
-        self._memory = {}
         with self._active(), _nothing_compiled(), self:
             yield
 
