@@ -21,9 +21,9 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
-from dpnlu import accounting
-from dpnlu.accounting import SampledGaussian, epsilon
-from dpnlu.benchmark.command import processor
+from dpnlu.accounting import accountants as accounting
+from dpnlu.accounting.accountants import SampledGaussian, epsilon
+from dpnlu.cli.benchmark import processor
 
 # (noise multiplier, sample rate, steps), δ
 QUESTIONS = [

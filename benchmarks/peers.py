@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpnlu.benchmark.cases import Case, RecurrentClassifier, minilm
-from dpnlu.benchmark.command import processor
 from dpnlu.benchmark.steps import Step, ordinary, private
+from dpnlu.cli.benchmark import processor
 
 BATCH = 32
 Peer = Callable[[Case, nn.Module], Step]

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
-from dpnlu import defaults
-from dpnlu.benchmark.command import processor
-from dpnlu.data import HashedVocabulary, drop_repeated, load_corpus
-from dpnlu.encoding import Labels
-from dpnlu.experiment import Experiment, measure, new_classifier, train
-from dpnlu.fitting import ComputeConfig
-from dpnlu.plan import PrivacyPlan
+from dpnlu.cli.benchmark import processor
+from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.nlu.data import HashedVocabulary, drop_repeated, load_corpus
+from dpnlu.nlu.encoding import Labels
+from dpnlu.runs import recipes as defaults
+from dpnlu.runs.train import Experiment, measure, new_classifier, train
+from dpnlu.training.loop import ComputeConfig
 
 KEPT = ("intent_accuracy", "slot_f1")
 

@@ -7,24 +7,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dpnlu.errors import UnsupportedLayerError as UnsupportedLayerError
-    from dpnlu.fitting import ComputeConfig as ComputeConfig
-    from dpnlu.fitting import Recipe as Recipe
-    from dpnlu.fitting import fit as fit
-    from dpnlu.ledger import Ledger as Ledger
-    from dpnlu.plan import PrivacyPlan as PrivacyPlan
-    from dpnlu.training import PrivateTraining as PrivateTraining
-    from dpnlu.training import privatize as privatize
+    from dpnlu.gradients.errors import UnsupportedLayerError as UnsupportedLayerError
+    from dpnlu.mechanism.ledger import Ledger as Ledger
+    from dpnlu.mechanism.plan import PrivacyPlan as PrivacyPlan
+    from dpnlu.training.handle import PrivateTraining as PrivateTraining
+    from dpnlu.training.handle import privatize as privatize
+    from dpnlu.training.loop import ComputeConfig as ComputeConfig
+    from dpnlu.training.loop import Recipe as Recipe
+    from dpnlu.training.loop import fit as fit
 
 _HOMES = {
-    "ComputeConfig": "fitting",
-    "Ledger": "ledger",
-    "PrivacyPlan": "plan",
-    "PrivateTraining": "training",
-    "Recipe": "fitting",
-    "UnsupportedLayerError": "errors",
-    "fit": "fitting",
-    "privatize": "training",
+    "ComputeConfig": "training.loop",
+    "Ledger": "mechanism.ledger",
+    "PrivacyPlan": "mechanism.plan",
+    "PrivateTraining": "training.handle",
+    "Recipe": "training.loop",
+    "UnsupportedLayerError": "gradients.errors",
+    "fit": "training.loop",
+    "privatize": "training.handle",
 }
 
 __all__ = sorted(_HOMES)

@@ -78,7 +78,7 @@ def _peak(case: Case, kind: str, *, compiles: bool) -> float:
     import torch
 
     from dpnlu.benchmark.steps import ordinary, private
-    from dpnlu.resources import current_memory, peak_memory, reset_peak_memory
+    from dpnlu.runs.resources import current_memory, peak_memory, reset_peak_memory
 
     case.build()  # loads whatever is loaded when first needed
     if compiles:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from dpnlu.benchmark.cases import Case, Inputs
-from dpnlu.plan import PrivacyPlan
-from dpnlu.sampling import PhysicalBatch
-from dpnlu.training import privatize
+from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.mechanism.sampling import PhysicalBatch
+from dpnlu.training.handle import privatize
 
 Step = Callable[[], None]
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from dpnlu.benchmark.cases import Case
 from dpnlu.benchmark.steps import Step, ordinary, private
-from dpnlu.gradients import GramCache, OuterProducts
-from dpnlu.progress import Told
+from dpnlu.gradients.forms import GramCache, OuterProducts
+from dpnlu.runs.progress import Told
 
 _VOCABULARY, _INTENTS = 2_000, 64
 _AXES = {

@@ -11,7 +11,7 @@ from dpnlu.compare.running import Prepared as Prepared
 from dpnlu.compare.running import Settings as Settings
 from dpnlu.compare.running import prepare as prepare
 from dpnlu.compare.running import train_all
-from dpnlu.progress import Told, silent
+from dpnlu.runs.progress import Told, silent
 
 
 def compare(

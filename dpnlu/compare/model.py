@@ -26,12 +26,12 @@ from dpnlu.compare.running import (
 )
 from dpnlu.compare.study import Study
 from dpnlu.compare.training import Budget
-from dpnlu.data import Corpus, HashedVocabulary, drop_repeated, load_corpus
-from dpnlu.encoding import WordEncoding
-from dpnlu.experiment import Experiment, new_classifier
-from dpnlu.fitting import ComputeConfig
-from dpnlu.progress import Told
-from dpnlu.saving import SavedModel, load
+from dpnlu.nlu.data import Corpus, HashedVocabulary, drop_repeated, load_corpus
+from dpnlu.nlu.encoding import WordEncoding
+from dpnlu.runs.model_directory import SavedModel, load
+from dpnlu.runs.progress import Told
+from dpnlu.runs.train import Experiment, new_classifier
+from dpnlu.training.loop import ComputeConfig
 
 
 def attack_model(

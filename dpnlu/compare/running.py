@@ -22,10 +22,7 @@ import numpy as np
 from attacks import farm
 from attacks.canaries import parse_canary
 from attacks.membership import ATTACKS
-from dpnlu import defaults
-from dpnlu.accounting import check_delta
-from dpnlu.card import model_card
-from dpnlu.classifier import Classifier
+from dpnlu.accounting.accountants import check_delta
 from dpnlu.compare.attacking import (
     DEFAULT,
     LEAST_REFERENCES,
@@ -35,15 +32,18 @@ from dpnlu.compare.attacking import (
 )
 from dpnlu.compare.study import LEAST_AUDIT_EXAMPLES, Study
 from dpnlu.compare.training import Arrays, Budget
-from dpnlu.data import Corpus, HashedVocabulary, RepeatReport, drop_repeated, load_corpus
-from dpnlu.durable import write_json
-from dpnlu.experiment import Experiment, measure, new_classifier
-from dpnlu.fitting import ComputeConfig
-from dpnlu.ledger import Ledger
-from dpnlu.plan import PrivacyPlan
-from dpnlu.progress import Told
-from dpnlu.ranges import LARGEST_SEED, check_count, check_positive
-from dpnlu.saving import LEDGER, METRICS, is_model, read_json, save
+from dpnlu.mechanism.durable import write_json
+from dpnlu.mechanism.ledger import Ledger
+from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.mechanism.ranges import LARGEST_SEED, check_count, check_positive
+from dpnlu.nlu.classifier import Classifier
+from dpnlu.nlu.data import Corpus, HashedVocabulary, RepeatReport, drop_repeated, load_corpus
+from dpnlu.runs import recipes as defaults
+from dpnlu.runs.model_card import model_card
+from dpnlu.runs.model_directory import LEDGER, METRICS, is_model, read_json, save
+from dpnlu.runs.progress import Told
+from dpnlu.runs.train import Experiment, measure, new_classifier
+from dpnlu.training.loop import ComputeConfig
 
 STUDY = "study.json"
 

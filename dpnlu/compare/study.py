@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from attacks.canaries import CanarySpec, all_secrets, canary_tags, canary_tokens, draw_secret
 from attacks.dropout import common_dropout, has_dropout
 from attacks.signals import Predictions, Signals, collect
-from dpnlu.classifier import Classifier
-from dpnlu.data import Corpus, Example
-from dpnlu.encoding import Encoded, Labels, batches, encode_all
-from dpnlu.models import Batch
+from dpnlu.nlu.classifier import Classifier
+from dpnlu.nlu.data import Corpus, Example
+from dpnlu.nlu.encoding import Encoded, Labels, batches, encode_all
+from dpnlu.nlu.models import Batch
 
 _BATCH_SIZE = 256
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpnlu.classifier import Classifier
 from dpnlu.compare.study import Study, read_canary_losses, read_signals
-from dpnlu.data import Example
-from dpnlu.experiment import Experiment, Trained, measure, new_classifier, train
-from dpnlu.fitting import Progress
-from dpnlu.plan import PrivacyPlan
+from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.nlu.classifier import Classifier
+from dpnlu.nlu.data import Example
+from dpnlu.runs.train import Experiment, Trained, measure, new_classifier, train
+from dpnlu.training.loop import Progress
 
 Arrays = dict[str, NDArray[Any]]
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dpnlu.engines import ENGINES
-from dpnlu.gradients import Gradients, GramCache
-from dpnlu.plan import PrivacyPlan
-from dpnlu.rules import OPERATIONS
-from dpnlu.tape import Tape
-from dpnlu.uses import combine, squared_norms
-from dpnlu.verification import find_layouts
+from dpnlu.engines.base import ENGINES
+from dpnlu.engines.verification import find_layouts
+from dpnlu.gradients.forms import Gradients, GramCache
+from dpnlu.gradients.rules import OPERATIONS
+from dpnlu.gradients.tape import Tape
+from dpnlu.gradients.uses import combine, squared_norms
+from dpnlu.mechanism.plan import PrivacyPlan
 
 torch.set_num_threads(1)  # everything here is tiny
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, optimize, stats
 
-from dpnlu import accounting
-from dpnlu.accounting import (
+from dpnlu.accounting import accountants as accounting
+from dpnlu.accounting.accountants import (
     ACCOUNTANTS,
     SMALLEST_DELTA,
     SampledGaussian,

@@ -10,7 +10,7 @@ import torch
 from dpnlu.benchmark import compiled, memory, overhead, sweep
 from dpnlu.benchmark.cases import CASES, RecurrentClassifier, RecurrentTagger, named
 from dpnlu.benchmark.steps import ordinary, private
-from dpnlu.cli import main
+from dpnlu.cli.main import main
 
 SMALL = replace(
     named("BiLSTM 100/100"),

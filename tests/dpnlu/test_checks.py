@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from dpnlu.checks import Checks
-from dpnlu.layout import Layout
+from dpnlu.engines.checks import Checks
+from dpnlu.gradients.layout import Layout
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from dpnlu.cli import main
-from dpnlu.plan import PrivacyPlan
+from dpnlu.cli.main import main
+from dpnlu.mechanism.plan import PrivacyPlan
 
 ROWS = [
     {"text": f"{word} {number}", "intent": intent, "split": split}
@@ -137,7 +137,7 @@ def test_a_bad_budget_is_one_line(options: str, capsys: pytest.CaptureFixture[st
     _is_one_line(capsys.readouterr().err, BAD_BUDGETS[options])
 
 
-MAIN = "import sys; from dpnlu.cli import main; sys.exit(main(sys.argv[1:]))"
+MAIN = "import sys; from dpnlu.cli.main import main; sys.exit(main(sys.argv[1:]))"
 RUN_MAIN = [sys.executable, "-c", MAIN]
 BUFFERED = os.environ | {"PYTHONUNBUFFERED": ""}
 
@@ -170,7 +170,7 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], i
     """Runs a command that does this and nothing else."""
 
     def run(work: Callable[[], None]) -> int:
-        monkeypatch.setattr("dpnlu.budget.run", lambda options: work())
+        monkeypatch.setattr("dpnlu.cli.budget.run", lambda options: work())
         return main([*SMALL_BUDGET, "--epsilon", "3"])
 
     return run
@@ -225,7 +225,7 @@ def test_in_a_thread_a_command_leaves_signals_alone(
 def test_budget_loads_no_torch_and_no_other_accountant() -> None:
     script = """
         import sys
-        from dpnlu.cli import main
+        from dpnlu.cli.main import main
         main("budget --num-examples 999 --batch-size 9 --epochs 1 --epsilon 1".split())
         assert not {"torch", "dp_accounting", "opacus"} & sys.modules.keys()
     """
@@ -281,19 +281,19 @@ def test_the_card_of_an_ordinary_model_claims_nothing(data: Path, tmp_path: Path
 def test_an_interrupted_training_is_resumed(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import dpnlu.release
+    import dpnlu.runs.resumable
 
     out = tmp_path / "m"
     more = ("--epsilon", "3", "--delta", "1e-3", "--batch-size", "8", "--epochs", "3")
-    measure = dpnlu.release.measure
+    measure = dpnlu.runs.resumable.measure
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dpnlu.release, "measure", interrupt)
+    monkeypatch.setattr(dpnlu.runs.resumable, "measure", interrupt)
     assert _train(data, out, *more) == 1
     assert "--resume" in capsys.readouterr().err
-    monkeypatch.setattr(dpnlu.release, "measure", measure)
+    monkeypatch.setattr(dpnlu.runs.resumable, "measure", measure)
     assert _train(data, out, *more) == 2
     assert _train(data, out, *more, "--resume", "--seed", "5") == 2
     assert _train(data, out, *more, "--resume") == 0
@@ -463,11 +463,11 @@ def test_a_full_disk_is_one_line(
 def test_an_internal_failure_has_status_1(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import dpnlu.release
+    import dpnlu.runs.resumable
 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("it broke")
 
-    monkeypatch.setattr(dpnlu.release, "train", fail)
+    monkeypatch.setattr(dpnlu.runs.resumable, "train", fail)
     assert _train(data, tmp_path / "m") == 1
     _is_one_line(capsys.readouterr().err, "RuntimeError: it broke")

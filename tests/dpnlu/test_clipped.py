@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from dpnlu.clipped import add_clipped, gradient_norms
-from dpnlu.gradients import Dense
+from dpnlu.engines.clipped import add_clipped, gradient_norms
+from dpnlu.gradients.forms import Dense
 
 pytestmark = pytest.mark.usefixtures("double")
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpnlu.clipping import CLIPPING_RULES, automatic, flat
+from dpnlu.mechanism.clipping import CLIPPING_RULES, automatic, flat
 
 NORMS = st.lists(
     st.floats(0, 1e30) | st.sampled_from([0.0, 1e-30, 1.0, 1e30]), min_size=0, max_size=8

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dpnlu import compiled, tracing
-from dpnlu.errors import UnsupportedLayerError
-from dpnlu.training import privatize
+from dpnlu.engines import compiled, tracing
+from dpnlu.gradients.errors import UnsupportedLayerError
+from dpnlu.training.handle import privatize
 
 WORDS, POSITIONS = 12, 5
 COMPILE = torch.compile

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import optimize, special
 
-from dpnlu import composition
-from dpnlu.composition import composed_epsilon, tilt_towards
-from dpnlu.privacy_loss import LossDistribution, loss_distributions, sampled_losses
+from dpnlu.accounting import composition
+from dpnlu.accounting.composition import composed_epsilon, tilt_towards
+from dpnlu.accounting.loss_distribution import LossDistribution, loss_distributions, sampled_losses
 
 # (noise multiplier, sample rate, steps) of each release
 MIXED = ((0.8, 0.1, 3), (1.5, 0.3, 4), (0.6, 0.02, 3))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpnlu import defaults
+from dpnlu.runs import recipes as defaults
 
 NAMES = ["lstm", "encoder:somewhere"]
 KINDS = pytest.mark.parametrize("private", [True, False], ids=["private", "ordinary"])

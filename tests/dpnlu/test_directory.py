@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from dpnlu.directory import (
+from dpnlu.mechanism.ledger import Ledger, LedgerError
+from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.nlu.fingerprint import Fingerprint
+from dpnlu.runs.directory import (
     Run,
     begin,
     begun,
@@ -15,9 +18,6 @@ from dpnlu.directory import (
     new_ledger,
     tidy,
 )
-from dpnlu.fingerprint import Fingerprint
-from dpnlu.ledger import Ledger, LedgerError
-from dpnlu.plan import PrivacyPlan
 
 RUN = Run(settings={"data": "d"}, fingerprint=Fingerprint("00", "11"))
 MakePlan = Callable[..., PrivacyPlan]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dpnlu.durable import (
+from dpnlu.mechanism.durable import (
     locked,
     make_directory,
     partial_of,

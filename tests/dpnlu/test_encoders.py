@@ -11,10 +11,10 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpnlu.engines import ENGINES
-from dpnlu.errors import UnsupportedLayerError
-from dpnlu.plan import PrivacyPlan
-from dpnlu.training import privatize
+from dpnlu.engines.base import ENGINES
+from dpnlu.gradients.errors import UnsupportedLayerError
+from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.training.handle import privatize
 
 pytestmark = pytest.mark.usefixtures("double")
 

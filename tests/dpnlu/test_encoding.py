@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpnlu.data import DataError, Example, HashedVocabulary
-from dpnlu.encoding import Labels, SubwordEncoding, WordEncoding, batches, encode_all
-from dpnlu.models import IGNORED_TAG
+from dpnlu.nlu.data import DataError, Example, HashedVocabulary
+from dpnlu.nlu.encoding import Labels, SubwordEncoding, WordEncoding, batches, encode_all
+from dpnlu.nlu.models import IGNORED_TAG
 
 LABELS = Labels(("ask", "tell"), ("B-x", "O"))
 

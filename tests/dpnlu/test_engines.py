@@ -11,9 +11,9 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpnlu.engines import ENGINES, Opacus
-from dpnlu.errors import UnsupportedLayerError
-from dpnlu.gradients import SquaredNorms
+from dpnlu.engines.base import ENGINES, Opacus
+from dpnlu.gradients.errors import UnsupportedLayerError
+from dpnlu.gradients.forms import SquaredNorms
 
 # torch's opinion of the hooks that Opacus uses.
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
@@ -495,7 +495,7 @@ def test_examples_that_change_places_keep_their_gradients(add, chosen):
 def test_wrong_norms_are_noticed_though_the_sums_are_right(add, monkeypatch):
     """The check covers what the coefficients are made of."""
     ones, zeros = torch.ones(4), torch.zeros(4)
-    monkeypatch.setattr("dpnlu.clipped.squared_norms", lambda *_: SquaredNorms(ones, zeros))
+    monkeypatch.setattr("dpnlu.engines.clipped.squared_norms", lambda *_: SquaredNorms(ones, zeros))
     with pytest.raises(UnsupportedLayerError, match=r"norm .* of an example's gradient"):
         add(Feedforward(), [_vectors(4)])
 

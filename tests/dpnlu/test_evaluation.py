@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from dpnlu.data import Example, HashedVocabulary
-from dpnlu.encoding import Labels, WordEncoding, encode_all
-from dpnlu.evaluation import evaluate
-from dpnlu.models import Batch, Outputs
+from dpnlu.nlu.data import Example, HashedVocabulary
+from dpnlu.nlu.encoding import Labels, WordEncoding, encode_all
+from dpnlu.nlu.metrics import evaluate
+from dpnlu.nlu.models import Batch, Outputs
 
 LABELS = Labels(("ask", "tell"), ("B-x", "B-y", "I-x", "O"))
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from dpnlu.classifier import Architecture, build
-from dpnlu.data import Corpus, Example, HashedVocabulary, WordList
-from dpnlu.encoding import Encoding, Labels, WordEncoding
-from dpnlu.fingerprint import Fingerprint
+from dpnlu.nlu.classifier import Architecture, build
+from dpnlu.nlu.data import Corpus, Example, HashedVocabulary, WordList
+from dpnlu.nlu.encoding import Encoding, Labels, WordEncoding
+from dpnlu.nlu.fingerprint import Fingerprint
 
 
 def _example(split: str, number: int, intent: str) -> Example:

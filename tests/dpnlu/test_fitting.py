@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dpnlu import fitting
-from dpnlu.checkpoint import CheckpointError, Checkpoints, load_checkpoint, save_checkpoint
-from dpnlu.fitting import ComputeConfig, FitResult, Randomness, Recipe, check_fit, fit
-from dpnlu.ledger import Ledger
-from dpnlu.plan import PrivacyPlan
+from dpnlu.mechanism.ledger import Ledger
+from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.training import loop as fitting
+from dpnlu.training.checkpoint import CheckpointError, Checkpoints, load_checkpoint, save_checkpoint
+from dpnlu.training.loop import ComputeConfig, FitResult, Randomness, Recipe, check_fit, fit
 
 SIZE = 60
 TRUE = torch.tensor([1.0, -2.0, 0.5])

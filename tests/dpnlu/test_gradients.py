@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpnlu import gradients
-from dpnlu.gradients import Bags, Dense, GramCache, OuterProducts, Rows
-from dpnlu.uses import combine, squared_norms
+from dpnlu.gradients import forms as gradients
+from dpnlu.gradients.forms import Bags, Dense, GramCache, OuterProducts, Rows
+from dpnlu.gradients.uses import combine, squared_norms
 
 pytestmark = pytest.mark.usefixtures("double")
 

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpnlu.clipped import add_clipped, gradient_norms
-from dpnlu.compiled import CompiledClipping
-from dpnlu.engines import BookKeeping
-from dpnlu.gradients import Bags, Dense, OuterProducts, Rows
-from dpnlu.plan import PrivacyPlan
-from dpnlu.uses import combine
+from dpnlu.engines.base import BookKeeping
+from dpnlu.engines.clipped import add_clipped, gradient_norms
+from dpnlu.engines.compiled import CompiledClipping
+from dpnlu.gradients.forms import Bags, Dense, OuterProducts, Rows
+from dpnlu.gradients.uses import combine
+from dpnlu.mechanism.plan import PrivacyPlan
 
 BOUND = 0.02
 EXCESS = 1 + 1e-3

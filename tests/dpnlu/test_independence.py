@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from dpnlu.batches import Places, by_example, exchanged, leaves_of
-from dpnlu.errors import UnsupportedLayerError
-from dpnlu.moment import Moments
-from dpnlu.training import privatize
+from dpnlu.engines.batches import Places, by_example, exchanged, leaves_of
+from dpnlu.engines.moment import Moments
+from dpnlu.gradients.errors import UnsupportedLayerError
+from dpnlu.training.handle import privatize
 
 SIZE, WIDTH, CLASSES = 12, 5, 3
 PRECISIONS = {

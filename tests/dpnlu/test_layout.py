@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpnlu.layout import Layout, added_up, by_example, candidates
+from dpnlu.gradients.layout import Layout, added_up, by_example, candidates
 
 BATCH, ENTRIES = 3, 2
 LAYOUTS = {

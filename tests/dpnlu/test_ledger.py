@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dpnlu.accounting import epsilon
-from dpnlu.ledger import Ledger, LedgerError
+from dpnlu.accounting.accountants import epsilon
+from dpnlu.mechanism.ledger import Ledger, LedgerError
 
 
 @pytest.fixture
@@ -65,7 +65,9 @@ def test_the_name_of_a_new_file_is_on_disk_before_anything_is_released(
     make_plan, path, monkeypatch
 ):
     synced = []
-    monkeypatch.setattr("dpnlu.ledger.sync", lambda place: synced.append((place, path.exists())))
+    monkeypatch.setattr(
+        "dpnlu.mechanism.ledger.sync", lambda place: synced.append((place, path.exists()))
+    )
     Ledger(make_plan(), path=path).close()
     assert synced == [(path.parent, True)]
 
@@ -73,8 +75,8 @@ def test_the_name_of_a_new_file_is_on_disk_before_anything_is_released(
 def test_a_killed_process_leaves_all_entries(make_plan, path):
     plan = make_plan()
     code = (
-        "import json, os, sys; from pathlib import Path; from dpnlu.ledger import Ledger;"
-        "from dpnlu.plan import PrivacyPlan; plan = PrivacyPlan.from_dict(json.loads(sys.argv[2]));"
+        "import json, os, sys; from pathlib import Path; from dpnlu.mechanism.ledger import Ledger;"
+        "from dpnlu.mechanism.plan import PrivacyPlan; plan = PrivacyPlan.from_dict(json.loads(sys.argv[2]));"
         "ledger = Ledger(plan, path=Path(sys.argv[1]));"
         "[ledger.append(plan.event_at(step)) for step in range(2)]; os._exit(9)"
     )

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpnlu.classifier import Architecture, Classifier, build
-from dpnlu.data import Example, HashedVocabulary
-from dpnlu.encoding import Labels, encode_all
-from dpnlu.frozen import read_once
-from dpnlu.models import IGNORED_TAG, EncoderClassifier, Outputs, intent_slot_loss
+from dpnlu.nlu.classifier import Architecture, Classifier, build
+from dpnlu.nlu.data import Example, HashedVocabulary
+from dpnlu.nlu.encoding import Labels, encode_all
+from dpnlu.nlu.feature_cache import read_once
+from dpnlu.nlu.models import IGNORED_TAG, EncoderClassifier, Outputs, intent_slot_loss
 
 LABELS = Labels(("ask", "tell"), ("B-x", "I-x", "O"))
 TEXTS = ("call 4 7 1", "wake me up at noon please", "no", "a rather long request with many words")

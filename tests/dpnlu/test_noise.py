@@ -8,8 +8,8 @@ import pytest
 import torch
 from scipy import stats
 
-from dpnlu import noise
-from dpnlu.noise import (
+from dpnlu.mechanism import noise
+from dpnlu.mechanism.noise import (
     entropy_generator,
     entropy_generators,
     fill_gaussian,

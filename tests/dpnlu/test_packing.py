@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from dpnlu.packing import Packing, PackRows, SpreadRows, UnpackRows
-from dpnlu.rules import OPERATIONS
-from dpnlu.signature import signature_of, walk
-from dpnlu.tape import Tape
+from dpnlu.gradients.packing import Packing, PackRows, SpreadRows, UnpackRows
+from dpnlu.gradients.rules import OPERATIONS
+from dpnlu.gradients.signature import signature_of, walk
+from dpnlu.gradients.tape import Tape
 
 pytestmark = pytest.mark.usefixtures("double")
 

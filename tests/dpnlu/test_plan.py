@@ -6,8 +6,8 @@ from dataclasses import FrozenInstanceError, dataclass, field
 
 import pytest
 
-from dpnlu.accounting import SampledGaussian, epsilon
-from dpnlu.plan import PrivacyPlan
+from dpnlu.accounting.accountants import SampledGaussian, epsilon
+from dpnlu.mechanism.plan import PrivacyPlan
 
 CALIBRATION = {
     "target_epsilon": 4.0,

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from dpnlu.pld import grid_for, pld_epsilon
+from dpnlu.accounting.pld import grid_for, pld_epsilon
 
 
 def random_question(seed):

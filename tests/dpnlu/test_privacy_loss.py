@@ -7,7 +7,7 @@ import pytest
 from dp_accounting.pld import privacy_loss_distribution
 from scipy import special
 
-from dpnlu.privacy_loss import loss_distributions, sampled_losses
+from dpnlu.accounting.loss_distribution import loss_distributions, sampled_losses
 
 # Noise multiplier, sample rate, grid.
 SETTINGS = [

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dpnlu import products
-from dpnlu.products import Multiplier, add_product_
+from dpnlu.gradients import kernels as products
+from dpnlu.gradients.kernels import Multiplier, add_product_
 
 # (rows, terms, columns): too small for the fast kernel, of one block, of several and a rest.
 SHAPES = [(1, 1, 1), (3, 4, 5), (64, 65, 70), (40, 300, 257), (9, 1900, 33), (0, 4, 5), (4, 0, 5)]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dpnlu.classifier import pretrained
-from dpnlu.progress import bars
+from dpnlu.nlu.classifier import pretrained
+from dpnlu.runs.progress import bars
 
 VARIABLE = "HF_HUB_DISABLE_PROGRESS_BARS"
 
@@ -34,9 +34,9 @@ def test_bars_of_loading_are_silenced_for_a_while_only(
 
 def test_bars_of_a_library_that_is_loaded_later_are_silenced_too(tiny_encoder: Path) -> None:
     script = f"""
-        from dpnlu.progress import bars
+        from dpnlu.runs.progress import bars
         with bars(quiet=True):
-            from dpnlu.classifier import pretrained
+            from dpnlu.nlu.classifier import pretrained
             pretrained({str(tiny_encoder)!r})
     """
     run = subprocess.run(

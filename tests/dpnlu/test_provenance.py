@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpnlu.errors import UnsupportedLayerError
-from dpnlu.provenance import Provenance
-from dpnlu.training import privatize
+from dpnlu.gradients.errors import UnsupportedLayerError
+from dpnlu.gradients.provenance import Provenance
+from dpnlu.training.handle import privatize
 
 pytestmark = [
     pytest.mark.usefixtures("double"),

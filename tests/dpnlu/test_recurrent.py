@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from dpnlu.rules import OPERATIONS
-from dpnlu.tape import Tape
+from dpnlu.gradients.rules import OPERATIONS
+from dpnlu.gradients.tape import Tape
 
 pytestmark = pytest.mark.usefixtures("double")
 

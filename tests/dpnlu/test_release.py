@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from dpnlu.cli import main
-from dpnlu.ledger import Ledger
-from dpnlu.saving import load
+from dpnlu.cli.main import main
+from dpnlu.mechanism.ledger import Ledger
+from dpnlu.runs.model_directory import load
 
 ROWS = [
     {"text": f"{word} {number}", "intent": intent, "split": split}
@@ -189,10 +189,10 @@ def test_partial_files_are_no_part_of_the_model(interrupted: Training) -> None:
 def test_a_model_that_was_written_and_not_tidied_up_is(
     training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dpnlu.release
+    import dpnlu.runs.resumable
 
     with monkeypatch.context() as patched:
-        patched.setattr(dpnlu.release, "tidy", lambda directory: os.kill(os.getpid(), 15))
+        patched.setattr(dpnlu.runs.resumable, "tidy", lambda directory: os.kill(os.getpid(), 15))
         assert training() == 1
     assert training.run.exists() and training.checkpoint.exists()
     load(training.out)
@@ -228,13 +228,13 @@ def test_what_an_aborted_start_leaves_is_begun_anew(
     training: Training, monkeypatch: pytest.MonkeyPatch, death: str, how: tuple[str, ...]
 ) -> None:
     """Also by a training with other settings: nothing was spent."""
-    import dpnlu.release
+    import dpnlu.runs.resumable
 
     def dies(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(dpnlu.release, "train", dies)
+        patched.setattr(dpnlu.runs.resumable, "train", dies)
         assert training("--seed", "5") == 1
     assert set(training.content()) == {"run.json", "ledger.jsonl"}
     ABORTED[death](training)
@@ -276,14 +276,14 @@ def test_an_engine_of_another_plan_is_refused_before_anything_is_written(
 def test_a_model_that_cannot_be_trained_is_refused_before_anything_is_written(
     training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dpnlu.classifier
+    import dpnlu.nlu.classifier
 
-    class Normalized(dpnlu.classifier.BiLSTMClassifier):
+    class Normalized(dpnlu.nlu.classifier.BiLSTMClassifier):
         def __init__(self, **sizes: Any) -> None:
             super().__init__(**sizes)
             self.normalization = torch.nn.BatchNorm1d(3)
 
-    monkeypatch.setattr(dpnlu.classifier, "BiLSTMClassifier", Normalized)
+    monkeypatch.setattr(dpnlu.nlu.classifier, "BiLSTMClassifier", Normalized)
     training.assert_refused("batch normalisation")
     assert not training.out.exists()
 
@@ -404,13 +404,13 @@ def test_an_untrained_model_is_never_released(interrupted: Training) -> None:
 def test_a_short_training_is_saved_before_it_ends(
     training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dpnlu.release
+    import dpnlu.runs.resumable
 
     def dies(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(dpnlu.release, "measure", dies)
+        patched.setattr(dpnlu.runs.resumable, "measure", dies)
         assert training("--epochs", "0.6") == 1
     assert training.checkpoint.exists()
     assert training("--epochs", "0.6", "--resume") == 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpnlu.rounding import (
+from dpnlu.gradients.rounding import (
     full_precision,
     growth,
     inner_products,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from dpnlu.errors import UnsupportedLayerError
+from dpnlu.gradients.errors import UnsupportedLayerError
 
 pytestmark = pytest.mark.usefixtures("double")
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from dpnlu.sampling import LogicalBatch, logical_batches, physical_batches
+from dpnlu.mechanism.sampling import LogicalBatch, logical_batches, physical_batches
 
 DRAWS = 4000
 ACCEPTED, REJECTED = 1e-3, 1e-9

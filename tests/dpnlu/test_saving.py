@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpnlu import durable, saving
-from dpnlu.classifier import Architecture, Classifier, build
-from dpnlu.data import Example, HashedVocabulary, fitted_vocabulary
-from dpnlu.encoding import Labels, encode_all
-from dpnlu.fitting import Recipe
-from dpnlu.plan import PrivacyPlan
-from dpnlu.saving import ModelDirectoryError, load, save
+from dpnlu.mechanism import durable
+from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.nlu.classifier import Architecture, Classifier, build
+from dpnlu.nlu.data import Example, HashedVocabulary, fitted_vocabulary
+from dpnlu.nlu.encoding import Labels, encode_all
+from dpnlu.runs import model_directory as saving
+from dpnlu.runs.model_directory import ModelDirectoryError, load, save
+from dpnlu.training.loop import Recipe
 
 LABELS = Labels(("ask", "tell"), ("B-x", "O"))
 RECIPE = Recipe(epochs=3, batch_size=8, learning_rate=0.01)

@@ -5,9 +5,9 @@ import torch
 from scipy import stats
 from torch import nn
 
-from dpnlu import sums
-from dpnlu.noise import entropy_generators
-from dpnlu.sums import NoisySums
+from dpnlu.mechanism.noise import entropy_generators
+from dpnlu.training import logical_batch as sums
+from dpnlu.training.logical_batch import NoisySums
 
 # A run with fresh entropy must not fail by chance.
 ACCEPTED, REJECTED = 1e-6, 1e-12

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from dpnlu.errors import UnsupportedLayerError
-from dpnlu.rules import OPERATIONS
-from dpnlu.signature import signature_of, walk
-from dpnlu.tape import Tape
+from dpnlu.gradients.errors import UnsupportedLayerError
+from dpnlu.gradients.rules import OPERATIONS
+from dpnlu.gradients.signature import signature_of, walk
+from dpnlu.gradients.tape import Tape
 
 pytestmark = pytest.mark.usefixtures("double")
 

@@ -15,12 +15,12 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpnlu import clipped
-from dpnlu.accounting import SampledGaussian, epsilon
-from dpnlu.errors import UnsupportedLayerError
-from dpnlu.gradients import SquaredNorms
-from dpnlu.ledger import Ledger, LedgerError
-from dpnlu.training import NonFiniteBatchError, privatize
+from dpnlu.accounting.accountants import SampledGaussian, epsilon
+from dpnlu.engines import clipped
+from dpnlu.gradients.errors import UnsupportedLayerError
+from dpnlu.gradients.forms import SquaredNorms
+from dpnlu.mechanism.ledger import Ledger, LedgerError
+from dpnlu.training.handle import NonFiniteBatchError, privatize
 
 MICROBATCH = {"clipping_unit": "microbatch", "microbatches": 3}
 PER_EXAMPLE = ["book_keeping", "per_example", "opacus"]
@@ -411,8 +411,8 @@ def test_a_killed_run_has_recorded_the_step_it_died_in(tmp_path):
     code = textwrap.dedent("""
         import os, sys, torch
         from pathlib import Path
-        from dpnlu.plan import PrivacyPlan
-        from dpnlu.training import privatize
+        from dpnlu.mechanism.plan import PrivacyPlan
+        from dpnlu.training.handle import privatize
         model = torch.nn.Linear(3, 1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         plan = PrivacyPlan(noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=1.0, steps=5,

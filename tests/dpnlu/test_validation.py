@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from dpnlu.errors import UnsupportedLayerError
-from dpnlu.validation import check_trainable
+from dpnlu.engines.refusals import check_trainable
+from dpnlu.gradients.errors import UnsupportedLayerError
 
 
 def _check(model: nn.Module, parameters=None) -> list[nn.Parameter]:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dpnlu.errors import UnsupportedLayerError
-from dpnlu.training import privatize
+from dpnlu.gradients.errors import UnsupportedLayerError
+from dpnlu.training.handle import privatize
 
 FEATURES, CLASSES, SIZE = 6, 3, 12
 PRECISIONS = {

@@ -31,11 +31,11 @@ import safetensors
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import dpnlu.checkpoint
-import dpnlu.saving
-from dpnlu.cli import main
-from dpnlu.ledger import Ledger
-from dpnlu.saving import load
+import dpnlu.runs.model_directory
+import dpnlu.training.checkpoint
+from dpnlu.cli.main import main
+from dpnlu.mechanism.ledger import Ledger
+from dpnlu.runs.model_directory import load
 
 # Whatever changes a file or a directory goes through one of these.
 OPERATIONS = ("write", "fsync", "replace", "rename", "unlink", "mkdir", "rmdir", "ftruncate")
@@ -98,7 +98,7 @@ class Operations:
         self._files: dict[int, str] = {}
         for name in OPERATIONS:
             setattr(os, name, self._counted(name, getattr(os, name)))
-        for module in (dpnlu.checkpoint, dpnlu.saving):
+        for module in (dpnlu.training.checkpoint, dpnlu.runs.model_directory):
             module.save_file = self._counted("save_file", module.save_file)
 
     def _counted(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,14 +20,14 @@ from torch.nn import functional as F
 from attacks.canaries import all_secrets, parse_canary
 from attacks.farm import load_arrays
 from attacks.report import validate
-from dpnlu.classifier import Architecture, build
-from dpnlu.cli import main
+from dpnlu.cli.main import main
 from dpnlu.compare.attacking import Claim, attack
 from dpnlu.compare.running import Settings, claim_directory
 from dpnlu.compare.study import Study, canary_example, read_canary_losses, read_signals
-from dpnlu.data import HashedVocabulary, drop_repeated, synthetic_corpus
-from dpnlu.encoding import Labels, batches, encode_all
-from dpnlu.models import Batch
+from dpnlu.nlu.classifier import Architecture, build
+from dpnlu.nlu.data import HashedVocabulary, drop_repeated, synthetic_corpus
+from dpnlu.nlu.encoding import Labels, batches, encode_all
+from dpnlu.nlu.models import Batch
 
 # With `--dist loadgroup`, one worker makes the study for all.
 pytestmark = pytest.mark.xdist_group("study")
@@ -262,7 +262,7 @@ def test_a_study_whose_start_was_killed_can_be_begun(tmp_path: Path) -> None:
 def test_a_study_that_is_told_to_end_says_so_once_and_can_be_gone_on_with(
     end: str, tmp_path: Path
 ) -> None:
-    code = "import os, sys; os.cpu_count = lambda: 2; from dpnlu.cli import main; "
+    code = "import os, sys; os.cpu_count = lambda: 2; from dpnlu.cli.main import main; "
     command = [sys.executable, "-c", f"{code}sys.exit(main(sys.argv[1:]))", *COMPARE]
     command += ["--epsilons", "inf", "--epochs", "9", "--out", str(tmp_path / "out")]
     study = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -291,7 +291,7 @@ def test_quiet_means_no_progress_of_any_library(tiny_encoder: Path, tmp_path: Pa
     for split, size in (("train", 80), ("test", 20)):
         rows = "".join(f"say {split} {n},{'ab'[n % 2]}\n" for n in range(size))
         (tmp_path / "data" / f"{split}.csv").write_text(f"text,intent\n{rows}", encoding="utf-8")
-    code = "import os, sys; os.cpu_count = lambda: 2; from dpnlu.cli import main; "
+    code = "import os, sys; os.cpu_count = lambda: 2; from dpnlu.cli.main import main; "
     command = [sys.executable, "-c", f"{code}sys.exit(main(sys.argv[1:]))", "compare", "--quiet"]
     command += ["--data", f"hf:{tmp_path / 'data'}", "--model", f"encoder:{tiny_encoder}"]
     command += ["--epsilons", "inf", "--epochs", "1", "--references", "2", "--attacks", "loss"]

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dpnlu.engines import PerExample
-from dpnlu.errors import UnsupportedLayerError
-from dpnlu.plan import PrivacyPlan
-from dpnlu.training import PrivateTraining, privatize
+from dpnlu.engines.base import PerExample
+from dpnlu.gradients.errors import UnsupportedLayerError
+from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.training.handle import PrivateTraining, privatize
 from tests.zoo.subjects import Subject, Texts, move_parameters
 
 # From the worst on.

@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests of `dpnlu.data`."""
+"""Fixtures shared by the tests of `dpnlu.nlu.data`."""
 
 import os
 from pathlib import Path

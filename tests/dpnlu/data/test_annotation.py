@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpnlu.data.annotation import (
+from dpnlu.nlu.data.annotation import (
     Segment,
     character_segments,
     inline_segments,
@@ -14,9 +14,9 @@ from dpnlu.data.annotation import (
     text_of,
     tokenize,
 )
-from dpnlu.data.errors import DataError
-from dpnlu.data.iob import spans, violation
-from dpnlu.data.snips import tokenize_snips
+from dpnlu.nlu.data.errors import DataError
+from dpnlu.nlu.data.iob import spans, violation
+from dpnlu.nlu.data.snips import tokenize_snips
 
 WORDS = st.text(alphabet="abé 1'’.,!", min_size=1, max_size=8).filter(str.strip)
 SLOTS = st.sampled_from(["time", "place_name", "a-b"])

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpnlu.data import DataError
-from dpnlu.data.assembly import SPLIT_NAMES, Row, assembled, drawn_split, with_drawn_valid
+from dpnlu.nlu.data import DataError
+from dpnlu.nlu.data.assembly import SPLIT_NAMES, Row, assembled, drawn_split, with_drawn_valid
 
 
 def rows(count: int, split: str | None = None) -> list[Row]:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dpnlu.data import DataError, load_clinc150, load_corpus
-from dpnlu.data.records import SPLITS
+from dpnlu.nlu.data import DataError, load_clinc150, load_corpus
+from dpnlu.nlu.data.records import SPLITS
 
 CONTENT = {
     "oos_train": [["who won", "oos"]],

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from dpnlu.data import DataError, load_corpus, load_hub
-from dpnlu.data.assembly import drawn_split
+from dpnlu.nlu.data import DataError, load_corpus, load_hub
+from dpnlu.nlu.data.assembly import drawn_split
 
 datasets = pytest.importorskip("datasets")
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dpnlu.data import Corpus, DataError, load_corpus, load_hwu64
-from dpnlu.data.assembly import drawn_split
-from dpnlu.data.records import SPLITS
+from dpnlu.nlu.data import Corpus, DataError, load_corpus, load_hwu64
+from dpnlu.nlu.data.assembly import drawn_split
+from dpnlu.nlu.data.records import SPLITS
 
 FOLD_HEADER = "answerid;scenario;intent;answer_annotation;answer_from_anno;answer_from_user\n"
 FULL_HEADER = (

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from seqeval.scheme import IOB2, Entities
 
-from dpnlu.data.iob import Span, iob2, slot_of, spans, tags_of, violation
+from dpnlu.nlu.data.iob import Span, iob2, slot_of, spans, tags_of, violation
 
 TAGS = st.lists(st.sampled_from(["O", "B-a", "I-a", "B-b", "I-b"]), max_size=8)
 ODD_TAGS = st.lists(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dpnlu.data import DataError, load_corpus, load_jsonl
+from dpnlu.nlu.data import DataError, load_corpus, load_jsonl
 
 ROWS: list[dict[str, Any]] = [
     {

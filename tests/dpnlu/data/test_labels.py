@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dpnlu.data import DataError, read_labels
+from dpnlu.nlu.data import DataError, read_labels
 
 
 def write(path: Path, content: object) -> Path:

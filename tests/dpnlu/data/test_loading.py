@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import dpnlu.data
-from dpnlu.data import ACCEPTED_SPECS, DataError, load_corpus
+import dpnlu.nlu.data
+from dpnlu.nlu.data import ACCEPTED_SPECS, DataError, load_corpus
 
 # Each format's own test loads it by its SPEC; here are the SPECs that lead nowhere.
 
@@ -76,10 +76,10 @@ def _imports(path: Path) -> set[str]:
 
 
 def test_the_package_needs_only_the_standard_library_and_itself() -> None:
-    for path in Path(dpnlu.data.__file__).parent.glob("*.py"):
+    for path in Path(dpnlu.nlu.data.__file__).parent.glob("*.py"):
         foreign = {
             name
             for name in _imports(path)
-            if name not in sys.stdlib_module_names and not name.startswith("dpnlu.data")
+            if name not in sys.stdlib_module_names and not name.startswith("dpnlu.nlu.data")
         }
         assert foreign == ({"datasets"} if path.name == "hub.py" else set()), path.name

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dpnlu.data import DataError
-from dpnlu.data.reading import parse_json, read_lines, read_table, read_text
+from dpnlu.nlu.data import DataError
+from dpnlu.nlu.data.reading import parse_json, read_lines, read_table, read_text
 
 
 def test_text_is_read_with_or_without_compression_and_mark(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dpnlu.data import Corpus, DataError, Example, normalized
+from dpnlu.nlu.data import Corpus, DataError, Example, normalized
 
 
 def example(name: str = "train-00000", **changes: Any) -> Example:

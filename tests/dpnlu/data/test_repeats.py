@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpnlu.data import (
+from dpnlu.nlu.data import (
     Corpus,
     DataError,
     Example,

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from dpnlu.data import Corpus, DataError, load_corpus, load_snips
-from dpnlu.data.assembly import drawn_split
-from dpnlu.data.records import SPLITS
-from dpnlu.data.snips import tokenize_snips
+from dpnlu.nlu.data import Corpus, DataError, load_corpus, load_snips
+from dpnlu.nlu.data.assembly import drawn_split
+from dpnlu.nlu.data.records import SPLITS
+from dpnlu.nlu.data.snips import tokenize_snips
 
 GOO = {
     "train": ("play  abba \nadd it\n", "O  B-artist \nO O\n", "PlayMusic\nAddToPlaylist\n"),

@@ -11,13 +11,13 @@ import pytest
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from dpnlu.data import Corpus, DataError, load_corpus, normalized, synthetic_corpus
-from dpnlu.data.grammar import AMBIGUITIES, CLOSINGS, INTENTS, OPENINGS, PHRASES, SLOTS
-from dpnlu.data.iob import spans
+from dpnlu.nlu.data import Corpus, DataError, load_corpus, normalized, synthetic_corpus
+from dpnlu.nlu.data.grammar import AMBIGUITIES, CLOSINGS, INTENTS, OPENINGS, PHRASES, SLOTS
+from dpnlu.nlu.data.iob import spans
 
 DIGEST_PROGRAM = """
 import hashlib
-from dpnlu.data import synthetic_corpus
+from dpnlu.nlu.data import synthetic_corpus
 print(hashlib.sha256(repr(synthetic_corpus(300, seed=5).examples).encode()).hexdigest())
 """
 

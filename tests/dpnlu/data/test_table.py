@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dpnlu.data import DataError, load_corpus, load_table
+from dpnlu.nlu.data import DataError, load_corpus, load_table
 
 
 def write(path: Path, text: str) -> Path:

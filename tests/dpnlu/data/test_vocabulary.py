@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpnlu.data import (
+from dpnlu.nlu.data import (
     DataError,
     HashedVocabulary,
     Vocabulary,
@@ -20,7 +20,7 @@ from dpnlu.data import (
     synthetic_corpus,
     vocabulary_from_dict,
 )
-from dpnlu.data.vocabulary import UNKNOWN_ID, normalized_token
+from dpnlu.nlu.data.vocabulary import UNKNOWN_ID, normalized_token
 
 WORDS = WordList(words=("dvořák", "play", "42"), is_public=True)
 VOCABULARIES: list[Vocabulary] = [

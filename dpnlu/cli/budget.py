@@ -1,0 +1,90 @@
+"""`dpnlu budget`: which ε a mechanism has, or which noise an ε needs. Loads no torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from typing import Any
+
+from dpnlu.accounting.accountants import ACCOUNTANTS
+from dpnlu.mechanism.plan import PrivacyPlan
+
+# As good as 0, for which there is no noise.
+_SMALLEST_EPSILON = 1e-300
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser("budget", help="ε of a mechanism, or the noise an ε needs")
+    parser.add_argument("--num-examples", type=int, required=True)
+    parser.add_argument("--batch-size", type=int, required=True, help="expected batch size")
+    parser.add_argument("--epochs", type=float, required=True)
+    parser.add_argument("--delta", type=float, default=1e-5)
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--epsilon", type=float)
+    given.add_argument("--noise-multiplier", type=float)
+    parser.add_argument("--noise-schedule", default="constant", help="or exponential:F, inverse:F")
+    parser.add_argument("--microbatches", type=int, help="clip micro-batches: sensitivity 2C")
+    parser.add_argument("--accountant", choices=sorted(ACCOUNTANTS), default="pld")
+    parser.add_argument("--json", action="store_true", help="print JSON; an infinite ε is null")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the plan that the options describe, and its ε."""
+    plan = plan_of(options)
+    found = {
+        "epsilon": plan.epsilon(accountant=options.accountant),
+        "delta": plan.target_delta,
+        "noise_multiplier": plan.noise_multiplier,
+        "sample_rate": plan.sample_rate,
+        "steps": plan.steps,
+        "adjacency": plan.adjacency,
+        "unit": plan.unit,
+        "accountant": options.accountant,
+    }
+    if plan.noise_schedule != "constant":
+        found["constant_noise_multiplier_of_equal_epsilon"] = _constant(plan).noise_multiplier
+    if options.json:
+        known = {name: None if value == math.inf else value for name, value in found.items()}
+        print(json.dumps(known, allow_nan=False))
+        return
+    for name, value in found.items():
+        number = f"{value:.6g}" if isinstance(value, float) else value
+        print(f"{name.replace('_', ' ')}: {number}")
+
+
+def plan_of(options: argparse.Namespace) -> PrivacyPlan:
+    """The plan for a target ε, or for a given noise multiplier.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    target = options.epsilon if options.epsilon is not None else float("inf")
+    plan = PrivacyPlan.calibrate(
+        target_epsilon=target,
+        target_delta=options.delta,
+        num_examples=options.num_examples,
+        expected_batch_size=options.batch_size,
+        epochs=options.epochs,
+        max_grad_norm=1.0,
+        clipping_unit="example" if options.microbatches is None else "microbatch",
+        microbatches=options.microbatches,
+        noise_schedule=options.noise_schedule,
+    )
+    if options.noise_multiplier is None:
+        return plan
+    return plan.with_noise(options.noise_multiplier)
+
+
+def _constant(plan: PrivacyPlan) -> PrivacyPlan:
+    """The plan of the same ε whose noise does not change: what a schedule has to beat."""
+    return PrivacyPlan.calibrate(
+        target_epsilon=max(plan.epsilon(), _SMALLEST_EPSILON),
+        target_delta=plan.target_delta,
+        num_examples=plan.num_examples,
+        expected_batch_size=round(plan.expected_batch_size),
+        steps=plan.steps,
+        max_grad_norm=plan.max_grad_norm,
+    )

@@ -1,0 +1,330 @@
+"""Compiled steps: forward pass, backward pass and norms as one program for torch.compile.
+
+Inside a compiled model the tape sees nothing. But it can be traced together with the model: where
+an ordinary step runs the model, asks automatic differentiation for the gradients of what was
+recorded, and takes their norms, here all of that runs once on tensors without values while every
+operation it comes to is noted down. What results is a program without modules, gradients or Python,
+which torch compiles as it stands. It holds for one shape of the batch; each shape gets its own.
+
+The sums are not part of it. They are large products that a compiler does not make faster, and they
+begin as noise, whose memory is not there while the forward pass needs its own.
+
+Guarantee: that of the engine, as far as torch's compiler keeps what programs mean. The operations
+of each program, before they are compiled, are compared with plain automatic differentiation, as the
+engine's courses are. What a program would keep from its tracing, though it may change or belongs to
+one batch, is refused (`dpnlu.engines.tracing`). Numbers that the losses' function holds otherwise stay what
+they were.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from dpnlu.engines.base import BookKeeping
+from dpnlu.engines.checks import own_generator
+from dpnlu.engines.clipped import Clipped, Parts
+from dpnlu.engines.refusals import check_losses
+from dpnlu.engines.tracing import traced
+from dpnlu.engines.verification import Evidence, draw_weights
+from dpnlu.gradients.errors import UnsupportedLayerError
+from dpnlu.gradients.forms import SquaredNorms
+from dpnlu.gradients.rounding import full_precision
+from dpnlu.gradients.signature import Signature
+
+# That many programs are compiled without a word.
+_PROGRAMS = 8
+
+Program = Callable[..., Any]
+Parameters = list[nn.Parameter]
+
+
+@dataclass
+class _Programs:
+    """What there is for one shape of the batch.
+
+    Attributes:
+        find: tensors of the batch, number of losses that count -> losses, norms, and the tensors of
+            the per-example gradients.
+        forms: of these gradients.
+        check: weights, draws, tensors of the batch, number -> whether examples keep apart, and the
+            fields of `Evidence`; None: nothing is checked.
+        is_new: not run yet.
+    """
+
+    find: Program
+    forms: _Forms
+    check: Program | None
+    is_new: bool = True
+
+    def run(
+        self, inputs: tuple[Tensor, ...], device: torch.device
+    ) -> tuple[Parts, SquaredNorms, Tensor]:
+        """The gradients, their squared norms, and the losses."""
+        with torch.no_grad(), full_precision(device):
+            losses, values, slack, *tensors = self.find(*inputs)
+        return self.forms.filled(tensors), SquaredNorms(values, slack), losses
+
+
+class CompiledClipping:
+    """Adds clipped gradients to sums by compiled programs, which are made as shapes come."""
+
+    def __init__(
+        self,
+        engine: BookKeeping,
+        losses_of: Callable[[Any], Tensor],
+        *,
+        scale: float,
+        backend: str,
+    ) -> None:
+        """Nothing is compiled yet.
+
+        Args:
+            losses_of: batch -> (B,) losses of the model that the engine watches.
+            scale: of all that is added.
+            backend: of `torch.compile`.
+
+        Raises:
+            UnsupportedLayerError: the model is recurrent.
+        """
+        for name, module in engine.model.named_modules():
+            if isinstance(module, nn.RNNBase):
+                raise UnsupportedLayerError(
+                    f"Expected a model without recurrent layers, got {type(module).__name__} at "
+                    f"{name or 'the top'}: unrolled over time it takes minutes to compile and "
+                    "gains nothing; use private.stepper."
+                )
+        self._engine, self._losses_of = engine, losses_of
+        self._scale, self._backend = scale, backend
+        self._generator = own_generator()
+        self._programs: dict[Any, _Programs] = {}
+
+    def add_clipped(
+        self, batch: Any, *, count: int, kept: int, into: Mapping[nn.Parameter, Tensor]
+    ) -> Clipped:
+        """Add scale * (sum of clipped gradients) to the buffers of `into`.
+
+        Args:
+            batch: tensors, numbers and strings in dictionaries, lists and tuples.
+            count: number of examples in it.
+            kept: of the first so many examples; the others add nothing.
+
+        Raises:
+            TypeError: the batch holds something else.
+            UnsupportedLayerError: the model cannot be traced, or mixes examples.
+        """
+        leaves, nesting = tree_flatten(batch)
+        tensors = [leaf.contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
+        device = next(iter(into)).device
+        inputs = (*tensors, torch.tensor(kept, device=device))
+        key = (count, repr(nesting), *map(_described, leaves), *self._modes(device.type))
+        programs = self._programs.get(key)
+        if programs is None:
+            self._run_once(batch, device)
+            with self._unchanged(tensors):
+                programs = self._made(leaves, nesting, count, inputs, list(into))
+            self._programs[key] = programs
+            self._warn_of_many()
+        with self._unchanged(tensors) if programs.is_new else nullcontext():
+            if programs.check is not None:
+                self._check(programs.check, key, inputs, list(into))
+            parts, norms, losses = programs.run(inputs, device)
+        programs.is_new = False
+        return self._engine.add_found(parts, norms, losses, into=into, scale=self._scale)
+
+    def _run_once(self, batch: Any, device: torch.device) -> None:
+        """Have the model compute what it computes once and keeps while tensors have values."""
+        devices = [] if device.type == "cpu" else [device]
+        with torch.no_grad(), torch.random.fork_rng(devices, device_type=device.type):
+            self._losses_of(batch)
+
+    def _check(
+        self,
+        check: Program,
+        key: tuple[Any, ...],
+        inputs: tuple[Tensor, ...],
+        parameters: Parameters,
+    ) -> None:
+        """Check the batch, if it is its turn."""
+        checks, names = self._engine.checks, self._engine.names
+        assert checks is not None
+        rows, gradients = checks.meet(key)
+        if not (rows or gradients):
+            return
+        like = torch.empty(key[0], device=inputs[-1].device)
+        narrow = torch.get_autocast_dtype(like.device.type) is torch.float16
+        with torch.no_grad(), full_precision(like.device):
+            weights = draw_weights(like, narrow=narrow, generator=self._generator)
+            draws = torch.rand(key[0], generator=self._generator).to(like)
+            agree, *found = check(weights, draws, *inputs)
+        if not bool(agree):
+            raise UnsupportedLayerError(
+                "Expected the loss of one example to depend on that example alone, and dimension 0 "
+                "of every activation to hold the examples, got a forward pass in which examples "
+                "mix or lie otherwise: use private.stepper, which says where."
+            )
+        if Evidence(*found).proves([names[parameter] for parameter in parameters]):
+            checks.show_rows(key, [])
+            checks.show_parameters(key)
+
+    def _modes(self, device: str) -> tuple[Any, ...]:
+        """What else decides about the program: autocast, and all that modules keep beside the
+        values of tensors."""
+        casts = (torch.is_autocast_enabled(kind) for kind in ("cpu", device))
+        states = (state for m in self._engine.model.modules() for state in _state(m))
+        return (*casts, torch.get_autocast_dtype(device), *states)
+
+    @contextmanager
+    def _unchanged(self, tensors: list[Tensor]) -> Iterator[None]:
+        """See to it that the batch and the model's tensors stay as they are.
+
+        Raises:
+            UnsupportedLayerError: some are changed in place.
+        """
+        model = self._engine.model
+        watched = (*tensors, *model.parameters(), *model.buffers())
+        before = [tensor._version for tensor in watched]
+        yield
+        if before != [tensor._version for tensor in watched]:
+            raise UnsupportedLayerError(
+                "Expected a forward pass that leaves the batch and the model's buffers as they "
+                "are, got one that changes some in place: use private.stepper."
+            )
+
+    def _warn_of_many(self) -> None:
+        if len(self._programs) == _PROGRAMS + 1:
+            warnings.warn(
+                f"More than {_PROGRAMS} programs have been compiled, one for each shape of the "
+                "batch and each number or string in it: take fixed_size=True in the loader, pad "
+                "texts to few different lengths, and leave out what changes.",
+                stacklevel=5,
+            )
+
+    def _made(
+        self,
+        leaves: list[Any],
+        nesting: TreeSpec,
+        count: int,
+        inputs: tuple[Tensor, ...],
+        parameters: Parameters,
+    ) -> _Programs:
+        """Trace and compile; `inputs` show the shapes."""
+        engine, model = self._engine, self._engine.model
+        signatures: list[Signature] = []
+        forms: list[_Forms] = []
+
+        def losses(tensors: tuple[Tensor, ...]) -> Tensor:
+            *values, kept = tensors
+            batch = tree_unflatten(_with_tensors(leaves, iter(values)), nesting)
+            with engine.recording(batch, count):
+                found = self._losses_of(batch)
+            check_losses(found, count)
+            if engine.is_checkpointed:
+                raise UnsupportedLayerError(
+                    "Expected every module to run once, but activation checkpointing runs some "
+                    "again, with other units dropped if a program is traced: switch it off, or use "
+                    "private.stepper."
+                )
+            signatures.append(engine.signature_of(found))
+            return torch.where(torch.arange(count, device=found.device) < kept, found, 0.0)
+
+        def find(*tensors: Tensor) -> list[Tensor]:
+            found = losses(tensors)
+            parts, norms = engine.found_unchecked(found, parameters)
+            engine.expect(None)
+            forms.append(_Forms.of(parts))
+            return [found.detach(), norms.values, norms.slack, *forms[0].tensors()]
+
+        def check(weights: Tensor, draws: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            found = losses(tensors)
+            agree, evidence = engine.evidence(found, parameters, weights, draws)
+            engine.expect(None)
+            return agree, *vars(evidence).values()
+
+        drawn = [torch.ones(count, device=inputs[-1].device)] * 2
+        checking = None
+        if engine.checks is not None:
+            checking = traced(check, (*drawn, *inputs), model=model)
+        finding = traced(find, inputs, model=model)
+        is_doubtful = all(signature.is_doubtful for signature in signatures)
+        if is_doubtful or any(s != signatures[0] or s.chooses_rows for s in signatures):
+            raise UnsupportedLayerError(
+                "Expected a forward pass that takes the same course every time and the examples as "
+                "they come, got one that changes or picks rows by their values: use "
+                "private.stepper."
+            )
+        return _Programs(
+            find=torch.compile(finding, backend=self._backend, fullgraph=True, dynamic=False),
+            forms=forms[0],
+            check=checking,
+        )
+
+
+@dataclass(frozen=True)
+class _Forms:
+    """Per-example gradients of all parameters, whose tensors can be exchanged for others.
+
+    Attributes:
+        kinds: the classes of each parameter's uses.
+        leaves: all that the uses hold.
+        nesting: how.
+    """
+
+    kinds: Mapping[Tensor, Sequence[type[Any]]]
+    leaves: list[Any]
+    nesting: TreeSpec
+
+    @classmethod
+    def of(cls, parts: Parts) -> _Forms:
+        kinds = {parameter: [type(use) for use in uses] for parameter, uses in parts.items()}
+        held = [[tuple(vars(use).values()) for use in uses] for uses in parts.values()]
+        return cls(kinds, *tree_flatten(held))
+
+    def tensors(self) -> list[Tensor]:
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+    def filled(self, tensors: list[Tensor]) -> Parts:
+        """The gradients with these tensors in place of their own."""
+        held = tree_unflatten(_with_tensors(self.leaves, iter(tensors)), self.nesting)
+        return {
+            parameter: [kind(*values) for kind, values in zip(kinds, uses, strict=True)]
+            for (parameter, kinds), uses in zip(self.kinds.items(), held, strict=True)
+        }
+
+
+def _state(module: nn.Module) -> tuple[Any, ...]:
+    """What a module does depends on, beside the values of its tensors."""
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return (
+        *(value for value in vars(module).values() if isinstance(value, _PLAIN)),
+        *((id(tensor), tensor is not None and tensor.requires_grad) for tensor in tensors),
+        len(module._forward_hooks),
+        len(module._forward_pre_hooks),
+    )
+
+
+_PLAIN = (bool, int, float, str)
+
+
+def _described(leaf: Any) -> tuple[Any, ...]:
+    """What a program depends on: of tensors all but the values, of all else the value."""
+    if isinstance(leaf, Tensor):
+        return (leaf.shape, leaf.dtype, leaf.device)
+    if leaf is None or isinstance(leaf, _PLAIN):
+        return (type(leaf), leaf)
+    raise TypeError(
+        "Expected a batch of tensors, numbers and strings in dictionaries, lists and tuples, got "
+        f"{type(leaf).__name__}: convert it, for example by dict(batch)."
+    )
+
+
+def _with_tensors(leaves: list[Any], tensors: Iterator[Tensor]) -> list[Any]:
+    """The leaves with these tensors in place of their own."""
+    return [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in leaves]

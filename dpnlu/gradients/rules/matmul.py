@@ -1,0 +1,74 @@
+"""Products with a matrix or vector of weights, written by hand: `x @ W`, `W @ x`, `x @ v`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpnlu.gradients.errors import UnsupportedLayerError
+from dpnlu.gradients.forms import Gradients, OuterProducts
+from dpnlu.gradients.layout import Layout, by_example
+from dpnlu.gradients.tape import Tape
+from dpnlu.gradients.trace import Finish
+
+
+def matmul(tape: Tape, left: Tensor, right: Tensor) -> Any:
+    """A product with weights on one side; NotImplemented if they are a batch of matrices."""
+    if tape.is_free(right) and right.dim() <= 2:
+        finish = _weights_right(left, right)
+    elif tape.is_free(left) and left.dim() == 2:
+        finish = _weights_left(left, right)
+    else:
+        return NotImplemented
+    output = torch.matmul(left, right)
+    if output.requires_grad:
+        tape.record(output, finish, dims=range(max(1, output.dim() - (right.dim() == 2))))
+    return output
+
+
+def _weights_right(left: Tensor, weight: Tensor) -> Finish:
+    """y = x W, with W (d, p) or (d,): the weight's gradient is Σ_t a_t b_tᵀ."""
+    received, is_vector = left.detach(), weight.dim() == 1
+    if left.dim() == 1:
+        raise UnsupportedLayerError("the product of one vector of all examples with weights mixes.")
+
+    def finish(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
+        arrived = gradient.unsqueeze(-1) if is_vector else gradient
+        pair = by_example(received, layout), by_example(arrived, layout)
+        yield weight, OuterProducts(*pair, transposed=True)
+
+    return finish
+
+
+def _weights_left(weight: Tensor, right: Tensor) -> Finish:
+    """y = W x, with x (B, …, d, p): as xᵀ Wᵀ."""
+    if right.dim() < 3:
+        raise UnsupportedLayerError(
+            f"expected the examples in dimension 0 of what weights are multiplied with, got shape "
+            f"{tuple(right.shape)} on the right of W @ x; write x @ W.T instead."
+        )
+    received = right.detach().mT
+
+    def finish(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
+        yield weight, OuterProducts(by_example(received, layout), by_example(gradient.mT, layout))
+
+    return finish
+
+
+def _reflected(tape: Tape, right: Tensor, left: Tensor) -> Any:
+    return matmul(tape, left, right)
+
+
+REWRITES = {
+    torch.matmul: matmul,
+    torch.mm: matmul,
+    torch.mv: matmul,
+    Tensor.matmul: matmul,
+    Tensor.mm: matmul,
+    Tensor.mv: matmul,
+    Tensor.__matmul__: matmul,
+    Tensor.__rmatmul__: _reflected,
+}

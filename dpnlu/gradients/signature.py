@@ -1,0 +1,296 @@
+"""The signature of a forward pass: what was done with the examples, in the order it was done.
+
+The place of an example in memory is known by counting: of n·B rows, the first n are the first
+example's. Whether that is so is checked against automatic differentiation. What holds for one batch
+holds for another of the same signature, unless rows were chosen by their values: picked out by a
+mask, sorted, packed. Of these, nothing but a check of the batch itself can tell, except that what
+was packed and is unpacked in the same way has lost no row its place.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+# Nodes that choose rows along `_saved_dim`; all others named here, along dimension 0 as well.
+_CHOOSE_ALONG = frozenset(
+    "Gather IndexSelect IndexAdd IndexCopy IndexFill IndexReduce Scatter ScatterAdd ScatterReduce "
+    "Sort Topk".split()
+)
+_CHOOSE = frozenset("MaskedSelect MaskedScatter Take Put SegmentReduce".split())
+_INDEX = frozenset({"Index", "IndexPut"})
+# torch's packing, and ours; see `dpnlu.gradients.packing`.
+_PACK_PADDED, _SPREAD, _SORT = "PackPaddedSequence", "SpreadRows", "SortStates"
+_PACK = frozenset({_PACK_PADDED, "PackRows"})
+_UNPACK = frozenset({"UnpackRows", _SPREAD})
+OF_A_PARAMETER = "torch::autograd::AccumulateGrad"
+# Nodes that cut or turn dimension 0 at places that a signature must agree in, and what holds them.
+_CUT = {
+    "Slice": ("_saved_start", "_saved_end", "_saved_step"),
+    "Select": ("_saved_index",),
+    "Split": ("_saved_split_size",),
+    "SplitWithSizes": ("_saved_split_sizes",),
+    "Roll": ("_saved_dims", "_saved_shifts"),
+    "AsStrided": ("_saved_storage_offset",),
+}
+# What else a node holds that says what it does: dimensions, and numbers written in the program.
+_DIMENSIONS = ("_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1", "_saved_keepdim")
+_NUMBERS = {
+    "Add": ("_saved_alpha",),
+    "Addcmul": ("_saved_value",),
+    "Div": ("_saved_other",),
+    "Lerp": ("_saved_weight",),
+    "Mul": ("_saved_other", "_saved_self"),
+    "Pow": ("_saved_exponent",),
+    "Rsub": ("_saved_alpha",),
+    "Sub": ("_saved_alpha",),
+}
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Equal for forward passes that did the same things in the same order.
+
+    Attributes:
+        steps: the autograd graph, from the losses on: its nodes by name, by where they cut the
+            batch, by the dimensions along which they act and whether the numbers they hold are 0, 1
+            or others; and which output of which node each of them used.
+        chooses_rows: rows were chosen by their values, which equal names do not tell.
+        is_doubtful: or perhaps they were, for a dimension has as many entries as there are
+            examples; in a batch of another size it may have others.
+    """
+
+    steps: tuple[str, ...]
+    chooses_rows: bool
+    is_doubtful: bool = field(default=False, compare=False)
+
+    @property
+    def may_choose_rows(self) -> bool:
+        """Whether rows were, or perhaps were, chosen by their values."""
+        return self.chooses_rows or self.is_doubtful
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The graph of some losses, edge by edge.
+
+    Attributes:
+        node: what made the value.
+        output: which of its outputs it is.
+        user: what used it; None: it is the losses.
+        is_new: whether no edge before this one led to the node.
+    """
+
+    node: Node
+    output: int
+    user: Node | None
+    is_new: bool
+
+
+def walk(losses: Tensor) -> Iterator[Edge]:
+    """Follow `losses` (B,) back through the autograd graph, always in the same order."""
+    known: set[Node] = set()
+    waiting: list[tuple[Node | None, int, Node | None]] = [(losses.grad_fn, 0, None)]
+    while waiting:
+        node, output, user = waiting.pop()
+        if node is None:
+            continue
+        is_new = node not in known
+        yield Edge(node, output, user, is_new)
+        if is_new:
+            known.add(node)
+            waiting.extend((earlier, place, node) for earlier, place in node.next_functions)
+
+
+def signature_of(
+    edges: Sequence[Edge],
+    batch: int,
+    is_free: Callable[[Node], bool] = lambda node: node.name() == OF_A_PARAMETER,
+    *,
+    may_unpack: bool = True,
+) -> Signature:
+    """The signature of a graph.
+
+    Args:
+        is_free: whether what a node made is known to be free of the batch.
+        may_unpack: whether to look at tensors that nodes keep. Under activation checkpointing
+            that would compute them anew: then whatever may choose rows is taken to do so.
+    """
+    places: dict[Node, int] = {}
+    steps: list[str] = []
+    chooses = False, False
+    for edge in edges:
+        node = edge.node
+        if not chooses[0] and _kind(node) in _MAY_CHOOSE and not _is_of_free(node, is_free):
+            found = _chooses_rows(node, batch) if may_unpack else (True, False)
+            if any(found) and not (may_unpack and _keeps_places(node, edge.user)):
+                chooses = chooses[0] or found[0], chooses[1] or found[1]
+        if edge.is_new:
+            places[node] = len(places)
+            steps.append(f"{edge.output} of {_described(node, batch, may_unpack)}")
+        else:
+            steps.append(f"{edge.output} of {places[node]}")
+    return Signature(tuple(steps), *chooses)
+
+
+def _described(node: Any, batch: int, may_unpack: bool) -> str:
+    name: str = node.name()
+    kind = _kind(node)
+    places = _CUT.get(kind, ())
+    if places and not (hasattr(node, "_saved_dim") and not any(_acts_on_examples(node, batch))):
+        name = f"{name} {[getattr(node, place) for place in places]}"
+    dimensions = _held(type(node), _DIMENSIONS)  # type: ignore[arg-type]
+    if dimensions:
+        name = f"{name} {[getattr(node, held) for held in dimensions]}"
+    if kind in _NUMBERS and may_unpack:
+        name = f"{name} {[_number(getattr(node, held, None)) for held in _NUMBERS[kind]]}"
+    return name
+
+
+@functools.cache
+def _held(kind: Any, attributes: tuple[str, ...]) -> tuple[str, ...]:
+    """Which of these attributes the nodes of a kind have."""
+    return tuple(held for held in attributes if hasattr(kind, held))
+
+
+def _number(held: Any) -> str:
+    """Whether a number that is written in the program is 0, 1 or another; nothing of tensors."""
+    if isinstance(held, Tensor):
+        is_number = held.dim() == 0 and held.device.type == "cpu" and not held.requires_grad
+        # While a program is traced tensors have no values; numbers are part of the program.
+        is_traced = torch._C._len_torch_dispatch_stack() > 0
+        held = held.item() if is_number and not is_traced else None
+    if isinstance(held, (int, float)):
+        return "01"[int(held)] if held in (0, 1) else "other"
+    return ""
+
+
+def _kind(node: Node) -> str:
+    kind: str = node.name().partition("Backward")[0]
+    return kind
+
+
+def _dimension(node: Any) -> int:
+    """The dimension along which the node acts, counted from the first.
+
+    Torch keeps a negative one as it was given, in 64 bits without a sign.
+    """
+    dimension = int(node._saved_dim)
+    if dimension < 2**63:
+        return dimension
+    return dimension - 2**64 + len(_sizes(node))
+
+
+def _sizes(node: Any) -> tuple[int, ...]:
+    """The shape that the node acts on. Who did not keep it kept the tensor, or returns the same."""
+    if hasattr(node, "_saved_self_sym_sizes"):
+        return tuple(node._saved_self_sym_sizes)
+    kept = getattr(node, "_saved_self", None)
+    return tuple((node._input_metadata[0] if kept is None else kept).shape)
+
+
+def _acts_on_examples(node: Any, batch: int) -> tuple[bool, bool]:
+    """Whether the dimension along which the node acts holds examples, and whether it may do so."""
+    dimension = _dimension(node)
+    return dimension == 0, _may_hold_examples(dimension, _sizes(node)[dimension], batch)
+
+
+def _may_hold_examples(dimension: int, size: int, batch: int) -> bool:
+    """In recurrent networks, and in what they return, examples lie along dimension 1; in others
+    only a model that turned them there has them."""
+    return batch > 1 and (size % batch == 0 if dimension <= 1 else size == batch)
+
+
+_MAY_CHOOSE = _CHOOSE_ALONG | _CHOOSE | _INDEX | _PACK | _UNPACK | frozenset({_SORT, "Embedding"})
+
+
+def _is_of_free(node: Node, is_free: Callable[[Node], bool]) -> bool:
+    """Whether a node acts on what is free of the batch alone: what it chooses there are no
+    examples."""
+    return all(is_free(earlier) for earlier, _ in node.next_functions if earlier is not None)
+
+
+def _chooses_rows(node: Any, batch: int) -> tuple[bool, bool]:
+    """Whether the node put other examples, or other numbers of rows, into the dimension that holds
+    them, and whether it may have done so."""
+    kind = _kind(node)
+    if kind in _CHOOSE_ALONG:
+        return _acts_on_examples(node, batch)
+    if kind in _INDEX:
+        first, *others = node._saved_indices
+        if first is not None:
+            return not _is_every_row(first, node), False
+        return False, any(
+            index is not None and _may_hold_examples(dimension, size, batch)
+            for dimension, (index, size) in enumerate(
+                zip(others, _sizes(node)[1:], strict=False), start=1
+            )
+        )
+    return True, False
+
+
+def _keeps_places(node: Any, user: Any) -> bool:
+    """Whether `node` moved rows for packing or unpacking, and the way from it to `user` is part of
+    moving all of them back."""
+    kind = _kind(node)
+    if kind == "IndexSelect":  # how the packing node sorted is judged where it is unpacked
+        return (user is not None and _kind(user) == _PACK_PADDED) or _restores(node)
+    if kind == _SORT:
+        return _is_restored(node, user)
+    if kind in _PACK:  # judged at the unpacking node as well
+        return user is not None and _kind(user) in _UNPACK
+    if kind == _SPREAD and not _is_restored(node, user):
+        return False
+    return kind in _UNPACK and _unpacks_what_was_packed(node)
+
+
+def _is_restored(node: Any, user: Any) -> bool:
+    """Whether `user` puts what `node` returns in packed order into the batch's own."""
+    return bool(node.packing.place is None or _restores(user))
+
+
+def _restores(node: Any) -> bool:
+    """Whether the node takes sequences or states, in packed order, in the batch's own."""
+    if node is None or _kind(node) != "IndexSelect":
+        return False
+    taken: Any = node.next_functions[0][0]
+    if taken is None or _kind(taken) not in (_SPREAD, _SORT):
+        return False
+    by_example = _kind(taken) == _SPREAD and taken.batch_first
+    if _dimension(node) != (0 if by_example else 1):
+        return False
+    return bool(taken.packing.is_undone_by(node._saved_index))
+
+
+def _unpacks_what_was_packed(node: Any) -> bool:
+    """Whether the rows come as they were packed, and are taken for the sequences they are."""
+    packed: Any = node.next_functions[0][0]
+    if packed is None or _kind(packed) not in _PACK:
+        return False
+    if _kind(packed) != _PACK_PADDED:
+        return bool(packed.packing.equals(node.packing))
+    if not torch.equal(packed._saved_result1, node.packing.counts):
+        return False
+    sorting: Any = packed.next_functions[0][0]
+    if sorting is None or _kind(sorting) != "IndexSelect":
+        return node.packing.place is None
+    if _dimension(sorting) != (0 if packed._saved_batch_first else 1):
+        return False
+    return bool(node.packing.is_order(sorting._saved_index))
+
+
+def _is_every_row(index: Tensor, node: Any) -> bool:
+    """Whether an index into dimension 0 takes each row once, in order."""
+    if index.dtype is torch.bool or index.dim() == 0:
+        return False
+    rows = index.shape[0]
+    if node.name().startswith("IndexBackward") and rows != node._saved_self_sym_sizes[0]:
+        return False
+    inner = (1,) * (index.dim() - 1)
+    return bool((index == torch.arange(rows, device=index.device).view(-1, *inner)).all())

@@ -1,0 +1,336 @@
+"""The privacy plan: the mechanism as frozen data.
+
+`PrivacyPlan` holds all that ε depends on and nothing else. Sampler, engine, noise and accountant
+are built from the one plan, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from dpnlu.accounting.accountants import (
+    SampledGaussian,
+    calibrate_noise_multiplier,
+    check_delta,
+    check_digits,
+    epsilon,
+)
+from dpnlu.mechanism.clipping import CLIPPING_RULES
+from dpnlu.mechanism.ranges import check_choice, check_count, check_not_negative, check_positive
+
+# A training of a millisecond a step takes twelve days for so many.
+MOST_STEPS = 10**9
+# Each epoch of a noise schedule is a mechanism of its own; composing so many takes minutes.
+MOST_SCHEDULED_EPOCHS = 10_000
+SAMPLINGS = ("poisson", "truncated_poisson")
+CLIPPING_UNITS = ("example", "microbatch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyPlan:
+    """What is released, how often, and with how much noise.
+
+    One step releases the sum of the clipped gradients of a freshly sampled logical batch, plus
+    Gaussian noise of standard deviation `noise_multiplier * sensitivity`.
+
+    Attributes:
+        noise_multiplier: noise standard deviation / sensitivity in the first epoch, >= 0; 0 trains
+            without privacy and ε is infinite.
+        max_grad_norm: bound C > 0 on the gradient norm of one clipping unit.
+        sample_rate: probability in (0, 1] with which each example enters a logical batch.
+        steps: number of releases, in [1, 1e9]; empty logical batches count.
+        target_delta: the δ at which ε is stated, in [1e-12, 1); should be below 1 / num_examples.
+        num_examples: size of the training set, treated as public.
+        clipping: key of `dpnlu.mechanism.clipping.CLIPPING_RULES`.
+        clipping_unit: "example", or "microbatch": the mean gradient of each of `microbatches`
+            groups, to which examples are assigned independently (eDP-SGD, Dupuy et al. 2022).
+        microbatches: number of groups per logical batch; only with clipping_unit="microbatch".
+        sampling: "poisson", or "truncated_poisson": batches above `max_batch_size` lose random
+            members.
+        max_batch_size: the truncation point; only with sampling="truncated_poisson".
+        noise_schedule: "constant", "exponential:F" (noise_multiplier * F**epoch) or "inverse:F"
+            (noise_multiplier / (1 + F * epoch)).
+        unit: what is protected: one "example", that is one labelled text.
+    """
+
+    noise_multiplier: float
+    max_grad_norm: float
+    sample_rate: float
+    steps: int
+    target_delta: float
+    num_examples: int
+    clipping: str = "flat"
+    clipping_unit: str = "example"
+    microbatches: int | None = None
+    sampling: str = "poisson"
+    max_batch_size: int | None = None
+    noise_schedule: str = "constant"
+    unit: str = "example"
+
+    def __post_init__(self) -> None:
+        check_not_negative("noise_multiplier", self.noise_multiplier)
+        check_positive("max_grad_norm", self.max_grad_norm)
+        check_count("steps", self.steps, most=MOST_STEPS)
+        check_count("num_examples", self.num_examples)
+        _check_sample_rate(self.sample_rate)
+        _check_delta(self.target_delta, self.num_examples)
+        check_choice("clipping", self.clipping, tuple(CLIPPING_RULES))
+        check_choice("unit", self.unit, ("example",))
+        check_choice("sampling", self.sampling, SAMPLINGS)
+        check_choice("clipping_unit", self.clipping_unit, CLIPPING_UNITS)
+        _check_paired("microbatches", self.microbatches, self.clipping_unit == "microbatch")
+        _check_paired("max_batch_size", self.max_batch_size, self.sampling == "truncated_poisson")
+        if self.max_batch_size is not None:
+            check_digits(self.target_delta, self.steps)  # now, and not after hours of training
+        _schedule(self.noise_schedule)
+        if self.noise_schedule != "constant" and self.epochs > MOST_SCHEDULED_EPOCHS:
+            raise ValueError(
+                f"Expected {MOST_SCHEDULED_EPOCHS} epochs at most with a noise schedule, got "
+                f"{self.epochs:.4g}: train for fewer, or with constant noise."
+            )
+
+    @classmethod
+    def calibrate(
+        cls,
+        *,
+        target_epsilon: float,
+        target_delta: float,
+        num_examples: int,
+        expected_batch_size: int,
+        epochs: float | None = None,
+        steps: int | None = None,
+        max_grad_norm: float,
+        clipping: str = "flat",
+        clipping_unit: str = "example",
+        microbatches: int | None = None,
+        sampling: str = "poisson",
+        max_batch_size: int | None = None,
+        noise_schedule: str = "constant",
+    ) -> PrivacyPlan:
+        """The plan with the least noise that meets the target.
+
+        Guarantee: `plan.epsilon() <= target_epsilon`.
+
+        Args:
+            target_epsilon: > 0; infinity gives a plan without noise.
+            expected_batch_size: in [1, num_examples]; the sample rate is its share of the data.
+            epochs: expected number of times each example is visited; or give `steps`.
+            steps: number of logical batches; or give `epochs`.
+
+        The other arguments are those of the class.
+
+        Raises:
+            ValueError: an argument out of range, or both or neither of `epochs` and `steps` given.
+        """
+        if not target_epsilon > 0:
+            raise ValueError(f"Expected `target_epsilon` > 0, got {target_epsilon}.")
+        draft = cls(
+            noise_multiplier=0.0,
+            max_grad_norm=max_grad_norm,
+            sample_rate=_rate(expected_batch_size, num_examples),
+            steps=_steps(epochs, steps, expected_batch_size, num_examples),
+            target_delta=target_delta,
+            num_examples=num_examples,
+            clipping=clipping,
+            clipping_unit=clipping_unit,
+            microbatches=microbatches,
+            sampling=sampling,
+            max_batch_size=max_batch_size,
+            noise_schedule=noise_schedule,
+        )
+        if math.isinf(target_epsilon):
+            return draft
+        return draft.with_noise(
+            calibrate_noise_multiplier(
+                lambda sigma: draft.with_noise(sigma).events(),
+                target_epsilon=target_epsilon,
+                delta=target_delta,
+            )
+        )
+
+    @property
+    def adjacency(self) -> str:
+        """The neighbouring relation of the guarantee."""
+        return "add-remove-one" if self.sampling == "poisson" else "zero-out-one"
+
+    @property
+    def sensitivity(self) -> float:
+        """How far, in L2 norm, one example can move the sum that a step releases.
+
+        Per-example clipping: C, the example's own clipped gradient. Micro-batches: 2C, since one
+        example can turn the mean of its group from any vector into any other; the members of the
+        other groups do not change, because each is assigned independently.
+        """
+        return self.max_grad_norm * (1.0 if self.clipping_unit == "example" else 2.0)
+
+    @property
+    def expected_batch_size(self) -> float:
+        """Mean number of examples in a logical batch."""
+        return self.sample_rate * self.num_examples
+
+    @property
+    def divisor(self) -> float:
+        """The public number that turns the released sum into a mean."""
+        return float(self.microbatches) if self.microbatches else self.expected_batch_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return max(1, round(1 / self.sample_rate))
+
+    @property
+    def epochs(self) -> float:
+        """Expected number of times each example is visited."""
+        return self.steps * self.sample_rate
+
+    def noise_multiplier_at(self, step: int) -> float:
+        """The noise multiplier of the release with index `step`, counted from 0."""
+        return self.noise_multiplier * _schedule(self.noise_schedule)(step // self.steps_per_epoch)
+
+    def noise_std_at(self, step: int) -> float:
+        """Standard deviation of the noise on each coordinate of the released sum."""
+        return self.noise_multiplier_at(step) * self.sensitivity
+
+    def event_at(self, step: int, *, sampled: bool = True) -> SampledGaussian:
+        """What the release with index `step` tells an accountant.
+
+        Args:
+            sampled: False: its examples were handed over instead of drawn. Neither sampling nor
+                truncation, which also draws, hides who is among them: a plain Gaussian release.
+        """
+        event = self._event(self.noise_multiplier_at(step), 1)
+        if sampled:
+            return event
+        return replace(event, sample_rate=1.0, max_batch_size=None, num_examples=None)
+
+    def events(self, *, steps: int | None = None) -> list[SampledGaussian]:
+        """What the first `steps` releases (default: all) tell an accountant, epoch by epoch."""
+        total = self.steps if steps is None else steps
+        if self.noise_schedule == "constant":
+            return [self._event(self.noise_multiplier, total)]
+        starts = range(0, total, self.steps_per_epoch)
+        return [
+            self._event(self.noise_multiplier_at(start), min(self.steps_per_epoch, total - start))
+            for start in starts
+        ]
+
+    def epsilon(self, *, steps: int | None = None, accountant: str = "pld") -> float:
+        """ε at `target_delta` after `steps` releases (default: all planned ones)."""
+        return epsilon(self.events(steps=steps), delta=self.target_delta, accountant=accountant)
+
+    def with_noise(self, noise_multiplier: float) -> PrivacyPlan:
+        """The same plan with another noise multiplier."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # whatever δ deserves was said when this plan was made
+            return replace(self, noise_multiplier=noise_multiplier)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PrivacyPlan:
+        """The plan that `to_dict` described.
+
+        Raises:
+            ValueError: a field is unknown or missing, or its value is out of range.
+        """
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"Expected the fields of a privacy plan, got unknown {unknown}.")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what δ deserves was said when it was planned
+                return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"Expected a complete privacy plan: {error}.") from None
+
+    def _event(self, noise_multiplier: float, steps: int) -> SampledGaussian:
+        truncated = self.sampling == "truncated_poisson"
+        return SampledGaussian(
+            noise_multiplier=noise_multiplier,
+            sample_rate=self.sample_rate,
+            steps=steps,
+            max_batch_size=self.max_batch_size,
+            num_examples=self.num_examples if truncated else None,
+        )
+
+
+def _schedule(spec: str) -> Callable[[int], float]:
+    """Epoch -> factor on the noise multiplier."""
+    name, _, value = spec.partition(":")
+    if spec == "constant":
+        return lambda epoch: 1.0
+    try:
+        factor = float(value)
+    except ValueError:
+        factor = math.nan
+    if name == "exponential" and 0 < factor <= 1:
+        return lambda epoch: factor**epoch
+    if name == "inverse" and factor >= 0 and math.isfinite(factor):
+        return lambda epoch: 1 / (1 + factor * epoch)
+    raise ValueError(
+        "Expected `noise_schedule` to be constant, exponential:F with F in (0, 1] or inverse:F "
+        f"with F >= 0, got {spec!r}."
+    )
+
+
+def _rate(expected_batch_size: float, num_examples: int) -> float:
+    check_count("num_examples", num_examples)
+    if not 1 <= expected_batch_size <= num_examples:
+        raise ValueError(
+            f"Expected a batch size between 1 and the number of examples, {num_examples}, "
+            f"got {expected_batch_size}."
+        )
+    return expected_batch_size / num_examples
+
+
+def _steps(
+    epochs: float | None, steps: int | None, expected_batch_size: float, num_examples: int
+) -> int:
+    if (epochs is None) == (steps is None):
+        raise ValueError(f"Expected either `epochs` or `steps`, got {epochs} and {steps}.")
+    if steps is not None:
+        return steps
+    assert epochs is not None
+    if not (epochs > 0 and math.isfinite(epochs)):
+        raise ValueError(f"Expected `epochs` > 0, got {epochs}.")
+    asked = epochs * num_examples / expected_batch_size
+    if asked > MOST_STEPS:
+        raise ValueError(
+            f"Expected {MOST_STEPS:.4g} steps at most, got {asked:.4g}: lower the epochs, or raise "
+            "the batch size."
+        )
+    return max(1, round(asked))
+
+
+def _check_sample_rate(value: float) -> None:
+    if not 0 < value <= 1:
+        raise ValueError(
+            f"Expected `sample_rate` in (0, 1], got {value}. It is a probability: pass "
+            "expected batch size / number of examples."
+        )
+
+
+def _check_delta(value: float, num_examples: int) -> None:
+    check_delta(value, name="target_delta")
+    if value >= 1 / num_examples:
+        warnings.warn(
+            f"δ = {value:g} is not below 1 / {num_examples} examples: at this δ, publishing a few "
+            "examples outright would count as private. Choose a smaller δ.",
+            stacklevel=4,
+        )
+
+
+def _check_paired(name: str, value: int | None, needed: bool) -> None:
+    """A count that must be there exactly if another field needs it."""
+    if needed != (value is not None):
+        owner = {"microbatches": "clipping_unit='microbatch'"}.get(
+            name, "sampling='truncated_poisson'"
+        )
+        raise ValueError(f"Expected `{name}` exactly together with {owner}, got {value}.")
+    if value is not None:
+        check_count(name, value)

@@ -1,0 +1,96 @@
+"""Batches as ids, never as data: Poisson sampling, and cutting into what fits in memory.
+
+A *logical* batch stands behind one step; its size is random and may be 0. A *physical* batch is
+what is computed at once; how a logical batch is cut changes neither ε nor the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpnlu.mechanism.plan import PrivacyPlan
+
+
+@dataclass(frozen=True)
+class LogicalBatch:
+    """The examples behind one step.
+
+    Attributes:
+        units: ids of each clipping group, (n,) integers each. Per-example clipping has one
+            group, micro-batch clipping one per micro-batch; a group may be empty.
+    """
+
+    units: tuple[NDArray[np.int64], ...]
+
+
+@dataclass(frozen=True)
+class PhysicalBatch:
+    """Examples that are computed together.
+
+    Attributes:
+        ids: (b,) ids, b >= 1.
+        closes_unit: whether the clipping group is complete with this batch.
+        closes_step: whether the logical batch is complete with this batch.
+        fillers: how many ids, the last ones, are there for the size alone, and must not count.
+    """
+
+    ids: NDArray[np.int64]
+    closes_unit: bool
+    closes_step: bool
+    fillers: int = 0
+
+
+def logical_batches(plan: PrivacyPlan, *, rng: np.random.Generator) -> Iterator[LogicalBatch]:
+    """Endless logical batches as the plan describes them.
+
+    Guarantee: each of the ids 0 … num_examples - 1 enters each batch with probability
+    `sample_rate`, independently of the others and of earlier batches; its micro-batch is
+    likewise drawn independently. Truncation, if planned, keeps a uniformly random subset.
+
+    Args:
+        rng: the source of the coins. Amplification by sampling assumes that nobody knows them: do
+            not publish its seed.
+    """
+    while True:
+        ids = np.flatnonzero(rng.random(plan.num_examples) < plan.sample_rate)
+        if plan.max_batch_size is not None and len(ids) > plan.max_batch_size:
+            ids = np.sort(rng.choice(ids, plan.max_batch_size, replace=False))
+        yield LogicalBatch(_groups(ids, plan.microbatches, rng))
+
+
+def physical_batches(
+    batch: LogicalBatch, *, size: int, fixed_size: bool = False
+) -> list[PhysicalBatch]:
+    """Cut a logical batch into pieces of at most `size` examples, group by group.
+
+    Args:
+        fixed_size: fill the pieces up to `size` with further copies of their own examples.
+
+    Returns:
+        The pieces in order; none at all for an empty logical batch.
+    """
+    groups = [unit for unit in batch.units if len(unit)]
+    pieces = []
+    for number, unit in enumerate(groups, start=1):
+        cuts = range(0, len(unit), size)
+        for start in cuts:
+            closes_unit = start == cuts[-1]
+            closes_step = closes_unit and number == len(groups)
+            ids = unit[start : start + size]
+            fillers = size - len(ids) if fixed_size else 0
+            ids = np.resize(ids, len(ids) + fillers)  # repeats them
+            pieces.append(PhysicalBatch(ids, closes_unit, closes_step, fillers))
+    return pieces
+
+
+def _groups(
+    ids: NDArray[np.int64], microbatches: int | None, rng: np.random.Generator
+) -> tuple[NDArray[np.int64], ...]:
+    if microbatches is None:
+        return (ids,)
+    group = rng.integers(microbatches, size=len(ids))
+    return tuple(ids[group == number] for number in range(microbatches))

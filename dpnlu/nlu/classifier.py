@@ -1,0 +1,133 @@
+"""Classifiers by name: what to build, and how to read text for it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from dpnlu.nlu.data import Vocabulary
+from dpnlu.nlu.encoding import Encoding, Labels, SubwordEncoding, WordEncoding
+from dpnlu.nlu.models import BiLSTMClassifier, EncoderClassifier
+
+LSTM = "lstm"
+_ENCODER = "encoder:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """All that determines a classifier's shape, besides labels and vocabulary.
+
+    Attributes:
+        name: "lstm", or "encoder:NAME_OR_PATH" for a Hugging Face encoder.
+        embedding_size, hidden_size, num_layers, character_filters: of the BiLSTM.
+        dropout: around the BiLSTM, or in the encoder and on its output.
+        freeze_encoder: train the heads on the encoder only.
+    """
+
+    name: str
+    embedding_size: int = 100
+    hidden_size: int = 100
+    num_layers: int = 1
+    character_filters: int = 0
+    dropout: float = 0.0
+    freeze_encoder: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"Expected dropout in [0, 1), got {self.dropout}.")
+        is_named_encoder = self.name.startswith(_ENCODER) and self.encoder_name.strip()
+        if self.name != LSTM and not is_named_encoder:
+            raise ValueError(
+                f"Expected a model of the form lstm or encoder:NAME_OR_PATH, got {self.name!r}."
+            )
+
+    @property
+    def is_encoder(self) -> bool:
+        return self.name != LSTM
+
+    @property
+    def encoder_name(self) -> str:
+        """What Hugging Face calls the encoder, or the folder that holds it."""
+        return self.name.removeprefix(_ENCODER)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model and the way it reads text."""
+
+    model: BiLSTMClassifier | EncoderClassifier
+    encoding: Encoding
+    architecture: Architecture
+
+
+def build(architecture: Architecture, labels: Labels, vocabulary: Vocabulary) -> Classifier:
+    """A classifier with random heads: a new BiLSTM, or a pretrained encoder.
+
+    Args:
+        vocabulary: of the BiLSTM; an encoder brings its own tokenizer.
+
+    Raises:
+        ValueError: the encoder cannot be found.
+    """
+    if architecture.is_encoder:
+        encoder, tokenizer = pretrained(architecture.encoder_name)
+        return assemble(architecture, labels, encoder=encoder, tokenizer=tokenizer)
+    return assemble(architecture, labels, vocabulary=vocabulary)
+
+
+def assemble(
+    architecture: Architecture,
+    labels: Labels,
+    *,
+    vocabulary: Vocabulary | None = None,
+    encoder: nn.Module | None = None,
+    tokenizer: Any = None,
+) -> Classifier:
+    """Put a classifier together: a BiLSTM over a vocabulary, or heads on an encoder."""
+    sizes = {"num_intents": len(labels.intents), "num_tags": len(labels.tags)}
+    if encoder is not None:
+        model = EncoderClassifier(
+            encoder,
+            dropout=architecture.dropout,
+            freeze_encoder=architecture.freeze_encoder,
+            **sizes,
+        )
+        return Classifier(model, SubwordEncoding(labels, tokenizer), architecture)
+    assert vocabulary is not None
+    lstm = BiLSTMClassifier(
+        vocabulary_size=vocabulary.size,
+        embedding_size=architecture.embedding_size,
+        hidden_size=architecture.hidden_size,
+        num_layers=architecture.num_layers,
+        character_filters=architecture.character_filters,
+        dropout=architecture.dropout,
+        **sizes,
+    )
+    encoding = WordEncoding(labels, vocabulary, characters=architecture.character_filters > 0)
+    return Classifier(lstm, encoding, architecture)
+
+
+def pretrained(name: str) -> tuple[nn.Module, Any]:
+    """A Hugging Face encoder and its tokenizer, from the hub or a folder.
+
+    Code that comes with an encoder is never run.
+
+    Raises:
+        ValueError: there is none of that name, or it cannot be loaded.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    own = {"trust_remote_code": False}
+    try:
+        return AutoModel.from_pretrained(name, **own), AutoTokenizer.from_pretrained(name, **own)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"Expected a Hugging Face encoder without code of its own at {name!r}, but it cannot "
+            f"be loaded: {reason}"
+        ) from None

@@ -1,0 +1,243 @@
+"""Intent and slot classifiers, and their per-example losses.
+
+A batch is a dictionary of tensors, made by `dpnlu.nlu.encoding`. Shapes: B examples, T words, S
+sub-words, C characters, K intents, L tags.
+
+    words (B, T)         word ids, 0 past the end        [BiLSTM]
+    characters (B, T, C) bytes + 1, 0 past the end       [BiLSTM with characters]
+    subwords (B, S), attention (B, S), first (B, T)      [encoder: first sub-word of each word]
+    pooled (B, 2d), states (B, T, d)                     [or what a frozen encoder said of these]
+    lengths (B,)         words of each example
+    intents (B,)         labels
+    tags (B, T)          labels, -100 where there is none
+
+Guarantee: neither the outputs for an example nor its loss depend on the other examples, nor on the
+padding that they cause. Otherwise one example's gradient would change with the presence of
+another, and clipping it would bound nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Batch = dict[str, Tensor]
+
+IGNORED_TAG = -100
+_EMBEDDING_STD = 0.1
+_CHARACTERS = 257  # padding and the 256 bytes
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a classifier says of a batch.
+
+    Attributes:
+        intents: (B, K) logits.
+        tags: (B, T, L) logits; meaningless past an example's length. None without slots.
+    """
+
+    intents: Tensor
+    tags: Tensor | None
+
+
+class BiLSTMClassifier(nn.Module):
+    """Word embeddings, optional character convolution, BiLSTM, intent head and slot head."""
+
+    def __init__(
+        self,
+        *,
+        vocabulary_size: int,
+        num_intents: int,
+        num_tags: int,
+        embedding_size: int = 100,
+        hidden_size: int = 100,
+        num_layers: int = 1,
+        character_filters: int = 0,
+        dropout: float = 0.0,
+    ) -> None:
+        """Random weights.
+
+        Args:
+            vocabulary_size: number of word ids, padding included.
+            num_tags: 0 for a model without slots.
+            hidden_size: per direction.
+            character_filters: width of the character channel; 0 for none.
+            dropout: on the BiLSTM's input and output, in [0, 1).
+        """
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary_size, embedding_size, padding_idx=0)
+        # Small, so that a word that training never met says next to nothing.
+        nn.init.normal_(self.embedding.weight, std=_EMBEDDING_STD)
+        self.characters = _CharacterCNN(character_filters) if character_filters else None
+        sizes = [embedding_size + character_filters] + [2 * hidden_size] * (num_layers - 1)
+        self.layers = nn.ModuleList(_BiLSTMLayer(size, hidden_size) for size in sizes)
+        self.dropout = nn.Dropout(dropout)
+        self.intent_head = nn.Linear(2 * hidden_size, num_intents)
+        self.slot_head = nn.Linear(2 * hidden_size, num_tags) if num_tags else None
+
+    def forward(self, batch: Batch) -> Outputs:
+        states = self.embedding(batch["words"])
+        if self.characters is not None:
+            states = torch.cat((states, self.characters(batch["characters"])), dim=2)
+        present = _present(batch["lengths"], states.shape[1])
+        for layer in self.layers:
+            states = layer(self.dropout(states), batch["lengths"])
+        states = self.dropout(states)
+        pooled = states.masked_fill(~present[:, :, None], -torch.inf).amax(1)
+        tags = None if self.slot_head is None else self.slot_head(states)
+        return Outputs(self.intent_head(pooled), tags)
+
+    def per_example_loss(self, batch: Batch) -> Tensor:
+        """(B,) losses; see `intent_slot_loss`."""
+        return intent_slot_loss(self(batch), batch)
+
+
+class EncoderClassifier(nn.Module):
+    """Any Hugging Face encoder, as it comes, with an intent head and a slot head.
+
+    The intent is read from the mean over the sub-words, in the last layer and in the middle one,
+    which says more of the words; a slot from the first sub-word of its word, in the last layer.
+    Both are standardised and the heads start at zero, so that noise has little to spoil before
+    there is something learnt.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        *,
+        num_intents: int,
+        num_tags: int,
+        dropout: float = 0.0,
+        freeze_encoder: bool = False,
+    ) -> None:
+        """Take over `encoder` with its weights.
+
+        Its pooler, if it has one, is not used, and frozen so as not to be trained by noise alone.
+
+        Args:
+            encoder: called with `input_ids`, `attention_mask` and `output_hidden_states`, returns
+                `hidden_states`.
+            num_tags: 0 for a model without slots.
+            dropout: everywhere in the encoder and on its output, in [0, 1).
+            freeze_encoder: train the heads only.
+        """
+        super().__init__()
+        self.encoder = encoder
+        for name, module in encoder.named_modules():
+            if isinstance(module, nn.Dropout):
+                module.p = dropout
+            if name == "pooler":
+                module.requires_grad_(False)
+        if freeze_encoder:
+            encoder.requires_grad_(False)
+        config: Any = encoder.config
+        self.dropout = nn.Dropout(dropout)
+        self.intent_head = _zero_linear(2 * config.hidden_size, num_intents)
+        self.slot_head = _zero_linear(config.hidden_size, num_tags) if num_tags else None
+
+    def forward(self, batch: Batch) -> Outputs:
+        read = batch if "pooled" in batch else self.read(batch)
+        intents = self.intent_head(self.dropout(read["pooled"]))
+        if self.slot_head is None:
+            return Outputs(intents, None)
+        return Outputs(intents, self.slot_head(self.dropout(read["states"])))
+
+    def read(self, batch: Batch) -> Batch:
+        """What the heads read of the encoder: pooled (B, 2d) and, with slots, states (B, T, d)."""
+        attention = batch["attention"]
+        layers = self.encoder(
+            input_ids=batch["subwords"], attention_mask=attention, output_hidden_states=True
+        ).hidden_states
+        last, middle = layers[-1], layers[len(layers) // 2]
+        weights = attention.to(last.dtype)[:, :, None]
+        means = [(states * weights).sum(1) / weights.sum(1) for states in (last, middle)]
+        read = {"pooled": torch.cat([_standardized(mean) for mean in means], dim=1)}
+        if self.slot_head is not None:
+            first = batch["first"][:, :, None].expand(-1, -1, last.shape[2])
+            read["states"] = _standardized(last.gather(1, first))
+        return read
+
+    def per_example_loss(self, batch: Batch) -> Tensor:
+        """(B,) losses; see `intent_slot_loss`."""
+        return intent_slot_loss(self(batch), batch)
+
+
+def intent_slot_loss(outputs: Outputs, batch: Batch) -> Tensor:
+    """Cross-entropy of the intent plus the mean, over the example's own words, of the tags'.
+
+    Not the mean over the words of the batch: then every example's scale would depend on the
+    lengths of the others, and clipping would bound the effect of none.
+
+    Returns:
+        (B,) losses.
+    """
+    losses = F.cross_entropy(outputs.intents, batch["intents"], reduction="none")
+    if outputs.tags is None:
+        return losses
+    by_word = F.cross_entropy(
+        outputs.tags.mT, batch["tags"], reduction="none", ignore_index=IGNORED_TAG
+    )
+    counts = (batch["tags"] != IGNORED_TAG).sum(1).clamp(min=1)
+    return losses + by_word.sum(1) / counts
+
+
+class _BiLSTMLayer(nn.Module):
+    """Two LSTMs; the second reads each example back from its own end, not from the padding's."""
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.ahead = nn.LSTM(input_size, hidden_size, batch_first=True)
+        self.back = nn.LSTM(input_size, hidden_size, batch_first=True)
+
+    def forward(self, states: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T, I) -> (B, T, 2H)."""
+        ahead, _ = self.ahead(states)
+        back, _ = self.back(_reversed(states, lengths))
+        return torch.cat((ahead, _reversed(back, lengths)), dim=2)
+
+
+class _CharacterCNN(nn.Module):
+    """Characters of a word -> vector: embedding, convolution of width 3, maximum."""
+
+    def __init__(self, filters: int, embedding_size: int = 25) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(_CHARACTERS, embedding_size, padding_idx=0)
+        self.convolution = nn.Conv1d(embedding_size, filters, 3, padding=1)
+
+    def forward(self, characters: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, filters)."""
+        batch, words, length = characters.shape
+        embedded = self.embedding(characters.view(batch * words, length))
+        found = torch.relu(self.convolution(embedded.mT))
+        found = found.masked_fill((characters.view(batch * words, 1, length) == 0), 0.0)
+        return found.amax(2).view(batch, words, -1)
+
+
+def _zero_linear(width: int, classes: int) -> nn.Linear:
+    head = nn.Linear(width, classes)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def _standardized(states: Tensor) -> Tensor:
+    """(…, d), each vector with mean 0 and variance 1."""
+    return F.layer_norm(states, states.shape[-1:])
+
+
+def _present(lengths: Tensor, steps: int) -> Tensor:
+    """(B, T): whether the example has that word."""
+    return torch.arange(steps, device=lengths.device) < lengths[:, None]
+
+
+def _reversed(states: Tensor, lengths: Tensor) -> Tensor:
+    """(B, T, d) with each example's words in reverse order; the padding stays where it is."""
+    steps = torch.arange(states.shape[1], device=states.device)
+    last = lengths[:, None] - 1
+    source = torch.where(steps <= last, last - steps, steps)
+    return states.gather(1, source[:, :, None].expand_as(states))

@@ -1,0 +1,180 @@
+"""The directory of one training: whose it is, what is in it while it is not finished, and after.
+
+run.json                  what was asked for, and a fingerprint of the data
+ledger.jsonl              what was released so far
+checkpoint.safetensors    the weights, from the first step on
+
+Whatever was interrupted is told from what is there. Without a release and a checkpoint nothing has
+happened yet, and the directory is begun anew. With the configuration of a model, which is written
+last, it holds a finished one; then `run.json` and the checkpoint are removed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dpnlu.mechanism.durable import locked, make_directory, partial_of, remove, remove_partials, write_json
+from dpnlu.nlu.fingerprint import Fingerprint
+from dpnlu.mechanism.ledger import Ledger, LedgerError
+from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.runs.model_directory import CHECKPOINT, LEDGER, RUN, is_model, read_json
+
+# Relative; how far apart two versions may calibrate the noise of one plan.
+_CALIBRATION = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a training was begun with.
+
+    Attributes:
+        settings: what was asked for, as JSON.
+        fingerprint: None: it was begun before there were any.
+    """
+
+    settings: dict[str, Any]
+    fingerprint: Fingerprint | None
+
+
+@contextmanager
+def claimed(directory: Path) -> Iterator[None]:
+    """Make the directory, if there is none, and keep other trainings out of it.
+
+    Raises:
+        ValueError: another training is going on in it, or it is no directory.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(_occupied(directory))
+    make_directory(directory)
+    file = os.open(directory, os.O_RDONLY)
+    try:
+        if not locked(file):
+            raise ValueError(
+                f"Expected {directory} to be free, but another training is going on in it: wait "
+                "until it has ended, or choose another folder."
+            )
+        yield
+    finally:
+        os.close(file)
+
+
+def begun(directory: Path, *, resume: bool) -> Run | None:
+    """The training that is to be gone on with; None: none, what is left of a start is removed.
+
+    Raises:
+        ValueError: a finished model is there, something else, or a training that was not asked
+            for.
+    """
+    names = {path.name for path in directory.iterdir()} - {partial_of(directory / RUN).name}
+    if is_model(directory) and not (resume and RUN in names):
+        raise ValueError(f"Expected no model in {directory}, found a finished one: choose another.")
+    if RUN not in names:
+        if names:
+            raise ValueError(_occupied(directory))
+        return None
+    run = _read(directory)
+    if CHECKPOINT not in names and not is_model(directory) and not _has_releases(directory):
+        remove(directory / LEDGER)
+        return None
+    if not resume:
+        raise ValueError(
+            f"Expected {directory} to be empty, found an unfinished training: add --resume to go "
+            "on with it, or choose another folder."
+        )
+    return run
+
+
+def begin(directory: Path, run: Run) -> None:
+    """Make the directory this training's."""
+    write_json(directory / RUN, asdict(run))
+
+
+def new_ledger(directory: Path, plan: PrivacyPlan) -> Ledger:
+    """The ledger of a training that begins, whose batches are all drawn by the loader."""
+    return Ledger(plan, path=directory / LEDGER, sampled_only=True)
+
+
+def continued_ledger(directory: Path, plan: PrivacyPlan) -> Ledger:
+    """The ledger of the training that is gone on with.
+
+    Args:
+        plan: what would be planned today; noise that was calibrated otherwise is kept.
+
+    Raises:
+        LedgerError: it is missing, made for another plan, or has spent more than was planned.
+    """
+    ledger = Ledger.resume(directory / LEDGER)
+    try:
+        _check_continued(ledger, plan, directory / LEDGER)
+    except LedgerError:
+        ledger.close()
+        raise
+    return ledger
+
+
+def _check_continued(ledger: Ledger, plan: PrivacyPlan, path: Path) -> None:
+    recorded, noise = ledger.plan, plan.noise_multiplier
+    is_alike = math.isclose(recorded.noise_multiplier, noise, rel_tol=_CALIBRATION)
+    if not is_alike or replace(recorded, noise_multiplier=noise) != plan:
+        raise LedgerError(
+            f"Expected {path} to begin with the plan of this training, with noise multiplier "
+            f"{noise:.4g} and {plan.steps} steps, got another: it was changed, or planned by "
+            "another version; restore it, or train anew in another folder."
+        )
+    # A line that was cut off may have stood for a release without sampling, if nothing says no.
+    if (spent := ledger.epsilon()) > (planned := recorded.epsilon()):
+        raise LedgerError(
+            f"Expected ε = {planned:.4g} at most in {path}, got {spent:.4g}: more may have been "
+            "spent than was asked for, and no model is released; train anew in another folder."
+        )
+
+
+def check_unchanged(directory: Path, ledger: Ledger) -> None:
+    """Whether the file, which was closed, still holds what the ledger does.
+
+    Raises:
+        LedgerError: it does not.
+    """
+    path = directory / LEDGER
+    if (found := len(Ledger.read(path))) != len(ledger):
+        raise LedgerError(
+            f"Expected the {len(ledger)} releases of this training in {path}, got {found}: it was "
+            "changed, and the model is not released; train anew in another folder."
+        )
+
+
+def tidy(directory: Path) -> None:
+    """Remove what a finished model does not need; last `run.json`, by which to go on with this."""
+    remove_partials(directory)
+    remove(directory / CHECKPOINT)
+    remove(directory / RUN)
+
+
+def _read(directory: Path) -> Run:
+    try:
+        content = read_json(directory / RUN)
+        if "settings" in content:
+            return Run(
+                settings=content["settings"], fingerprint=Fingerprint(**content["fingerprint"])
+            )
+        if {"data", "model", "epsilon"} <= content.keys():  # before there were fingerprints
+            return Run(settings=content, fingerprint=None)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        pass
+    raise ValueError(_occupied(directory))
+
+
+def _has_releases(directory: Path) -> bool:
+    """Whether the ledger has anything behind its first line."""
+    path = directory / LEDGER
+    return path.is_file() and bool(path.read_bytes().partition(b"\n")[2])
+
+
+def _occupied(directory: Path) -> str:
+    return f"Expected {directory} to be empty, found something else: choose another folder."

@@ -1,0 +1,64 @@
+"""The model card: what a released model claims about privacy, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dpnlu.nlu.classifier import Architecture
+from dpnlu.mechanism.ledger import Ledger
+from dpnlu.mechanism.plan import PrivacyPlan
+
+_UNITS = {
+    "add-remove-one": "data sets that differ by the presence of one training example",
+    "zero-out-one": "data sets that differ by one training example being replaced by nothing, "
+    "while their public size stays",
+}
+
+
+def privacy_statement(plan: PrivacyPlan | None, ledger: Ledger | None) -> str:
+    """One paragraph: ε, δ, adjacency, unit, sampler, accountant; or that there is no guarantee."""
+    if plan is None or ledger is None:
+        return (
+            "**No privacy guarantee.** The model was trained without differential privacy; what "
+            "it remembers of single training examples is not bounded."
+        )
+    spent, truncated = ledger.epsilon(), f", truncated at {plan.max_batch_size}"
+    return (
+        f"**(ε = {spent:.4g}, δ = {plan.target_delta:g})-differential privacy**, for "
+        f"{_UNITS[plan.adjacency]} (unit: one {plan.unit}, that is one labelled text; a person "
+        f"with several texts is protected less). {len(ledger)} releases of clipped gradient sums: "
+        f"norm at most {plan.max_grad_norm:g} per {plan.clipping_unit} ({plan.clipping} clipping), "
+        f"Gaussian noise of multiplier {plan.noise_multiplier:.4g} ({plan.noise_schedule}), "
+        f"batches sampled by Poisson with probability {plan.sample_rate:.4g}"
+        f"{truncated if plan.max_batch_size else ''}. Accountant: privacy loss distributions"
+        f"{' (dp-accounting)' if plan.max_batch_size else ''}. The number of training examples, "
+        f"{plan.num_examples}, is treated as public."
+    )
+
+
+def model_card(
+    *,
+    architecture: Architecture,
+    plan: PrivacyPlan | None,
+    ledger: Ledger | None,
+    not_covered: Sequence[str],
+    metrics: Mapping[str, Any],
+) -> str:
+    """The README.md of a model directory.
+
+    Args:
+        not_covered: what else was released or chosen by looking at the data, in sentences.
+        metrics: shown as they are.
+    """
+    lines = [f"# Intent and slot classifier ({architecture.name})", "", "## Privacy", ""]
+    lines += [privacy_statement(plan, ledger), ""]
+    if not_covered:
+        lines += ["Not covered by this statement:", "", *(f"- {item}" for item in not_covered), ""]
+    lines += ["## Results", "", "| measure | value |", "| --- | --- |"]
+    lines += [f"| {name.replace('_', ' ')} | {_number(value)} |" for name, value in metrics.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,136 @@
+"""One training, from examples to a trained classifier and what it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dpnlu.training.checkpoint import Checkpoints
+from dpnlu.nlu.classifier import Architecture, Classifier, build
+from dpnlu.nlu.data import Example, Vocabulary
+from dpnlu.nlu.encoding import Labels, encode_all
+from dpnlu.nlu.metrics import Metrics, evaluate
+from dpnlu.training.loop import ComputeConfig, FitResult, Progress, Randomness, Recipe, fit
+from dpnlu.nlu.feature_cache import read_once
+from dpnlu.mechanism.ledger import Ledger
+from dpnlu.nlu.models import EncoderClassifier
+from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.runs.resources import peak_memory, reset_peak_memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What is trained and how, apart from the examples and privacy.
+
+    Attributes:
+        labels: the label sets; released with the model.
+        vocabulary: of word models; released with the model.
+    """
+
+    architecture: Architecture
+    recipe: Recipe
+    labels: Labels
+    vocabulary: Vocabulary
+    compute: ComputeConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A finished training.
+
+    Attributes:
+        peak_memory_mib: the process's peak resident memory during training; None: unknown here.
+    """
+
+    classifier: Classifier
+    result: FitResult
+    peak_memory_mib: float | None
+
+
+def new_classifier(experiment: Experiment, *, seed: int) -> Classifier:
+    """The classifier before training: random weights from the seed, or a pretrained encoder.
+
+    Raises:
+        ValueError: there is no such encoder.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_entropy(seed, _WEIGHTS))
+        return build(experiment.architecture, experiment.labels, experiment.vocabulary)
+
+
+def train(
+    classifier: Classifier,
+    examples: Sequence[Example],
+    *,
+    recipe: Recipe,
+    compute: ComputeConfig,
+    plan: PrivacyPlan | None,
+    seed: int,
+    repeatable_noise: bool = False,
+    ledger: Ledger | Path | None = None,
+    checkpoints: Checkpoints | None = None,
+    progress: Progress | None = None,
+) -> Trained:
+    """Train a classifier.
+
+    Args:
+        plan: None for ordinary training.
+        seed: of dropout and the order of ordinary batches.
+        repeatable_noise: take noise and sampling coins from the seed as well. For studies only:
+            who knows the seed can subtract the noise.
+        ledger, checkpoints: see `privatize` and `Checkpoints`.
+        progress: told of every step.
+    """
+    encoded = encode_all(classifier.encoding, examples)
+    # Private physical batches are of neighbours; those of like length need little padding.
+    encoded.sort(key=lambda example: int(example["lengths"]))
+    started, model = time.perf_counter(), classifier.model
+    if isinstance(model, EncoderClassifier) and classifier.architecture.freeze_encoder:
+        encoded = read_once(model, classifier.encoding, encoded)
+    prepared = time.perf_counter() - started
+    reset_peak_memory()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_entropy(seed, _DROPOUT))
+        result = fit(
+            classifier.model,
+            encoded,
+            loss=classifier.model.per_example_loss,
+            collate=classifier.encoding.collate,
+            recipe=recipe,
+            plan=plan,
+            compute=compute,
+            randomness=_randomness(seed, repeatable=plan is None or repeatable_noise),
+            ledger=ledger,
+            checkpoints=checkpoints,
+            progress=progress,
+        )
+    result = replace(result, seconds=prepared + result.seconds)
+    return Trained(classifier=classifier, result=result, peak_memory_mib=peak_memory())
+
+
+def measure(classifier: Classifier, examples: Sequence[Example]) -> Metrics:
+    """Accuracy on examples."""
+    encoded = encode_all(classifier.encoding, examples)
+    return evaluate(classifier.model, classifier.encoding, encoded, examples)
+
+
+# Uses of a seed, kept apart.
+_WEIGHTS, _DROPOUT, _ORDER, _NOISE = range(4)
+
+
+def _entropy(seed: int, use: int) -> int:
+    return int(np.random.SeedSequence([seed, use]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _randomness(seed: int, *, repeatable: bool) -> Randomness:
+    if not repeatable:
+        return Randomness(order=np.random.default_rng())
+    return Randomness(
+        order=np.random.default_rng(_entropy(seed, _ORDER)),
+        noise=torch.Generator().manual_seed(_entropy(seed, _NOISE)),
+    )
