@@ -22,7 +22,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from dpnlu.accounting import accountants as accounting
-from dpnlu.accounting.accountants import SampledGaussian, epsilon
+from dpnlu.accounting.accountants import epsilon
+from dpnlu.accounting.events import SampledGaussian
 from dpnlu.cli.benchmark import processor
 
 # (noise multiplier, sample rate, steps), δ

@@ -1,0 +1,8 @@
+"""From what was released to ε, and back. Needs no torch."""
+
+from dpnlu.accounting.accountants import ACCOUNTANTS as ACCOUNTANTS
+from dpnlu.accounting.accountants import epsilon as epsilon
+from dpnlu.accounting.calibration import calibrate_noise_multiplier as calibrate_noise_multiplier
+from dpnlu.accounting.events import SampledGaussian as SampledGaussian
+from dpnlu.accounting.events import check_delta as check_delta
+from dpnlu.accounting.events import check_digits as check_digits

@@ -1,4 +1,4 @@
-"""Events to ε and back.
+"""Events to ε.
 
 An event is an immutable description of what was released; an accountant turns a list of events
 and δ into ε. The default accountant composes privacy loss distributions (`pld.py`): tight and
@@ -11,62 +11,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
-from numbers import Real
 from typing import Any
 
+from dpnlu.accounting.events import SampledGaussian, check_delta, check_digits
 from dpnlu.accounting.pld import Release, grid_for, pld_epsilon
 
-# Calibration searches on a coarser grid first: faster, and still on the safe side.
-_COARSE = 5.0
-_ROUGH = 0.05  # relative width of a bracket in which log ε is almost a line in log σ
-_NEWTON_STEPS = 3  # then the slope was wrong
-
-# The smallest δ of all accountants, and where `dp-accounting` composes, which tilts nothing: its
-# rounding errors, about 1e-17 a step, must be small against δ.
-SMALLEST_DELTA = 1e-12
-_SMALLEST_DELTA_PER_STEP = 1e-13
-
 # With less noise ε is beyond 5000: as good as infinite.
-_SMALLEST_NOISE_MULTIPLIER = 0.01
-_LARGEST_NOISE_MULTIPLIER = 1e6
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampledGaussian:
-    """`steps` Gaussian releases of a sum over a freshly Poisson-sampled batch.
-
-    Attributes:
-        noise_multiplier: standard deviation of the noise divided by the sensitivity of the sum.
-        sample_rate: probability in (0, 1] with which each example enters a batch.
-        steps: how many such releases, >= 0.
-        max_batch_size: batches are truncated to this size; None: not truncated.
-        num_examples: the public number of examples; exactly together with `max_batch_size`.
-    """
-
-    noise_multiplier: float
-    sample_rate: float
-    steps: int
-    max_batch_size: int | None = None
-    num_examples: int | None = None
-
-    def __post_init__(self) -> None:
-        truncation = (self.max_batch_size, self.num_examples)
-        if not (
-            isinstance(self.noise_multiplier, Real)
-            and 0 <= self.noise_multiplier < math.inf
-            and isinstance(self.sample_rate, Real)
-            and 0 < self.sample_rate <= 1
-            and _is_count(self.steps, least=0)
-            and (truncation == (None, None) or all(_is_count(n, least=1) for n in truncation))
-        ):
-            raise ValueError(
-                "Expected a release with finite noise_multiplier >= 0, sample_rate in (0, 1] and "
-                f"steps >= 0, truncated to a positive size or not at all, got {self}."
-            )
+SMALLEST_NOISE_MULTIPLIER = 0.01
+LARGEST_NOISE_MULTIPLIER = 1e6
 
 
 def epsilon(events: Iterable[SampledGaussian], *, delta: float, accountant: str = "pld") -> float:
@@ -89,146 +44,19 @@ def epsilon(events: Iterable[SampledGaussian], *, delta: float, accountant: str 
         raise ValueError(
             f"Expected `accountant` to be one of {sorted(ACCOUNTANTS)}, got {accountant!r}."
         )
-    return _spent(events, lambda released: ACCOUNTANTS[accountant](released, delta))
+    return spent(events, lambda released: ACCOUNTANTS[accountant](released, delta))
 
 
-def calibrate_noise_multiplier(
-    events: Callable[[float], Sequence[SampledGaussian]],
-    *,
-    target_epsilon: float,
-    delta: float,
-    tolerance: float = 1e-3,
-) -> float:
-    """The smallest noise multiplier σ, within tolerance, for which `events(σ)` meets the target.
-
-    Guarantee: the ε of the returned σ, as the PLD accountant reports it, was computed and does not
-    exceed `target_epsilon`.
-
-    Args:
-        events: noise multiplier -> the events it leads to; ε must fall as σ grows.
-        target_epsilon: > 0.
-        delta: in [1e-12, 1).
-        tolerance: relative width of the final bracket of σ.
-
-    Raises:
-        ValueError: δ is out of range, or no noise multiplier below a million reaches the target.
-    """
-    check_delta(delta)
-
-    def excess(sigma: float, coarsening: float) -> float:
-        spent = _spent(events(sigma), lambda e: _pld_epsilon_on_grid(e, delta, coarsening))
-        return math.log(max(spent, 1e-300) / target_epsilon)
-
-    least = min(event.noise_multiplier for event in events(1.0))
-    start = 1 / least if least else math.inf  # a schedule may fall until nothing is left
-    bracket = _bracket(lambda sigma: excess(sigma, _COARSE), start=start)
-    low, high = _narrowed(lambda sigma: excess(sigma, _COARSE), bracket, tolerance=_ROUGH)
-    line = _Line(low, excess(low, _COARSE), high, excess(high, _COARSE))
-    sigma = _newton(lambda sigma: excess(sigma, 1.0), line, tolerance=tolerance)
-    if sigma is not None:
-        return sigma
-    fine = _bracket(lambda sigma: excess(sigma, 1.0), start=high, factor=1.02)
-    return _narrowed(lambda sigma: excess(sigma, 1.0), fine, tolerance=tolerance)[1]
-
-
-def _spent(
+def spent(
     events: Iterable[SampledGaussian], compute: Callable[[tuple[SampledGaussian, ...]], float]
 ) -> float:
     """What an accountant computes, unless it is clear without."""
     released = _merged(events)
     if not released:
         return 0.0
-    if any(event.noise_multiplier < _SMALLEST_NOISE_MULTIPLIER for event in released):
+    if any(event.noise_multiplier < SMALLEST_NOISE_MULTIPLIER for event in released):
         return math.inf
     return max(0.0, compute(released))
-
-
-def check_delta(delta: float, *, name: str = "delta") -> None:
-    """Raise ValueError unless δ is one that the accountants can do."""
-    if not SMALLEST_DELTA <= delta < 1:
-        raise ValueError(
-            f"Expected `{name}` in [{SMALLEST_DELTA:g}, 1), got {delta}: choose one well below "
-            "1 / number of examples."
-        )
-
-
-def _is_count(value: Any, *, least: int) -> bool:
-    return isinstance(value, int) and value >= least
-
-
-def _bracket(
-    excess: Callable[[float], float], *, start: float, factor: float = 1.5
-) -> tuple[float, float]:
-    """(low, high) with the target missed at low and met at high."""
-    high = start
-    while high <= _LARGEST_NOISE_MULTIPLIER and excess(high) > 0:
-        high *= factor
-    if high > _LARGEST_NOISE_MULTIPLIER:
-        raise ValueError(
-            "Expected a target ε that some noise multiplier below 1e6 reaches, got one that needs "
-            "more: raise the target ε or δ, train for fewer steps, or let the noise decay less."
-        )
-    low = high / factor
-    while low > _SMALLEST_NOISE_MULTIPLIER and excess(low) <= 0:
-        low, high = low / factor, low
-    return low, high
-
-
-def _narrowed(
-    excess: Callable[[float], float], bracket: tuple[float, float], *, tolerance: float
-) -> tuple[float, float]:
-    """A bracket so narrow, or with an upper end so close to the target, as the tolerance asks."""
-    low, high = bracket
-    low_excess, high_excess = excess(low), excess(high)
-    while high / low > 1 + tolerance and high_excess < -tolerance / 2:
-        # Aim slightly to the safe side of the root, so that the next `high` is a close one.
-        share = _Line(low, low_excess, high, high_excess).root_share() + 0.02
-        middle = low * (high / low) ** min(max(share, 0.05), 0.95)
-        middle_excess = excess(middle)
-        if middle_excess > 0:
-            low, low_excess = middle, middle_excess
-        else:
-            high, high_excess = middle, middle_excess
-    return low, high
-
-
-@dataclass(frozen=True)
-class _Line:
-    """Through two points of the excess over log σ, one with the target missed, one with it met."""
-
-    low: float
-    low_excess: float
-    high: float
-    high_excess: float
-
-    def root_share(self) -> float:
-        """Where it meets zero, as a share of the way from low to high."""
-        if not math.isfinite(self.low_excess):
-            return 0.5
-        return self.low_excess / (self.low_excess - self.high_excess)
-
-    def slope(self) -> float:
-        """Below 0."""
-        return (self.high_excess - self.low_excess) / math.log(self.high / self.low)
-
-
-def _newton(excess: Callable[[float], float], line: _Line, *, tolerance: float) -> float | None:
-    """A σ that meets the target and is within `tolerance` of it, by steps along the line's slope.
-
-    ε falls at least as fast as σ grows, so that σ is as close to the least one. None if the line
-    did not lead there.
-    """
-    sigma: float = line.low * (line.high / line.low) ** line.root_share()
-    off = 0.0
-    for _ in range(_NEWTON_STEPS):
-        step = -(off + tolerance / 4) / line.slope()
-        if not abs(step) <= 1:
-            return None
-        sigma *= math.exp(step)
-        off = excess(sigma)
-        if -tolerance <= off <= 0:
-            return sigma
-    return None
 
 
 def _merged(events: Iterable[SampledGaussian]) -> tuple[SampledGaussian, ...]:
@@ -238,7 +66,7 @@ def _merged(events: Iterable[SampledGaussian]) -> tuple[SampledGaussian, ...]:
     """
     steps: dict[SampledGaussian, int] = {}
     for event in events:
-        noise = min(event.noise_multiplier, _LARGEST_NOISE_MULTIPLIER)
+        noise = min(event.noise_multiplier, LARGEST_NOISE_MULTIPLIER)
         key = SampledGaussian(**{**event.__dict__, "steps": 0, "noise_multiplier": noise})
         steps[key] = steps.get(key, 0) + event.steps
     return tuple(
@@ -247,11 +75,11 @@ def _merged(events: Iterable[SampledGaussian]) -> tuple[SampledGaussian, ...]:
 
 
 def _pld_epsilon(events: tuple[SampledGaussian, ...], delta: float) -> float:
-    return _pld_epsilon_on_grid(events, delta, 1.0)
+    return pld_epsilon_on_grid(events, delta, 1.0)
 
 
 @lru_cache(maxsize=4096)
-def _pld_epsilon_on_grid(
+def pld_epsilon_on_grid(
     events: tuple[SampledGaussian, ...], delta: float, coarsening: float
 ) -> float:
     if _is_truncated(events):
@@ -338,21 +166,6 @@ def _relation(events: tuple[SampledGaussian, ...]) -> Any:
     if _is_truncated(events):
         return NeighboringRelation.REPLACE_SPECIAL
     return NeighboringRelation.ADD_OR_REMOVE_ONE
-
-
-def check_digits(delta: float, steps: int) -> None:
-    """Whether `dp-accounting`, which composes truncated batches, has digits left for δ.
-
-    Raises:
-        ValueError: its rounding after so many steps is not small against δ.
-    """
-    least = _SMALLEST_DELTA_PER_STEP * steps
-    if delta < least:
-        raise ValueError(
-            f"Expected δ of at least {least:.2g} for so many steps where dp-accounting composes "
-            f"(truncated batches, or accountant='dp-accounting'), got {delta}: raise δ, or use "
-            "untruncated batches and the accountant 'pld'."
-        )
 
 
 @contextmanager

@@ -22,7 +22,7 @@ import numpy as np
 from attacks import farm
 from attacks.canaries import parse_canary
 from attacks.membership import ATTACKS
-from dpnlu.accounting.accountants import check_delta
+from dpnlu.accounting.events import check_delta
 from dpnlu.compare.attacking import (
     DEFAULT,
     LEAST_REFERENCES,

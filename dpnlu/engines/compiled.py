@@ -12,8 +12,8 @@ begin as noise, whose memory is not there while the forward pass needs its own.
 Guarantee: that of the engine, as far as torch's compiler keeps what programs mean. The operations
 of each program, before they are compiled, are compared with plain automatic differentiation, as the
 engine's courses are. What a program would keep from its tracing, though it may change or belongs to
-one batch, is refused (`dpnlu.engines.tracing`). Numbers that the losses' function holds otherwise stay what
-they were.
+one batch, is refused (`dpnlu.engines.tracing`). Numbers that the losses' function holds otherwise
+stay what they were.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from dpnlu.engines.base import BookKeeping
+from dpnlu.engines.book_keeping import BookKeeping
 from dpnlu.engines.checks import own_generator
 from dpnlu.engines.clipped import Clipped, Parts
 from dpnlu.engines.refusals import check_losses

@@ -68,7 +68,7 @@ class Run:
 
 
 class Independence:
-    """Checks batches of one training for independent examples, as often as `dpnlu.engines.checks` says."""
+    """Checks that examples are independent, as often as `dpnlu.engines.checks` says."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model

@@ -61,7 +61,7 @@ def combine(uses: Sequence[Gradients]) -> list[Gradients]:
 
 
 def squared_norms(parts: Sequence[Gradients], grams: GramCache) -> SquaredNorms:
-    """Of the sum of `parts`, cross terms included; the guarantee is that of `dpnlu.gradients.forms`."""
+    """Of the sum of `parts`, cross terms included; the guarantee of `dpnlu.gradients.forms`."""
     total = parts[0].squared_norms(grams)
     for index, part in enumerate(parts[1:], start=1):
         total += part.squared_norms(grams)

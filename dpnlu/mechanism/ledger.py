@@ -18,7 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from dpnlu.accounting.accountants import SampledGaussian, epsilon
+from dpnlu.accounting.accountants import epsilon
+from dpnlu.accounting.events import SampledGaussian
 from dpnlu.mechanism.durable import locked, sync, write_all
 from dpnlu.mechanism.plan import PrivacyPlan
 

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from dpnlu.accounting.accountants import (
+from dpnlu.accounting.accountants import epsilon
+from dpnlu.accounting.calibration import calibrate_noise_multiplier
+from dpnlu.accounting.events import (
     SampledGaussian,
-    calibrate_noise_multiplier,
     check_delta,
     check_digits,
-    epsilon,
 )
 from dpnlu.mechanism.clipping import CLIPPING_RULES
 from dpnlu.mechanism.ranges import check_choice, check_count, check_not_negative, check_positive

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from dpnlu.engines.base import ENGINES, BookKeeping, Engine
+from dpnlu.engines import ENGINES
+from dpnlu.engines.base import Engine
 from dpnlu.engines.batches import by_example
+from dpnlu.engines.book_keeping import BookKeeping
 from dpnlu.engines.clipped import Clipped
 from dpnlu.engines.independence import Answers, Independence, Run
 from dpnlu.engines.moment import Moments

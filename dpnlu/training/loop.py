@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dpnlu.engines.base import ENGINES
+from dpnlu.engines import ENGINES
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.training.checkpoint import CheckpointError, Checkpoints, load_checkpoint, save_checkpoint

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dpnlu.engines.base import ENGINES
+from dpnlu.engines import ENGINES
 from dpnlu.engines.verification import find_layouts
 from dpnlu.gradients.forms import Gradients, GramCache
 from dpnlu.gradients.rules import OPERATIONS

@@ -12,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, optimize, stats
 
-from dpnlu.accounting import accountants as accounting
+from dpnlu.accounting import calibration
 from dpnlu.accounting.accountants import (
     ACCOUNTANTS,
+    epsilon,
+)
+from dpnlu.accounting.calibration import calibrate_noise_multiplier
+from dpnlu.accounting.events import (
     SMALLEST_DELTA,
     SampledGaussian,
-    calibrate_noise_multiplier,
-    epsilon,
 )
 
 
@@ -278,9 +280,9 @@ def test_calibration_goes_on_where_the_slope_leads_nowhere(monkeypatch):
         return [gaussian(sigma, 0.05, 40)]
 
     for size in (1e-9, 1.0):  # a line too flat to follow, and one too steep
-        line = accounting._Line(low=1.0, low_excess=size, high=2.0, high_excess=-size)
-        assert accounting._newton(lambda sigma: 0.1 * (5 - sigma), line, tolerance=1e-3) is None
-    monkeypatch.setattr(accounting, "_newton", lambda *_, **__: None)
+        line = calibration._Line(low=1.0, low_excess=size, high=2.0, high_excess=-size)
+        assert calibration._newton(lambda sigma: 0.1 * (5 - sigma), line, tolerance=1e-3) is None
+    monkeypatch.setattr(calibration, "_newton", lambda *_, **__: None)
     sigma = calibrate_noise_multiplier(events, target_epsilon=2.0, delta=DELTA)
     assert 0.998 * 2.0 <= epsilon(events(sigma), delta=DELTA) <= 2.0
 

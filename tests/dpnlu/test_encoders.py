@@ -11,7 +11,7 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpnlu.engines.base import ENGINES
+from dpnlu.engines import ENGINES
 from dpnlu.gradients.errors import UnsupportedLayerError
 from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.training.handle import privatize

@@ -11,7 +11,8 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpnlu.engines.base import ENGINES, Opacus
+from dpnlu.engines import ENGINES
+from dpnlu.engines.opacus import Opacus
 from dpnlu.gradients.errors import UnsupportedLayerError
 from dpnlu.gradients.forms import SquaredNorms
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpnlu.engines.base import BookKeeping
+from dpnlu.engines.book_keeping import BookKeeping
 from dpnlu.engines.clipped import add_clipped, gradient_norms
 from dpnlu.engines.compiled import CompiledClipping
 from dpnlu.gradients.forms import Bags, Dense, OuterProducts, Rows

@@ -76,7 +76,8 @@ def test_a_killed_process_leaves_all_entries(make_plan, path):
     plan = make_plan()
     code = (
         "import json, os, sys; from pathlib import Path; from dpnlu.mechanism.ledger import Ledger;"
-        "from dpnlu.mechanism.plan import PrivacyPlan; plan = PrivacyPlan.from_dict(json.loads(sys.argv[2]));"
+        "from dpnlu.mechanism.plan import PrivacyPlan;"
+        "plan = PrivacyPlan.from_dict(json.loads(sys.argv[2]));"
         "ledger = Ledger(plan, path=Path(sys.argv[1]));"
         "[ledger.append(plan.event_at(step)) for step in range(2)]; os._exit(9)"
     )

@@ -6,7 +6,8 @@ from dataclasses import FrozenInstanceError, dataclass, field
 
 import pytest
 
-from dpnlu.accounting.accountants import SampledGaussian, epsilon
+from dpnlu.accounting.accountants import epsilon
+from dpnlu.accounting.events import SampledGaussian
 from dpnlu.mechanism.plan import PrivacyPlan
 
 CALIBRATION = {

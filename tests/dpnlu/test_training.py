@@ -15,7 +15,8 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpnlu.accounting.accountants import SampledGaussian, epsilon
+from dpnlu.accounting.accountants import epsilon
+from dpnlu.accounting.events import SampledGaussian
 from dpnlu.engines import clipped
 from dpnlu.gradients.errors import UnsupportedLayerError
 from dpnlu.gradients.forms import SquaredNorms

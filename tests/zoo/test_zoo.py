@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from dpnlu.engines.base import ENGINES, PerExample
+from dpnlu.engines import ENGINES
+from dpnlu.engines.per_example import PerExample
 from tests.zoo import adapters, families, support
 from tests.zoo.subjects import Texts
 from tests.zoo.verdicts import VERDICTS, dependence, examine

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dpnlu.engines.base import PerExample
+from dpnlu.engines.per_example import PerExample
 from dpnlu.gradients.errors import UnsupportedLayerError
 from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.training.handle import PrivateTraining, privatize

@@ -1,0 +1,263 @@
+"""Per-example clipping in one backward pass, without weight gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpnlu.engines.batches import detached, leaves_of
+from dpnlu.engines.checks import Checks, own_generator
+from dpnlu.engines.clipped import Clipped, Parts, add_clipped, gradient_norms
+from dpnlu.engines.plain import nothing_accumulated
+from dpnlu.engines.refusals import check_batch_size, check_losses, check_visible
+from dpnlu.engines.verification import (
+    Evidence,
+    check_seen,
+    do_rows_agree,
+    find_layouts,
+    gather,
+)
+from dpnlu.gradients.forms import SquaredNorms
+from dpnlu.gradients.layout import Layout
+from dpnlu.gradients.rounding import full_precision
+from dpnlu.gradients.rules import OPERATIONS
+from dpnlu.gradients.signature import Edge, Signature, signature_of, walk
+from dpnlu.gradients.tape import Call, Tape
+from dpnlu.gradients.uses import combine
+from dpnlu.mechanism.plan import PrivacyPlan
+
+
+class BookKeeping:
+    """Per-example clipping in one backward pass (Bu et al. 2023), without weight gradients.
+
+    That the tape saw every use of a parameter is checked for every batch, and before anything is
+    released, as often as `dpnlu.engines.checks` says, that examples do not mix and that gradients
+    are those of plain automatic differentiation.
+
+    Attributes:
+        model: whose forward passes are recorded.
+        names: of its trainable parameters.
+        checks: when to check; None: never.
+        signature: of the last batch; None: it was not looked at.
+        coarsest: distance from 1 to the next number, of the coarsest gradients of that batch.
+    """
+
+    takes_whole_batches = True
+    counts_forward_passes = False
+
+    def __init__(self, model: nn.Module, plan: PrivacyPlan, *, verify: bool = True) -> None:
+        check_visible(model)
+        self.model = model
+        self.names: dict[Tensor, str] = {
+            p: name for name, p in model.named_parameters() if p.requires_grad
+        }
+        self.checks = Checks(model) if verify else None
+        self.signature: Signature | None = None
+        self.coarsest = 0.0
+        self._plan = plan
+        self._generator = own_generator()
+        self._tape = Tape(model, OPERATIONS)
+
+    def expect(self, batch_size: int | None, batch: Any = None) -> None:
+        self._tape.expect(batch_size, batch)
+
+    @property
+    def calls(self) -> list[Call]:
+        """The forward passes of outermost modules that were recorded."""
+        return self._tape.calls
+
+    def recording(self, batch: Any, batch_size: int | None) -> AbstractContextManager[None]:
+        """In here, whatever is computed of a batch is seen, in modules and outside of them; see
+        `Tape.recording`."""
+        return self._tape.recording(batch, batch_size)
+
+    def losses(
+        self, losses_of: Callable[[Any], Tensor], batch: Any, batch_size: int | None
+    ) -> Tensor:
+        """Have the losses of a batch computed, and see all of it.
+
+        Args:
+            batch_size: None: as many as there are losses.
+        """
+        with self.recording(batch, batch_size):
+            losses = losses_of(batch)
+        check_losses(losses, batch_size)
+        if self._tape.batch_size != len(losses):
+            return self.losses(losses_of, batch, len(losses))
+        return losses
+
+    def run(self, call: Call, given: Any, count: int) -> tuple[Any, Signature | None]:
+        """Have a module called again with other arguments, of `count` examples.
+
+        Returns:
+            What it returns, and what was done; None if nothing of that can be differentiated.
+        """
+        self._tape.expect(count)
+        try:
+            outputs = call.repeated(*detached(given))
+            leaves = [leaf for leaf in leaves_of(outputs) if leaf.requires_grad]
+            if not leaves:
+                return outputs, None
+            total = torch.stack([leaf.sum().double() for leaf in leaves]).sum()
+            return outputs, self._signature(list(walk(total)), count)
+        finally:
+            self._tape.clear()
+
+    def norms(self, losses: Tensor) -> Tensor:
+        """(B,) norms of the gradients of losses that were recorded; nothing is added up."""
+        trace = self._tape.trace
+        try:
+            self.signature = self.signature_of(losses)
+            with self._tape.on_the_way_back():
+                arrived = trace.backward(losses, retain_graph=True)
+                expected = trace.expected_layouts(arrived, len(losses))
+                layouts = find_layouts(
+                    trace, losses, arrived, expected, chooses_rows=True, generator=self._generator
+                )
+                return self._parts(arrived, layouts, list(self.names), losses)[1].values.sqrt()
+        finally:
+            self._tape.clear()
+
+    def add_clipped(
+        self,
+        losses: Tensor,
+        *,
+        into: Mapping[nn.Parameter, Tensor],
+        scale: float,
+        closes_unit: bool | None = True,
+    ) -> Clipped:
+        try:
+            with self._tape.on_the_way_back():
+                parts, norms = self._found(losses, list(into))
+        finally:
+            self._tape.clear()
+        return self.add_found(parts, norms, losses, into=into, scale=scale)
+
+    def add_found(
+        self,
+        parts: Parts,
+        norms: SquaredNorms,
+        losses: Tensor,
+        *,
+        into: Mapping[nn.Parameter, Tensor],
+        scale: float,
+    ) -> Clipped:
+        """`add_clipped`, of gradients and norms that were found before."""
+        return add_clipped(parts, norms, losses, self._plan, into=into, scale=scale)
+
+    def weights_changed(self) -> None:
+        if self.checks is not None:
+            self.checks.weights_changed()
+
+    def close(self) -> None:
+        self._tape.close()
+
+    # ---- for programs that are traced --------------------------------------------------------
+
+    @property
+    def is_checkpointed(self) -> bool:
+        """Whether the forward pass that was recorded computes activations anew on the way back."""
+        return self._tape.is_checkpointed
+
+    def found_unchecked(
+        self, losses: Tensor, parameters: Sequence[Tensor]
+    ) -> tuple[Parts, SquaredNorms]:
+        """The gradients that the tape saw, with their norms."""
+        trace = self._tape.trace
+        arrived = trace.backward(losses)
+        return self._parts(arrived, trace.usual_layouts(arrived, len(losses)), parameters, losses)
+
+    def evidence(
+        self, losses: Tensor, parameters: list[nn.Parameter], weights: Tensor, draws: Tensor
+    ) -> tuple[Tensor, Evidence]:
+        """Whether examples keep apart where they usually lie, (), and what `gather` finds; nothing
+        looks at a value."""
+        trace = self._tape.trace
+        arrived = trace.backward(losses, retain_graph=True)
+        layouts = trace.usual_layouts(arrived, len(losses))
+        agree = do_rows_agree(trace, losses, arrived, layouts, weights)
+        parts, norms = self._parts(arrived, layouts, parameters, losses)
+        bound = self._plan.max_grad_norm
+        return agree, gather(parts, norms, losses, draws, arrived=arrived, bound=bound)
+
+    def signature_of(self, losses: Tensor) -> Signature:
+        """What was done in the forward pass that led to the losses, all of which was seen.
+
+        Raises:
+            UnsupportedLayerError: something was not.
+        """
+        edges = list(walk(losses))
+        check_seen(edges, self._tape.trace, self._tape.free_learned(), self.names)
+        return self._signature(edges, len(losses))
+
+    # ------------------------------------------------------------------------------------------
+
+    def _found(self, losses: Tensor, parameters: list[nn.Parameter]) -> tuple[Parts, SquaredNorms]:
+        """The gradients that the tape saw, with their norms, and checked.
+
+        Raises:
+            UnsupportedLayerError: a parameter is used where the tape does not see it, examples mix,
+                or the gradients are not those of plain automatic differentiation.
+        """
+        trace, batch = self._tape.trace, len(losses)
+        self.signature = None
+        if self.checks is None or not batch:
+            return self.found_unchecked(losses, parameters)
+        check_batch_size(self._tape.batch_size, batch)
+        self.signature = signature = self.signature_of(losses)
+        check_rows, check_parameters = self.checks.meet(
+            signature, chooses_rows=signature.chooses_rows, is_doubtful=signature.is_doubtful
+        )
+        check_rows = check_rows and batch > 1
+        with nothing_accumulated(parameters):
+            arrived = trace.backward(losses, retain_graph=check_rows or check_parameters)
+        self.coarsest = max((torch.finfo(g.dtype).eps for g in arrived if g is not None), default=0)
+        known = self.checks.layouts(signature, batch)
+        if check_rows:
+            layouts = find_layouts(
+                trace,
+                losses,
+                arrived,
+                known or trace.expected_layouts(arrived, batch),
+                chooses_rows=signature.may_choose_rows,
+                generator=self._generator,
+            )
+        else:
+            layouts = known or trace.usual_layouts(arrived, batch)
+        parts, norms = self._parts(arrived, layouts, parameters, losses)
+        if check_rows and bool(torch.isfinite(norms.values).all()):
+            self.checks.show_rows(signature, layouts)
+        if check_parameters:
+            draws = torch.rand(batch, generator=self._generator).to(losses)
+            evidence = gather(
+                parts, norms, losses, draws, arrived=arrived, bound=self._plan.max_grad_norm
+            )
+            if evidence.proves([self.names[parameter] for parameter in parameters]):
+                self.checks.show_parameters(signature)
+        return parts, norms
+
+    def _parts(
+        self,
+        arrived: Sequence[Tensor | None],
+        layouts: Sequence[Layout],
+        parameters: Sequence[Tensor],
+        losses: Tensor,
+    ) -> tuple[Parts, SquaredNorms]:
+        with full_precision(losses.device):
+            found = self._tape.trace.gradients(arrived, layouts)
+            parts = {parameter: combine(found.get(parameter, [])) for parameter in parameters}
+        return parts, gradient_norms(parts, losses)
+
+    def _signature(self, edges: Sequence[Edge], batch: int) -> Signature:
+        """What was done in the forward pass, and how the tape understood it: which operation used
+        parameters, on how many entries per example."""
+        tape = self._tape
+        graph = signature_of(edges, batch, tape.is_free_node, may_unpack=not tape.is_checkpointed)
+        understood = (place.described(batch) for place in tape.trace.places)
+        free = f"{len(tape.trace.lookups)} {len(tape.trace.products)}"
+        return replace(graph, steps=(*graph.steps, *understood, free))
