@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from dpnlu.benchmark.cases import Case
 from dpnlu.benchmark.steps import Step, ordinary, private
-from dpnlu.gradients.forms import GramCache, OuterProducts
+from dpnlu.gradients.factors import OuterProducts
+from dpnlu.gradients.forms import GramCache
 from dpnlu.runs.progress import Told
 
 _VOCABULARY, _INTENTS = 2_000, 64

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from dpnlu.engines.batches import detached, leaves_of
 from dpnlu.engines.checks import Checks, own_generator
 from dpnlu.engines.clipped import Clipped, Parts, add_clipped, gradient_norms
+from dpnlu.engines.coverage import check_seen
 from dpnlu.engines.plain import nothing_accumulated
 from dpnlu.engines.refusals import check_batch_size, check_losses, check_visible
-from dpnlu.engines.verification import (
-    Evidence,
-    check_seen,
+from dpnlu.engines.separation import (
     do_rows_agree,
     find_layouts,
+)
+from dpnlu.engines.verification import (
+    Evidence,
     gather,
 )
 from dpnlu.gradients.forms import SquaredNorms

@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpnlu.gradients.forms import Gradients, GramCache, SquaredNorms
+from dpnlu.gradients.forms import (
+    Gradients,
+    GramCache,
+    SquaredNorms,
+)
 from dpnlu.gradients.rounding import full_precision, growth, underflow
 from dpnlu.gradients.uses import norms_written_out, squared_norms
 from dpnlu.mechanism.clipping import CLIPPING_RULES

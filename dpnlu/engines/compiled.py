@@ -32,8 +32,9 @@ from dpnlu.engines.book_keeping import BookKeeping
 from dpnlu.engines.checks import own_generator
 from dpnlu.engines.clipped import Clipped, Parts
 from dpnlu.engines.refusals import check_losses
+from dpnlu.engines.separation import draw_weights
 from dpnlu.engines.tracing import traced
-from dpnlu.engines.verification import Evidence, draw_weights
+from dpnlu.engines.verification import Evidence
 from dpnlu.gradients.errors import UnsupportedLayerError
 from dpnlu.gradients.forms import SquaredNorms
 from dpnlu.gradients.rounding import full_precision

@@ -17,8 +17,13 @@ from torch.overrides import _len_torch_function_stack  # type: ignore[attr-defin
 from torch.utils.checkpoint import CheckpointError
 
 from dpnlu.gradients.errors import UnsupportedLayerError
-from dpnlu.gradients.forms import Dense, Gradients, OuterProducts, Rows
+from dpnlu.gradients.factors import OuterProducts
+from dpnlu.gradients.forms import (
+    Dense,
+    Gradients,
+)
 from dpnlu.gradients.layout import Layout, candidates, full_precision
+from dpnlu.gradients.rows import Rows
 
 # (gradient w.r.t. a recorded output, where the examples lie in it) -> per-example gradients of the
 # tensors that made it.

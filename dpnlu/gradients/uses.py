@@ -10,16 +10,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dpnlu.gradients.factors import OuterProducts
 from dpnlu.gradients.forms import (
-    Bags,
     Dense,
     Gradients,
     GramCache,
-    OuterProducts,
-    Rows,
     SquaredNorms,
 )
 from dpnlu.gradients.rounding import growth, inner_products, squared_terms
+from dpnlu.gradients.rows import (
+    Bags,
+    Rows,
+)
 
 # How many entries are written out at once.
 _ENTRIES = 2**22

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dpnlu.engines import ENGINES
-from dpnlu.engines.verification import find_layouts
+from dpnlu.engines.separation import find_layouts
 from dpnlu.gradients.forms import Gradients, GramCache
 from dpnlu.gradients.rules import OPERATIONS
 from dpnlu.gradients.tape import Tape

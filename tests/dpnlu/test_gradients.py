@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from dpnlu.gradients import forms as gradients
-from dpnlu.gradients.forms import Bags, Dense, GramCache, OuterProducts, Rows
+from dpnlu.gradients.factors import OuterProducts
+from dpnlu.gradients.forms import Dense, GramCache
+from dpnlu.gradients.rows import (
+    Bags,
+    Rows,
+)
 from dpnlu.gradients.uses import combine, squared_norms
 
 pytestmark = pytest.mark.usefixtures("double")

@@ -18,7 +18,12 @@ from torch.nn import functional as F
 from dpnlu.engines.book_keeping import BookKeeping
 from dpnlu.engines.clipped import add_clipped, gradient_norms
 from dpnlu.engines.compiled import CompiledClipping
-from dpnlu.gradients.forms import Bags, Dense, OuterProducts, Rows
+from dpnlu.gradients.factors import OuterProducts
+from dpnlu.gradients.forms import Dense
+from dpnlu.gradients.rows import (
+    Bags,
+    Rows,
+)
 from dpnlu.gradients.uses import combine
 from dpnlu.mechanism.plan import PrivacyPlan
 

@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpnlu.gradients.forms import Dense, Gradients, OuterProducts
+from dpnlu.gradients.factors import OuterProducts
+from dpnlu.gradients.forms import (
+    Dense,
+    Gradients,
+)
 from dpnlu.gradients.layout import Layout, full_precision
 from dpnlu.gradients.tape import Tape
 from dpnlu.gradients.trace import Finish

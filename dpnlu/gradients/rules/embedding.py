@@ -9,9 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dpnlu.gradients.errors import UnsupportedLayerError
-from dpnlu.gradients.forms import Bags, Gradients, Rows
+from dpnlu.gradients.forms import Gradients
 from dpnlu.gradients.layout import Layout, by_example, full_precision
 from dpnlu.gradients.operations import Rule, first_alone
+from dpnlu.gradients.rows import (
+    Bags,
+    Rows,
+)
 from dpnlu.gradients.trace import Finish
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpnlu.gradients.forms import Gradients, Rows
+from dpnlu.gradients.forms import Gradients
 from dpnlu.gradients.layout import Layout, by_example
+from dpnlu.gradients.rows import Rows
 from dpnlu.gradients.tape import Tape
 
 

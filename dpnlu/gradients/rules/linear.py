@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dpnlu.gradients.forms import Dense, Gradients, OuterProducts
+from dpnlu.gradients.factors import OuterProducts
+from dpnlu.gradients.forms import (
+    Dense,
+    Gradients,
+)
 from dpnlu.gradients.layout import Layout, by_example
 from dpnlu.gradients.operations import Rule
 from dpnlu.gradients.trace import Finish

@@ -35,7 +35,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from dpnlu.gradients.forms import Dense, Gradients, OuterProducts
+from dpnlu.gradients.factors import OuterProducts
+from dpnlu.gradients.forms import (
+    Dense,
+    Gradients,
+)
 from dpnlu.gradients.kernels import Multiplier
 from dpnlu.gradients.layout import Layout, by_example
 from dpnlu.gradients.tape import Tape

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dpnlu.gradients.errors import UnsupportedLayerError
-from dpnlu.gradients.forms import Gradients, OuterProducts
+from dpnlu.gradients.factors import OuterProducts
+from dpnlu.gradients.forms import Gradients
 from dpnlu.gradients.layout import Layout, by_example
 from dpnlu.gradients.tape import Tape
 from dpnlu.gradients.trace import Finish

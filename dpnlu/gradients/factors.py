@@ -1,0 +1,110 @@
+"""Gradients of products with a weight matrix: sums of outer products, kept as their factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpnlu.gradients.forms import (
+    GramCache,
+    SquaredNorms,
+    diagonal,
+    lengths,
+    of_written_out,
+    squared_lengths,
+    zeroed,
+)
+from dpnlu.gradients.kernels import add_product_
+from dpnlu.gradients.rounding import growth, squared_sums, squared_terms
+
+
+@dataclass(frozen=True)
+class OuterProducts:
+    """Gradient i is the (p, d) matrix Σ_t right[i, t] left[i, t]ᵀ, whatever shape that is kept in.
+
+    Attributes:
+        left: (B, T, d) what the layer received.
+        right: (B, T, p) gradient with respect to what it returned.
+        transposed: the tensor is stored as (d, p).
+    """
+
+    left: Tensor
+    right: Tensor
+    transposed: bool = False
+
+    @property
+    def terms(self) -> int:
+        return self.left.shape[1]
+
+    @property
+    def entries(self) -> int:
+        return self.left.shape[2] * self.right.shape[2]
+
+    def squared_norms(self, grams: GramCache) -> SquaredNorms:
+        """By whichever way takes fewer multiplications."""
+        if self.terms == 1:
+            values = (squared_lengths(self.left) * squared_lengths(self.right))[:, 0]
+            share = growth(self._widths + 8, values.dtype)
+            return SquaredNorms(values, self.sizes().square() * share)
+        return self.norms_by_gram(grams) if self.takes_gram else self.norms_written_out()
+
+    @property
+    def takes_gram(self) -> bool:
+        """Whether Gram matrices, 2T² (d + p), take fewer multiplications than gradients, 2T d p."""
+        _, positions, d = self.left.shape
+        p = self.right.shape[2]
+        return positions * (d + p) <= d * p
+
+    def norms_by_gram(self, grams: GramCache) -> SquaredNorms:
+        """‖Σ b aᵀ‖² = Σ_st (a_s·a_t)(b_s·b_t) (Li et al. 2022)."""
+        lefts, rights = grams(self.left), grams(self.right)
+        # Rounding may leave a vanishing norm slightly negative.
+        values = (lefts * rights).sum(2).sum(1).clamp_(min=0)
+        sizes = lengths(diagonal(lefts)) * lengths(diagonal(rights))
+        # 2T for the sum here, and 2T for that of the gradient's own terms.
+        share = growth(self._widths + 4 * self.terms + 4, values.dtype)
+        return SquaredNorms(values, sizes.sum(1).square() * share)
+
+    def norms_written_out(self) -> SquaredNorms:
+        return of_written_out(squared_sums(self.dense()), squared_terms(self.entries), self)
+
+    @property
+    def _widths(self) -> int:
+        return self.left.shape[2] + self.right.shape[2]
+
+    def sizes(self) -> Tensor:
+        sizes = lengths(squared_lengths(self.left)) * lengths(squared_lengths(self.right))
+        return sizes.sum(1)
+
+    def dense(self) -> Tensor:
+        if self.transposed:
+            return torch.bmm(self.left.mT, self.right)
+        return torch.bmm(self.right.mT, self.left)
+
+    def add_weighted_sum(self, coefficients: Tensor, out: Tensor) -> None:
+        weights = coefficients[:, None, None]
+        if self.left.shape[2] < self.right.shape[2]:  # scale the narrower factor
+            left, right = _as_rows(self.left * weights, self.right)
+        else:
+            left, right = _as_rows(self.left, self.right * weights)
+        if self.transposed:
+            left, right = right, left
+        if out.dtype != left.dtype:
+            left, right = left.to(out.dtype), right.to(out.dtype)
+        add_product_(out.view(right.shape[1], left.shape[1]), right.mT, left)
+
+    def finite_rows(self, finite: Tensor) -> OuterProducts:
+        return OuterProducts(zeroed(self.left, finite), zeroed(self.right, finite), self.transposed)
+
+    def of(self, examples: Tensor) -> OuterProducts:
+        return OuterProducts(self.left[examples], self.right[examples], self.transposed)
+
+
+def _as_rows(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Both (B, T, ·) as (B·T, ·), in the order of memory that spares copying the wider one."""
+    widest = right if right.shape[2] >= left.shape[2] else left
+    if not widest.is_contiguous() and widest.transpose(0, 1).is_contiguous():
+        left, right = left.transpose(0, 1), right.transpose(0, 1)
+    return left.reshape(-1, left.shape[2]), right.reshape(-1, right.shape[2])
