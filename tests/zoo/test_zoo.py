@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from dpnlu.engines import ENGINES, PerExample
+from dpnlu.engines import ENGINES
+from dpnlu.engines.per_example import PerExample
 from tests.zoo import adapters, families, support
 from tests.zoo.subjects import Texts
 from tests.zoo.verdicts import VERDICTS, dependence, examine
@@ -20,9 +21,9 @@ ROWS = list(dict.fromkeys(subject.row for subject in SUBJECTS.values()))
 # Of each kind one, exact or refused.
 SOME = [
     "bert, texts", "albert, tokens", "bart, texts", "deberta-v2, tokens", "gpt2, texts",
-    "llama, tokens", "longformer, texts", "mixtral, batched_mm, texts", "mixtral, grouped_mm, texts",
-    "xlnet, tokens", "LoRA, GPT-2", "DoRA, BERT", "HiRA, GPT-2", "Prompt tuning, Llama", "OFT, BERT",
-    "C3A, Llama",
+    "llama, tokens", "longformer, texts", "mixtral, batched_mm, texts",
+    "mixtral, grouped_mm, texts", "xlnet, tokens", "LoRA, GPT-2", "DoRA, BERT", "HiRA, GPT-2",
+    "Prompt tuning, Llama", "OFT, BERT", "C3A, Llama",
 ]  # fmt: skip
 
 
