@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from dpnlu.engines import ENGINES
-from dpnlu.engines.per_example import PerExample
+from dpnlu.engines import ENGINES, PerExample
 from tests.zoo import adapters, families, support
 from tests.zoo.subjects import Texts
 from tests.zoo.verdicts import VERDICTS, dependence, examine
