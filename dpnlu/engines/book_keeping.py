@@ -153,6 +153,7 @@ class BookKeeping:
         return add_clipped(parts, norms, losses, self._plan, into=into, scale=scale)
 
     def weights_changed(self) -> None:
+        self._tape.weights_changed()
         if self.checks is not None:
             self.checks.weights_changed()
 

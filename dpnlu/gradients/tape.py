@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
@@ -102,6 +103,7 @@ class Tape(TorchFunctionMode):
         self._provenance = Provenance(model)
         self._copies: dict[int, _Copies] = {}  # by the id of the copies
         self._memory: dict[Any, Any] = {}
+        self._prepared: dict[Any, _Prepared] = {}
         self._modules: list[tuple[str, tuple[Any, ...]]] = []
         self._is_active = False
         self._expected: int | None = None
@@ -126,6 +128,11 @@ class Tape(TorchFunctionMode):
             hook.remove()
         self._hooks = []
         self.clear()
+        self.weights_changed()
+
+    def weights_changed(self) -> None:
+        """What was prepared from the weights is of no use any more: release its memory."""
+        self._prepared = {}
 
     def clear(self) -> None:
         """Forget what was recorded, and release its memory."""
@@ -236,6 +243,18 @@ class Tape(TorchFunctionMode):
         if whole not in self._memory:
             self._memory[whole] = (weights, make())  # their ids stay theirs
         made: T = self._memory[whole][1]
+        return made
+
+    def prepared(self, weights: tuple[Tensor, ...], make: Callable[[], T]) -> T:
+        """The same across forward passes, for as long as the weights are what they were.
+
+        They are compared with copies: an assignment to `.data` leaves no other trace.
+        """
+        whole = tuple(id(weight) for weight in weights)
+        held = self._prepared.get(whole)
+        if held is None or not held.is_of(weights):
+            held = self._prepared[whole] = _Prepared.of(weights, make())
+        made: T = held.made
         return made
 
     @property
@@ -363,8 +382,6 @@ class Tape(TorchFunctionMode):
             return
         edge = get_gradient_edge(output)
         self.trace.lookups[id(output)] = Lookup(output, edge, ids, table, padding_idx)
-        if ids.numel() >= table.shape[0]:  # a short table's gradients are smaller than its rows
-            self.trace.in_free[id(table)] = table
 
     def _multiply(
         self, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
@@ -587,6 +604,31 @@ class _Copies:
         """The gradient of the copies -> that of the source, (B, *shape)."""
         apart = layout.apart(gradient).sum_to_size(layout.batch, *self.shape)
         return apart.reshape(layout.batch, *self.source.shape)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What was made of weights, and what these were."""
+
+    made: Any
+    weights: tuple[Tensor, ...]
+    copies: tuple[Tensor, ...] | None
+
+    @classmethod
+    def of(cls, weights: tuple[Tensor, ...], made: Any) -> _Prepared:
+        # Elsewhere a comparison would have to be waited for, and making is cheap.
+        is_comparable = all(
+            weight.device.type == "cpu" and not isinstance(weight, FakeTensor) for weight in weights
+        )
+        copies = tuple(weight.detach().clone() for weight in weights) if is_comparable else None
+        return cls(made, weights, copies)
+
+    def is_of(self, weights: tuple[Tensor, ...]) -> bool:
+        """Whether the weights are, number by number, what they were."""
+        return self.copies is not None and all(
+            torch.equal(weight.detach(), copy)
+            for weight, copy in zip(weights, self.copies, strict=True)
+        )
 
 
 def _argument(rule: Rule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -138,10 +138,17 @@ class Lookup:
         return self.ids.masked_fill(self.ids == self.padding_idx % self.table.shape[0], -1)
 
     def _rows(self, ids: Tensor, gradients: Tensor) -> tuple[Tensor, Gradients]:
-        batch = len(ids)
+        batch, (rows, width) = len(ids), self.table.shape
         positions = ids.shape[1:].numel()
-        values = gradients.reshape(batch, positions, self.table.shape[1])
-        return self.table, Rows(ids.reshape(batch, positions), values, tuple(self.table.shape))
+        ids, values = ids.reshape(batch, positions), gradients.reshape(batch, positions, width)
+        if positions < rows:
+            return self.table, Rows(ids, values, (rows, width))
+        # A short table's gradients are smaller than its rows. Those of padding go beside it.
+        offsets = (rows + 1) * torch.arange(batch, device=ids.device)
+        places = ids.where(ids >= 0, rows) + offsets[:, None]
+        sums = values.new_zeros(batch * (rows + 1), width)
+        sums.index_add_(0, places.flatten(), values.flatten(0, 1))
+        return self.table, Dense(sums.view(batch, rows + 1, width)[:, :rows])
 
 
 @dataclass(frozen=True)

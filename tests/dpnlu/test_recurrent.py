@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from dpnlu.gradients.rules import OPERATIONS
 from dpnlu.gradients.tape import Tape
+from dpnlu.training.handle import privatize
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -280,3 +281,32 @@ def test_autocast_inputs_are_computed_with_in_the_weights_precision(
     for parameter, rows in zip(model.parameters(), expected, strict=True):
         dense = sum(use.dense() for use in found[parameter])
         assert float((dense - rows).norm()) < 0.03 * float(rows.norm())
+
+
+def _assigned(weight: Tensor) -> None:
+    weight.data = 0.5 * weight.data
+
+
+def _written(weight: Tensor) -> None:
+    weight.data.mul_(0.5)  # leaves no version behind
+
+
+@pytest.mark.parametrize("change", [_assigned, _written])
+def test_weights_that_change_within_a_logical_batch_are_not_used_as_they_were(make_plan, change):
+    """As when averaged weights are put in for an evaluation, and taken out again."""
+    sums = {}
+    for engine in ("book_keeping", "per_example"):
+        torch.manual_seed(0)
+        model = nn.LSTM(4, 3, batch_first=True).double()
+        plan = make_plan(noise_multiplier=0.0, num_examples=6, sample_rate=1.0, max_grad_norm=0.01)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        data = list(torch.randn(6, 5, 4).double())
+        with privatize(model, optimizer, plan, engine=engine) as private:
+            step = private.stepper(lambda batch, model=model: model(batch)[0].square().sum((1, 2)))
+            for batch in private.loader(data, physical_batch_size=2):
+                if step(batch):
+                    break
+                change(model.weight_hh_l0)
+            sums[engine] = list(private.gradients.values())
+    for found, expected in zip(*sums.values(), strict=True):
+        torch.testing.assert_close(found, expected)

@@ -70,7 +70,7 @@ def lstm_layer(
     first = weights[0][0]
     tap = first.new_zeros(()).requires_grad_().expand(len(weights), steps, batch, first.shape[0])
     every = tuple(weight for of_one in weights for weight in of_one)
-    prepared = tape.remembered(every, lambda: _Prepared.of(weights, batch))
+    prepared = tape.prepared(every, lambda: _Prepared.of(weights, batch))
     used = [weight.view_as(weight) for weight in every]
     hidden, cells, before = _Layer.apply(  # type: ignore[no-untyped-call]
         tap, inputs, *state, turn, prepared, *used
