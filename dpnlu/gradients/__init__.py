@@ -1,0 +1,1 @@
+"""Per-example gradients of any torch model. Knows nothing of privacy."""

@@ -1,0 +1,1 @@
+"""What is released: plan, ledger, sampling, clipping, noise. Plan and ledger need no torch."""

@@ -1,0 +1,1 @@
+"""Intent and slot classifiers: data, models, metrics. Knows nothing of privacy."""
