@@ -2,11 +2,11 @@
 
 A check costs a few backward passes, so that what was shown of one batch is believed of others of
 the same signature, for a while: values can change what a forward pass means without changing what
-it does. So batches are checked again: the second, fourth, eighth … of a signature, one in five
-hundred by a coin, and the first after a parameter or a small buffer that was all zero no longer is
-(a gate, an adapter, a weight of the loss: behind zeros nothing can be seen). When a batch is
-checked depends on how many there were, on weights that were released, and on coins; never on the
-examples.
+it does. So batches are checked again: the fourth, sixteenth, sixty-fourth … of a signature, one in
+five hundred by a coin, and the first after a parameter or a small buffer that was all zero no
+longer is (a gate, an adapter, a weight of the loss: behind zeros nothing can be seen). When a batch
+is checked depends on how many there were, on weights that were released, and on coins; never on
+the examples.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Checks:
         checked."""
         known = self._known.setdefault(signature, _Known())
         known.batches += 1
-        again = known.batches & (known.batches - 1) == 0 or self._coins.random() < 1 / _RECHECKED
+        again = _is_power_of_four(known.batches) or self._coins.random() < 1 / _RECHECKED
         known.is_doubtless |= not is_doubtful
         chooses_rows |= is_doubtful and not known.is_doubtless
         rows = again or chooses_rows or not known.rows or known.layouts is None
@@ -110,3 +110,7 @@ class Checks:
         if len(still) < len(self.zeros):
             self._known.clear()
         self.zeros = still
+
+
+def _is_power_of_four(number: int) -> bool:
+    return number.bit_count() == 1 and number.bit_length() % 2 == 1

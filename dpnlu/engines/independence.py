@@ -33,7 +33,7 @@ _UNITS, _COARSE_UNITS = 256, 8
 # Models in float64 may take norms and softmaxes in float32.
 _FINEST = 2.0**-40
 # How often the first batch of its kind is exchanged, and others.
-_AT_FIRST, _LATER = 8, 2
+_AT_FIRST, _LATER = 8, 1
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,10 @@ class Independence:
             places = self._places.setdefault(number, Places())
             places.learn(run.batch, count)
             exchange = _Exchange(run, places, self._model, count, coarsest)
+            start = self._coins.randrange(2)
             sources = [
                 _near(count, self._coins) if time % 2 else _by_one(count, self._coins)
-                for time in range(times)
+                for time in range(start, start + times)
             ]
             exchange.check(sources)
         self._checks.show_parameters(signature)
