@@ -114,6 +114,43 @@ class RecurrentClassifier(nn.Module):
         return states
 
 
+class ConvolutionClassifier(nn.Module):
+    """Embedding, convolution of width 3, a layer of choice, mean over time, linear head."""
+
+    def __init__(self, layer: nn.Module, width: int = 128, vocabulary: int = 10_000) -> None:
+        """Random weights.
+
+        Args:
+            layer: (B, width, T) -> the same.
+        """
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width, padding_idx=0)
+        self.convolution = nn.Conv1d(width, width, 3, padding=1)
+        self.layer = layer
+        self.head = nn.Linear(width, _INTENTS)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, K)."""
+        states = torch.relu(self.layer(self.convolution(self.embedding(ids).mT)))
+        logits: Tensor = self.head(states.mean(2))
+        return logits
+
+
+class BagClassifier(nn.Module):
+    """The mean of the words' embeddings, and a linear head."""
+
+    def __init__(self, width: int = 128, vocabulary: int = 10_000) -> None:
+        """Random weights."""
+        super().__init__()
+        self.bag = nn.EmbeddingBag(vocabulary, width, padding_idx=0)
+        self.head = nn.Linear(width, _INTENTS)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, K)."""
+        logits: Tensor = self.head(self.bag(ids))
+        return logits
+
+
 class RecurrentTagger(nn.Module):
     """Embedding, one bidirectional LSTM, and a linear-chain conditional random field over slots."""
 
@@ -289,6 +326,38 @@ CASES = (
         logical=32,
         vocabulary=_BERT_VOCABULARY,
         target=1.5,
+    ),
+    Case(
+        name="GroupNorm",
+        build=lambda: ConvolutionClassifier(nn.GroupNorm(8, 128)),
+        positions=32,
+        physical=32,
+        logical=256,
+        target=2.0,
+    ),
+    Case(
+        name="InstanceNorm",
+        build=lambda: ConvolutionClassifier(nn.InstanceNorm1d(128, affine=True)),
+        positions=32,
+        physical=32,
+        logical=256,
+        target=2.0,
+    ),
+    Case(
+        name="PReLU",
+        build=lambda: ConvolutionClassifier(nn.PReLU(128)),
+        positions=32,
+        physical=32,
+        logical=256,
+        target=2.0,
+    ),
+    Case(
+        name="EmbeddingBag",
+        build=BagClassifier,
+        positions=32,
+        physical=32,
+        logical=256,
+        target=2.0,
     ),
 )
 

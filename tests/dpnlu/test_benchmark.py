@@ -49,6 +49,10 @@ def test_every_case_is_there_with_its_target() -> None:
         "BiLSTM-CRF 100/100": 1.50,
         "DeBERTa-v2 2 x 128, logical 256": 1.50,
         "DeBERTa-v2 2 x 128, logical 32": 1.50,
+        "GroupNorm": 2.0,
+        "InstanceNorm": 2.0,
+        "PReLU": 2.0,
+        "EmbeddingBag": 2.0,
     }
 
 
