@@ -42,6 +42,8 @@ class Case:
         logical: examples per step.
         vocabulary: number of different ids; 0 is padding.
         ragged: whether texts are of all lengths from a quarter of T on, instead of T.
+        sampled: whether batches are drawn anew for every step, and put together from examples: by
+            `private.loader` as Poisson batches, in ordinary training as shuffled ones.
         target: the overhead that this work should not exceed; None: none was set.
     """
 
@@ -53,14 +55,23 @@ class Case:
     logical: int
     vocabulary: int = 10_000
     ragged: bool = False
+    sampled: bool = False
     target: float | None = None
 
     def inputs(self) -> list[Inputs]:
         """The physical batches of one logical batch."""
+        return self._inputs(self.logical // self.physical)
+
+    def examples(self) -> list[Inputs]:
+        """Data of ten logical batches, example by example: ids (T,), intents ()."""
+        batches = self._inputs(10 * self.logical // self.physical)
+        return [one for batch in batches for one in zip(*batch, strict=True)]
+
+    def _inputs(self, count: int) -> list[Inputs]:
         generator = torch.Generator().manual_seed(0)
         shape = (self.physical, self.positions)
         batches = []
-        for _ in range(self.logical // self.physical):
+        for _ in range(count):
             ids = torch.randint(1, self.vocabulary, shape, generator=generator)
             intents = torch.randint(_INTENTS, (self.physical,), generator=generator)
             if self.ragged:
@@ -284,6 +295,14 @@ CASES = (
         physical=64,
         logical=256,
         target=1.6,
+    ),
+    Case(
+        name="BiLSTM 100/100, Poisson batches",
+        build=lambda: RecurrentClassifier(100, 100),
+        positions=24,
+        physical=64,
+        logical=256,
+        sampled=True,
     ),
     Case(
         name="BiLSTM 300/256, packed",

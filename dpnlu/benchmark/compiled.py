@@ -20,7 +20,7 @@ from torch import nn
 from dpnlu.benchmark import memory
 from dpnlu.benchmark.cases import Case, named
 from dpnlu.benchmark.overhead import seconds
-from dpnlu.benchmark.process import result_of
+from dpnlu.benchmark.process import KEEPS_MEMORY, result_of
 from dpnlu.benchmark.steps import ordinary, private
 
 _PROCESSES = 3
@@ -56,7 +56,8 @@ def measure(case: Case, *, pairs: int) -> Compiled:
         RuntimeError: the process failed.
     """
     module = "dpnlu.benchmark.compiled"
-    times = result_of(module, case.name, str(pairs), str(torch.get_num_threads()))
+    arguments = (case.name, str(pairs), str(torch.get_num_threads()))
+    times = result_of(module, *arguments, environment=KEEPS_MEMORY)
     return Compiled(
         case=case.name,
         **times | {"compiled_ratios": tuple(times["compiled_ratios"])},

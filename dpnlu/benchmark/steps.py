@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from dpnlu.benchmark.cases import Case, Inputs
 from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.mechanism.sampling import PhysicalBatch
-from dpnlu.training.handle import privatize
+from dpnlu.training.handle import PrivateTraining, privatize
 
 Step = Callable[[], None]
 
@@ -24,13 +26,13 @@ Step = Callable[[], None]
 def ordinary(case: Case, model: nn.Module, *, compiles: bool = False) -> Iterator[Step]:
     """Backward pass per physical batch, then the optimizer."""
     optimizer = _optimizer(model)
-    batches = case.inputs()
+    logical_batches = _shuffled(case) if case.sampled else itertools.repeat(case.inputs())
     losses_of: Callable[[Inputs], Tensor] = partial(case.losses_of, model)
     if compiles:
         losses_of = torch.compile(losses_of)
 
     def step() -> None:
-        for inputs in batches:
+        for inputs in next(logical_batches):
             (losses_of(inputs).sum() / case.logical).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
@@ -46,25 +48,58 @@ def private(
     plan = PrivacyPlan(
         noise_multiplier=1.0,
         max_grad_norm=1.0,
-        sample_rate=0.01,
+        sample_rate=0.1,
         steps=10**9,
         target_delta=1e-6,
-        num_examples=100 * case.logical,
+        num_examples=10 * case.logical,
     )
-    batches = case.inputs()
     with tempfile.TemporaryDirectory(prefix="dpnlu-benchmark-") as folder:
         ledger = Path(folder) / "ledger"
         with privatize(model, _optimizer(model), plan, engine=engine, ledger=ledger) as handle:
             losses_of = partial(case.losses_of, model)
             step_on = handle.compile(losses_of) if compiles else handle.stepper(losses_of)
 
-            def step() -> None:
-                for number, inputs in enumerate(batches, start=1):
-                    last = number == len(batches)
-                    handle.begin(PhysicalBatch(_ids(inputs), closes_unit=last, closes_step=last))
-                    step_on(inputs)
+            if case.sampled:
+                yield _through_loader(case, handle, step_on)
+            else:
+                yield _through_begin(case, handle, step_on)
 
-            yield step
+
+def _through_begin(case: Case, handle: PrivateTraining, step_on: Callable[[Inputs], bool]) -> Step:
+    """The same physical batches in every step."""
+    batches = case.inputs()
+
+    def step() -> None:
+        for number, inputs in enumerate(batches, start=1):
+            last = number == len(batches)
+            handle.begin(PhysicalBatch(_ids(inputs), closes_unit=last, closes_step=last))
+            step_on(inputs)
+
+    return step
+
+
+def _through_loader(case: Case, handle: PrivateTraining, step_on: Callable[[Inputs], bool]) -> Step:
+    """Poisson batches, drawn and put together anew in every step."""
+    loader = handle.loader(case.examples(), physical_batch_size=case.physical)
+    answers = (step_on(tuple(inputs)) for inputs in loader)
+
+    def step() -> None:
+        while not next(answers):
+            pass
+
+    return step
+
+
+def _shuffled(case: Case) -> Iterator[Iterator[Inputs]]:
+    """Logical batches of `case.logical` examples as physical ones, all examples once an epoch."""
+    examples = case.examples()
+    while True:
+        order = torch.randperm(len(examples)).tolist()
+        for start in range(0, len(order), case.logical):
+            yield (
+                tuple(default_collate([examples[one] for one in order[first:][: case.physical]]))
+                for first in range(start, start + case.logical, case.physical)
+            )
 
 
 def _ids(inputs: Inputs) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

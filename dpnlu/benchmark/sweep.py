@@ -8,17 +8,20 @@ of them is taken.
 from __future__ import annotations
 
 import copy
-import gc
+import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dpnlu.benchmark.cases import Case
+from dpnlu.benchmark.process import KEEPS_MEMORY, result_of
 from dpnlu.benchmark.steps import Step, ordinary, private
 from dpnlu.gradients.factors import OuterProducts
 from dpnlu.gradients.forms import GramCache
@@ -86,17 +89,23 @@ def sizes() -> Iterator[tuple[str, dict[str, int]]]:
 
 
 def measure(told: Told, *, pairs: int) -> list[Point]:
-    """All points, in this process."""
+    """All points, each in a process of its own with as many threads as this one.
+
+    Raises:
+        RuntimeError: a process failed.
+    """
     points = []
     places = list(sizes())
     for done, (axis, size) in enumerate(places, start=1):
-        points.append(_point(axis, pairs=pairs, **size))
+        arguments = [str(number) for number in (*size.values(), pairs, torch.get_num_threads())]
+        found = result_of("dpnlu.benchmark.sweep", *arguments, environment=KEEPS_MEMORY)
+        points.append(Point(axis=axis, **(size | found)))
         told("sweep", done, len(places))
-        gc.collect()
     return points
 
 
-def _point(axis: str, *, pairs: int, examples: int, positions: int, width: int) -> Point:
+def _times(examples: int, positions: int, width: int, *, pairs: int) -> dict[str, Any]:
+    """The fields of `Point` that are times, ratios of times, or follow from the size."""
     case = Case(
         name=f"feed-forward {width}",
         build=lambda: Feedforward(width),
@@ -113,23 +122,19 @@ def _point(axis: str, *, pairs: int, examples: int, positions: int, width: int) 
         private(case, copies[0]) as ours,
         private(case, copies[1], engine="opacus") as theirs,
     ):
-        steps: Sequence[Step] = (plain, ours, theirs)
-        for step in steps:
+        steps: tuple[Step, ...] = (plain, ours, theirs)
+        for step in steps * 2:
             step()
         times = [[_time(step) for step in steps] for _ in range(pairs)]
     gram, written_out, takes_gram = _norms(examples, positions, width, pairs=pairs)
-    return Point(
-        axis=axis,
-        examples=examples,
-        positions=positions,
-        width=width,
-        ordinary_ms=1e3 * statistics.median(row[0] for row in times),
-        ratio=statistics.median(row[1] / row[0] for row in times),
-        opacus_ratio=statistics.median(row[2] / row[0] for row in times),
-        gram_ms=gram,
-        written_out_ms=written_out,
-        takes_gram=takes_gram,
-    )
+    return {
+        "ordinary_ms": 1e3 * statistics.median(row[0] for row in times),
+        "ratio": statistics.median(row[1] / row[0] for row in times),
+        "opacus_ratio": statistics.median(row[2] / row[0] for row in times),
+        "gram_ms": gram,
+        "written_out_ms": written_out,
+        "takes_gram": takes_gram,
+    }
 
 
 def _norms(examples: int, positions: int, width: int, *, pairs: int) -> tuple[float, float, bool]:
@@ -195,3 +200,9 @@ def plot(points: Sequence[Point], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    *size, pairs, threads = (int(text) for text in sys.argv[1:])
+    torch.set_num_threads(threads)
+    print(json.dumps(_times(*size, pairs=pairs)))

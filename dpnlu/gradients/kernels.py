@@ -3,7 +3,8 @@
 torch multiplies float32 matrices on a CPU with MKL. On processors with AVX-512 that are not the
 library maker's own, MKL reaches half the speed of oneDNN, the library behind torch's recurrent
 kernels there; with AVX2 alone it is the faster one. Where torch carries oneDNN's product, it is
-used on the former; elsewhere, and for other types, the ordinary one. Both round alike, in float32.
+used on the former; elsewhere, for other types, and where the environment says
+`DPNLU_KERNELS=torch`, the ordinary one. Both round alike, in float32.
 
 oneDNN compiles a kernel for every shape it meets and keeps working memory for it. So it is given
 few shapes: blocks of fixed size, and small batches.
@@ -11,6 +12,7 @@ few shapes: blocks of fixed size, and small batches.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +24,8 @@ from torch import Tensor
 _product: Any = None
 _lay_out: Any = None
 if (
-    torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    os.environ.get("DPNLU_KERNELS") != "torch"
+    and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
 ):
     _product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -32,6 +35,11 @@ if (
 _BLOCKS = (1024, 512, 256)
 # Below this many multiplications a product is over before oneDNN has set itself up.
 _SMALL = 2**16
+
+
+def are_those_of_torch() -> bool:
+    """Whether all products are torch's ordinary ones."""
+    return _product is None or _lay_out is None
 
 
 @dataclass(frozen=True)
@@ -97,8 +105,7 @@ def add_product_(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 def _suits(matrix: Tensor) -> bool:
     return (
-        _product is not None
-        and _lay_out is not None
+        not are_those_of_torch()
         and matrix.dtype is torch.float32
         and matrix.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")

@@ -1,14 +1,19 @@
 """The benchmarks run, and what they compare is comparable. How fast it is, is not asked here."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dpnlu.benchmark import compiled, memory, overhead, sweep
 from dpnlu.benchmark.cases import CASES, RecurrentClassifier, RecurrentTagger, named
+from dpnlu.benchmark.process import EQUAL_KERNELS, KEEPS_MEMORY
 from dpnlu.benchmark.steps import ordinary, private
 from dpnlu.cli.main import main
 
@@ -37,6 +42,51 @@ def test_steps_train_on_the_same_data_with_the_same_accumulation() -> None:
         assert SMALL.losses_of(model, batches[0]).shape == (4,)
 
 
+def test_sampled_batches_are_drawn_anew_for_every_step_and_of_the_planned_size() -> None:
+    case = replace(SMALL, sampled=True)
+    assert len(case.examples()) == 120
+    for make in (ordinary, private):
+        torch.manual_seed(0)
+        model, sizes, seen = case.build().train(), [], set()
+
+        def losses_of(model, inputs, sizes=sizes, seen=seen):
+            sizes.append(len(inputs[0]))
+            seen.update(tuple(ids) for ids in inputs[0].tolist())
+            return SMALL.losses_of(model, inputs)
+
+        with make(replace(case, losses_of=losses_of), model) as step:
+            for _ in range(10):
+                step()
+        assert max(sizes) <= 4
+        assert len(seen) > 60  # all of them in ordinary training, of Poisson batches 1 - 0.9^10
+        assert (len(seen) == 120) == (make is ordinary)
+
+
+def test_products_are_torchs_own_where_the_environment_says_so() -> None:
+    code = "from dpnlu.gradients.kernels import are_those_of_torch as f; print(f())"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **EQUAL_KERNELS},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.strip() == "True"
+
+
+def test_what_is_timed_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    environments = []
+
+    def run(*arguments: str, environment: dict[str, str]) -> dict[str, Any]:
+        environments.append(environment)
+        return {"ordinary_ms": 1.0, "private_ms": 2.0, "ratio": 2.0, "ratios": (1.0, 3.0)}
+
+    monkeypatch.setattr(overhead, "result_of", run)
+    monkeypatch.setattr(overhead, "are_those_of_torch", lambda: False)
+    overhead.measure(SMALL, pairs=3)
+    assert environments == [KEEPS_MEMORY, KEEPS_MEMORY | EQUAL_KERNELS]
+
+
 def test_every_case_is_there_with_its_target() -> None:
     assert {case.name: case.target for case in CASES} == {
         "MiniLM-L6, logical 256": 1.10,
@@ -44,6 +94,7 @@ def test_every_case_is_there_with_its_target() -> None:
         "MiniLM-L6, LoRA rank 8": 1.10,
         "BiLSTM 300/256": 1.35,
         "BiLSTM 100/100": 1.60,
+        "BiLSTM 100/100, Poisson batches": None,
         "BiLSTM 300/256, packed": None,
         "BiGRU 300/256": None,
         "BiLSTM-CRF 100/100": 1.50,
@@ -77,7 +128,7 @@ def test_ragged_texts_end_where_padding_begins() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["overhead", "memory"])
 def test_the_command_keeps_its_table(tmp_path: Path, what: str) -> None:
-    command = ["benchmark", what, "--cases", "BiLSTM 100/100", "--pairs", "3", "--quiet"]
+    command = ["benchmark", what, "--cases", "BiGRU", "--pairs", "3", "--quiet"]
     assert main([*command, "--out", str(tmp_path)]) == 0
     (table,) = tmp_path.glob("*.md")
     (data,) = tmp_path.glob("*.json")
@@ -131,9 +182,15 @@ def test_a_place_that_cannot_be_written_to_is_told_before_anything_is_measured(
 
 def test_tables_say_what_was_measured() -> None:
     row = overhead.Overhead(
-        case="x", ordinary_ms=10, private_ms=11, ratio=1.1, ratios=(1.05, 1.15), target=1.2
+        case="x",
+        ordinary_ms=10,
+        private_ms=11,
+        ratio=1.1,
+        ratios=(1.05, 1.15),
+        equal_ratio=1.125,
+        target=1.2,
     )
-    assert "| x | 10.0 | 11.0 | **1.100** | 1.050 – 1.150 | 1.20 |" in overhead.table([row])
+    assert "| x | 10.0 | 11.0 | **1.100** | 1.050 – 1.150 | 1.125 | 1.20 |" in overhead.table([row])
     row = memory.Memory(case="x", ordinary_mib=10, private_mib=11, ratio=1.1)
     assert "| x | 10 | 11 | **1.10** | 1.20 |" in memory.table([row])
     row = compiled.Compiled(
