@@ -24,12 +24,13 @@ from dpnlu.engines.verification import (
     Evidence,
     gather,
 )
+from dpnlu.gradients.calls import Call
 from dpnlu.gradients.forms import SquaredNorms
 from dpnlu.gradients.layout import Layout
 from dpnlu.gradients.rounding import full_precision
 from dpnlu.gradients.rules import OPERATIONS
 from dpnlu.gradients.signature import Edge, Signature, signature_of, walk
-from dpnlu.gradients.tape import Call, Tape
+from dpnlu.gradients.tape import Tape
 from dpnlu.gradients.uses import combine
 from dpnlu.mechanism.plan import PrivacyPlan
 
@@ -195,7 +196,7 @@ class BookKeeping:
             UnsupportedLayerError: something was not.
         """
         edges = list(walk(losses))
-        check_seen(edges, self._tape.trace, self._tape.free_learned(), self.names)
+        check_seen(edges, self._tape.trace, self._tape.computed_weights(), self.names)
         return self._signature(edges, len(losses))
 
     # ------------------------------------------------------------------------------------------
@@ -260,7 +261,9 @@ class BookKeeping:
         """What was done in the forward pass, and how the tape understood it: which operation used
         parameters, on how many entries per example."""
         tape = self._tape
-        graph = signature_of(edges, batch, tape.is_free_node, may_unpack=not tape.is_checkpointed)
+        graph = signature_of(
+            edges, batch, tape.is_batch_independent_node, may_unpack=not tape.is_checkpointed
+        )
         understood = (place.described(batch) for place in tape.trace.places)
-        free = f"{len(tape.trace.lookups)} {len(tape.trace.products)}"
-        return replace(graph, steps=(*graph.steps, *understood, free))
+        independent = f"{len(tape.trace.lookups)} {len(tape.trace.products)}"
+        return replace(graph, steps=(*graph.steps, *understood, independent))

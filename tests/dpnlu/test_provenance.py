@@ -355,7 +355,7 @@ def test_a_tensor_in_the_place_of_one_that_is_gone_is_another():
         key = id(batched)
         del batched
         new = torch.ones(2, requires_grad=True)
-        assert provenance.is_free(new) or not provenance.is_batched(new)
+        assert provenance.is_batch_independent(new) or not provenance.is_batched(new)
         if id(new) == key:
             return
     pytest.skip("no id came again")

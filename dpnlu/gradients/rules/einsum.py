@@ -14,29 +14,31 @@ from dpnlu.gradients.forms import (
     Gradients,
 )
 from dpnlu.gradients.layout import Layout, full_precision
-from dpnlu.gradients.tape import Tape
-from dpnlu.gradients.trace import Finish
+from dpnlu.gradients.recorder import Recorder
+from dpnlu.gradients.records import GradientRule
 
 
-def einsum(tape: Tape, equation: Any, *operands: Any) -> Any:
+def einsum(recorder: Recorder, equation: Any, *operands: Any) -> Any:
     """What `torch.einsum` returns; NotImplemented but for one batched operand and one of weights,
     with every label written out once."""
     if len(operands) != 2 or not isinstance(equation, str) or "->" not in equation:
         return NotImplemented
     left, _, output = equation.replace(" ", "").partition("->")
     labels = left.split(",")
-    places = [place for place, operand in enumerate(operands) if tape.is_free(operand)]
+    places = [
+        place for place, operand in enumerate(operands) if recorder.is_batch_independent(operand)
+    ]
     if len(places) != 1 or len(labels) != 2 or not _is_plain(*labels, output):
         return NotImplemented
     free = places[0]
     value = torch.einsum(equation, *operands)
     terms = operands[1 - free].detach(), operands[free], labels[1 - free], labels[free], output
-    finish = _contracted(*terms) or _elementwise(*terms)
-    if finish is None:
+    rule = _contracted(*terms) or _elementwise(*terms)
+    if rule is None:
         return NotImplemented
     if value.requires_grad:
         positions = [dim for dim, label in enumerate(output) if label in labels[1 - free]]
-        tape.record(value, finish, dims=positions)
+        recorder.record(value, rule, dims=positions)
     return value
 
 
@@ -53,7 +55,7 @@ def _is_plain(*terms: str) -> bool:
 
 def _contracted(
     received: Tensor, weight: Tensor, read: str, shared: str, output: str
-) -> Finish | None:
+) -> GradientRule | None:
     """y[output] = Σ x[read] w[shared]: of the weights' labels some are summed over with x's, the
     others are the output's alone.
 
@@ -67,7 +69,7 @@ def _contracted(
     if not is_product or not positions or set(positions) - set(output):
         return None
 
-    def finish(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
+    def rule(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
         batch = output[layout.dim]
         left = _rows(received, read, batch, summed, layout)
         right = _rows(gradient, output, batch, made, layout)
@@ -81,12 +83,12 @@ def _contracted(
         order = [1 + (inputs + outputs).index(label) for label in shared]
         yield weight, Dense(apart.permute(0, *order))
 
-    return finish
+    return rule
 
 
 def _elementwise(
     received: Tensor, weight: Tensor, read: str, shared: str, output: str
-) -> Finish | None:
+) -> GradientRule | None:
     """The same where labels may be in all three. A dimension of the weights may hold the examples
     too, as if each had weights of its own: then it has no part in those of the others.
 
@@ -96,7 +98,7 @@ def _elementwise(
     if not set(shared) <= set(read + output) or not set(read) <= set(shared + output):
         return None
 
-    def finish(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
+    def rule(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
         batch = output[layout.dim]
         terms, values = [], []
         for labels, tensor in ((output, gradient), (read, received)):
@@ -115,7 +117,7 @@ def _elementwise(
         apart[example, entries[example, inner]] = own[example, inner]
         yield weight, Dense(apart.movedim(1, 1 + place))
 
-    return finish
+    return rule
 
 
 def _rows(values: Tensor, labels: str, batch: str, inner: list[str], layout: Layout) -> Tensor:
