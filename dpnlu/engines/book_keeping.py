@@ -116,7 +116,7 @@ class BookKeeping:
         trace = self._tape.trace
         try:
             self.signature = self.signature_of(losses)
-            with self._tape.on_the_way_back():
+            with self._tape.during_backward():
                 arrived = trace.backward(losses, retain_graph=True)
                 expected = trace.expected_layouts(arrived, len(losses))
                 layouts = find_layouts(
@@ -135,7 +135,7 @@ class BookKeeping:
         closes_unit: bool | None = True,
     ) -> Clipped:
         try:
-            with self._tape.on_the_way_back():
+            with self._tape.during_backward():
                 parts, norms = self._found(losses, list(into))
         finally:
             self._tape.clear()

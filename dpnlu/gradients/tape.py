@@ -128,7 +128,7 @@ class Tape(TorchFunctionMode):
             yield
 
     @contextmanager
-    def on_the_way_back(self) -> Iterator[None]:
+    def during_backward(self) -> Iterator[None]:
         """Run backward passes in here: activations that are computed again are then computed by the
         same operations as before."""
         if not self.is_checkpointed:

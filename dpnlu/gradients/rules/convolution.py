@@ -67,7 +67,7 @@ def _windows(
     padding: tuple[tuple[int, int], ...],
     dilation: tuple[int, ...],
 ) -> Tensor:
-    """(N, channels, …) -> (N, positions, channels · kernel), what each output position sees."""
+    """(N, channels, …) -> (N, positions, channels · kernel): the inputs of each output position."""
     flat_padding = [side for sides in reversed(padding) for side in sides]
     padded = F.pad(values, flat_padding)
     if len(kernel) == 1:
@@ -87,7 +87,7 @@ def _sizes(value: Sizes, dims: int) -> tuple[int, ...]:
 def _padding(
     value: Sizes | str, kernel: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[tuple[int, int], ...]:
-    """(before, after) in each dimension; "same" puts the odd one after, as torch does."""
+    """(before, after) in each dimension; with "same", the odd one comes after, as in torch."""
     if value == "same":
         totals = [gap * (size - 1) for gap, size in zip(dilation, kernel, strict=True)]
         return tuple((total // 2, total - total // 2) for total in totals)

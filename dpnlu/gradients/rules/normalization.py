@@ -1,4 +1,4 @@
-"""Normalisation, and activations with slopes that are learned.
+"""Normalisation, and activations with learned slopes.
 
 Over the features of one position: `nn.LayerNorm`, `nn.RMSNorm`. Over the positions of one example,
 with channels along dimension 1: `nn.GroupNorm`, `nn.InstanceNorm1d` to `3d`. `nn.PReLU`.

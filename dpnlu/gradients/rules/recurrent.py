@@ -27,8 +27,8 @@ from dpnlu.gradients.rules.lstm import Reverse, lstm_layer
 
 States = tuple[Tensor, ...]
 Weights = tuple[Tensor, ...]
-# (recorder, inputs (T, B, I), states before (D, B, H), weights of each direction, how the second
-# direction turns its input) -> states (T, B, D H).
+# (recorder, inputs (T, B, I), states before (D, B, H), weights of each direction, how to reverse
+# sequences for the second one) -> states (T, B, D H).
 Layer = Callable[[Recorder, Tensor, States, Sequence[Weights], Reverse], States]
 # (recorder, the input of a step times its weights (B, G), states, weights) -> the states after it.
 Cell = Callable[[Recorder, Tensor, States, Weights], States]
