@@ -17,23 +17,27 @@ from dpnlu.gradients.recorder import Recorder, is_inside_checkpoint
 def prepare_write(recorder: Recorder, target: Tensor, batched: list[Tensor]) -> None:
     """Record that `target` enters the batch, as values of the batch will be written into it.
 
+    If `target` is a view, its base enters: torch cannot compute the gradient of a view that was
+    changed in place apart from that of its base.
+
     Args:
         batched: the tensors that are written.
 
     Raises:
         UnsupportedLayerError: no dimension of `target` can hold the examples.
     """
+    whole = target if target._base is None else target._base
     known = recorder.calls.batch_size
     batch = batched[0].shape[0] if known is None else known
-    origin = get_gradient_edge(target)
-    target.mul_(1)  # gives what it holds now a gradient of its own
-    rows = range(min(2, target.dim())) if batch else ()
-    if not any(target.shape[dim] % batch == 0 for dim in rows):
+    origin = get_gradient_edge(whole)
+    whole.mul_(1)  # gives what it holds now a gradient of its own
+    rows = range(min(2, whole.dim())) if batch else ()
+    if not any(whole.shape[dim] % batch == 0 for dim in rows):
         raise UnsupportedLayerError(
             f"expected to write what comes from {batch} examples to as many rows, got a tensor "
-            f"of shape {tuple(target.shape)}; write x = x + y instead of x += y."
+            f"of shape {tuple(whole.shape)}; write x = x + y instead of x += y."
         )
-    recorder.enter(target, target, own_rows, dims=rows, origin=origin)
+    recorder.enter(whole, whole, own_rows, dims=rows, origin=origin)
 
 
 def stand_in_for(

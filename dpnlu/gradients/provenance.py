@@ -205,22 +205,26 @@ class Provenance:
         self._computed[id(tensor)] = weakref.ref(tensor)
 
     def _write(self, target: Tensor) -> None:
-        """State that values of the batch are written into a tensor, and so into its base."""
-        for changed in (target, target._base):
-            if changed is None:
-                continue
-            if id(changed) in self._constant:
-                name = self._names.get(id(changed), "a parameter")
-                raise UnsupportedLayerError(
-                    f"expected buffers that do not depend on the examples, but {name} takes up "
-                    "values of the batch, which it carries to later ones, outside what is clipped: "
-                    "drop it, or keep what it holds from the loss and out of the model."
-                )
-            self._independent.pop(id(changed), None)
-            if changed.requires_grad:
-                self._compute(changed)
+        """State that values of the batch are written into a tensor, and so into its base and into
+        other views of that."""
+        whole = target if target._base is None else target._base
+        changed = [whole] if target is whole else [whole, target]
+        if any(id(tensor) in self._independent for tensor in changed):
+            changed += [view for view in self._independent.values() if view._base is whole]
+        constant = next((tensor for tensor in changed if id(tensor) in self._constant), None)
+        if constant is not None:
+            name = self._names.get(id(constant), "a parameter")
+            raise UnsupportedLayerError(
+                f"expected buffers that do not depend on the examples, but {name} takes up "
+                "values of the batch, which it carries to later ones, outside what is clipped: "
+                "drop it, or keep what it holds from the loss and out of the model."
+            )
+        for tensor in changed:
+            self._independent.pop(id(tensor), None)
+            if tensor.requires_grad:
+                self._compute(tensor)
             else:
-                self._data[id(changed)] = changed
+                self._data[id(tensor)] = tensor
 
     def _check_leftover(self, tensor: Tensor) -> None:
         ref, node = self._leftover.get(id(tensor)), tensor.grad_fn

@@ -128,8 +128,8 @@ class Recorder:
 
     @property
     def module_inputs(self) -> tuple[Any, ...]:
-        """What the module that runs at the moment was called with."""
-        return self.running[-1][1]
+        """What the module that runs at the moment was called with; nothing outside of modules."""
+        return self.running[-1][1] if self.running else ()
 
 
 def is_inside_checkpoint() -> bool:

@@ -96,6 +96,41 @@ class Product(torch.autograd.Function):
         return gradient * right, gradient * left
 
 
+def _written(m: Parameters, h: Tensor, write: Callable[[Tensor, Tensor], Tensor | None]) -> Tensor:
+    """What the batch is written into: a row of positions for each example; or what `write` returns,
+    a view of that."""
+    rows = (m.table[: h.shape[1]] * 2).repeat(len(h), 1, 1)
+    view = write(rows, h)
+    return (rows if view is None else view) * h
+
+
+def _write_over(rows: Tensor, h: Tensor) -> None:
+    rows.mul_(h)
+
+
+def _write_into(rows: Tensor, h: Tensor) -> None:
+    rows[:, 0] += h[:, -1]
+    rows.view(-1, WIDTH)[:: h.shape[1]].add_(h[:, 0])
+
+
+def _copy_into(rows: Tensor, h: Tensor) -> None:
+    rows[:, 0].copy_(h[:, -1])
+
+
+def _write_beside_a_view(rows: Tensor, h: Tensor) -> Tensor:
+    """A view from before the writing has changed as well."""
+    view = rows.mT
+    rows[:, 0].add_(h[:, -1])
+    return view.mT
+
+
+def _write_beside_parts(rows: Tensor, h: Tensor) -> None:
+    """Torch forbids to use parts after the writing; that they are alive is no use."""
+    parts = rows.chunk(2, 0)
+    rows[:, 0].mul_(h[:, 0])
+    assert len(parts)
+
+
 def _heads_first(m: Parameters, h: Tensor) -> Tensor:
     """(B, T, 3) by (2, 3): two heads, of a weight and a bias each, in dimension 0."""
     heads = torch.stack([h, h.sin()])
@@ -179,6 +214,11 @@ USES = [
         ).transpose(0, 1),
     ),
     Use("parameter alone decides the scale", lambda m, h: h * m.square.norm()),
+    Use("written over whole", lambda m, h: _written(m, h, _write_over)),
+    Use("written into", lambda m, h: _written(m, h, _write_into)),
+    Use("copied into", lambda m, h: _written(m, h, _copy_into)),
+    Use("written into, a view used", lambda m, h: _written(m, h, _write_beside_a_view)),
+    Use("written into, parts unused", lambda m, h: _written(m, h, _write_beside_parts)),
 ]
 
 
