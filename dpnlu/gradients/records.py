@@ -7,7 +7,7 @@ A trainable parameter acts on the examples in one of three ways:
 - it is a batch-independent tensor that enters the batch, as a bias that is added: an `EntryPoint`;
 - a batch-independent tensor is computed from it, which then enters the batch. Most such
   computations are left to autograd; a table lookup is a `Lookup`, a linear layer a `Product`,
-  whose gradients have forms that are cheaper than matrices written out.
+  whose gradients are cheaper in forms of their own than written out.
 """
 
 from __future__ import annotations

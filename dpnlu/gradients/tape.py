@@ -8,8 +8,9 @@ Two kinds of tensors are told apart by what they are computed from (`dpnlu.gradi
 
 - *batched*: computed from the examples.
 - *batch-independent*: parameters, buffers, constants, and what is computed from these alone, such
-  as position embeddings, a relative attention bias or a normalised weight. Back-propagation adds
-  up their gradient over the examples, so it is recorded where they enter the batch.
+  as position embeddings, a relative attention bias or a normalised weight. Those of them that
+  require gradients are *learned*. Back-propagation adds up their gradient over the examples, so
+  it is recorded where they enter the batch.
 """
 
 from __future__ import annotations
@@ -160,6 +161,7 @@ class Tape(TorchFunctionMode):
         return self._run(func, args, kwargs or {})
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation, record what learned tensors do in it, and note what it made."""
         recorder = self._recorder
         provenance = recorder.provenance
         if func is Tensor.__getitem__ and args[0].requires_grad:
@@ -214,8 +216,8 @@ class Tape(TorchFunctionMode):
         batched: list[Tensor],
         learned: list[Tensor],
     ) -> Any:
-        """Run an operation in which batch-independent tensors that require gradients enter the
-        batch."""
+        """Run an operation of batched and learned tensors, in the first way that applies: as a
+        rewrite, by a layer's gradient rule, with stand-ins for what is learned, by the fallback."""
         recorder, table = self._recorder, self._operations
         if any(tensor.layout is not torch.strided for tensor in learned):
             raise UnsupportedLayerError("expected dense weights, got sparse ones; make them dense.")
@@ -244,6 +246,7 @@ class Tape(TorchFunctionMode):
         return self._recorded(func(*args, **kwargs), rule, (0,))
 
     def _recorded(self, output: Any, rule: GradientRule, dims: Sequence[int]) -> Any:
+        """The output, whose gradient rule is recorded if it has a gradient."""
         if not isinstance(output, Tensor):
             raise UnsupportedLayerError(
                 "an operation with trainable weights returns several tensors"
@@ -264,6 +267,8 @@ class Tape(TorchFunctionMode):
             self._is_active = before
 
     def _opening(self, name: str) -> Callable[..., None]:
+        """The hook before the forward of the module with this name."""
+
         def open_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if torch.compiler.is_compiling():  # operations of compiled code are refused elsewhere
                 return
@@ -283,6 +288,7 @@ class Tape(TorchFunctionMode):
         return open_module
 
     def _closing(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The hook after the forward of every module."""
         if torch.compiler.is_compiling():
             return
         running = self._recorder.running
