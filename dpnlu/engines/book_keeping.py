@@ -24,12 +24,13 @@ from dpnlu.engines.verification import (
     Evidence,
     gather,
 )
+from dpnlu.gradients.calls import Call
 from dpnlu.gradients.forms import SquaredNorms
 from dpnlu.gradients.layout import Layout
 from dpnlu.gradients.rounding import full_precision
 from dpnlu.gradients.rules import OPERATIONS
 from dpnlu.gradients.signature import Edge, Signature, signature_of, walk
-from dpnlu.gradients.tape import Call, Tape
+from dpnlu.gradients.tape import Tape
 from dpnlu.gradients.uses import combine
 from dpnlu.mechanism.plan import PrivacyPlan
 
@@ -115,7 +116,7 @@ class BookKeeping:
         trace = self._tape.trace
         try:
             self.signature = self.signature_of(losses)
-            with self._tape.on_the_way_back():
+            with self._tape.during_backward():
                 arrived = trace.backward(losses, retain_graph=True)
                 expected = trace.expected_layouts(arrived, len(losses))
                 layouts = find_layouts(
@@ -134,7 +135,7 @@ class BookKeeping:
         closes_unit: bool | None = True,
     ) -> Clipped:
         try:
-            with self._tape.on_the_way_back():
+            with self._tape.during_backward():
                 parts, norms = self._found(losses, list(into))
         finally:
             self._tape.clear()
@@ -195,7 +196,7 @@ class BookKeeping:
             UnsupportedLayerError: something was not.
         """
         edges = list(walk(losses))
-        check_seen(edges, self._tape.trace, self._tape.free_learned(), self.names)
+        check_seen(edges, self._tape.trace, self._tape.computed_weights(), self.names)
         return self._signature(edges, len(losses))
 
     # ------------------------------------------------------------------------------------------
@@ -260,7 +261,9 @@ class BookKeeping:
         """What was done in the forward pass, and how the tape understood it: which operation used
         parameters, on how many entries per example."""
         tape = self._tape
-        graph = signature_of(edges, batch, tape.is_free_node, may_unpack=not tape.is_checkpointed)
+        graph = signature_of(
+            edges, batch, tape.is_batch_independent_node, may_unpack=not tape.is_checkpointed
+        )
         understood = (place.described(batch) for place in tape.trace.places)
-        free = f"{len(tape.trace.lookups)} {len(tape.trace.products)}"
-        return replace(graph, steps=(*graph.steps, *understood, free))
+        independent = f"{len(tape.trace.lookups)} {len(tape.trace.products)}"
+        return replace(graph, steps=(*graph.steps, *understood, independent))

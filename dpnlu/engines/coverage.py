@@ -13,23 +13,27 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from dpnlu.gradients.errors import UnsupportedLayerError
-from dpnlu.gradients.signature import OF_A_PARAMETER, Edge
+from dpnlu.gradients.nodes import OF_A_PARAMETER
+from dpnlu.gradients.signature import Edge
 from dpnlu.gradients.trace import Trace
 
 
 def check_seen(
-    edges: Sequence[Edge], trace: Trace, free: Sequence[Tensor], names: Mapping[Tensor, str]
+    edges: Sequence[Edge],
+    trace: Trace,
+    computed_weights: Sequence[Tensor],
+    names: Mapping[Tensor, str],
 ) -> None:
     """Every use of a trainable parameter, and of what was computed from some alone, was seen.
 
     Args:
-        free: tensors free of the batch that were computed from parameters.
+        computed_weights: batch-independent tensors that were computed from parameters.
         names: of the trainable parameters.
 
     Raises:
         UnsupportedLayerError: one was not.
     """
-    made = {tensor.grad_fn for tensor in free}
+    made = {tensor.grad_fn for tensor in computed_weights}
     unseen: list[tuple[Edge, str]] = []
     for edge in edges:
         name = edge.node.name()
@@ -63,7 +67,7 @@ def _check_users(edges: Sequence[Edge], unseen: Sequence[tuple[Edge, str]], trac
 
 
 def _computed_from(node: Node, names: Mapping[Tensor, str]) -> str:
-    """Says what a tensor free of the batch was computed from."""
+    """Says what a batch-independent tensor was computed from."""
     known, waiting = {node}, [node]
     while waiting:
         node = waiting.pop()

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dpnlu.gradients.errors import UnsupportedLayerError
 from dpnlu.gradients.layout import Layout
-from dpnlu.gradients.trace import Place, Trace, back_propagate
+from dpnlu.gradients.records import Place
+from dpnlu.gradients.trace import Trace, back_propagate
 
 # Exponents of the random powers of two; few where they would leave a narrow range of numbers.
 _EXPONENTS, _FEW_EXPONENTS = 32, 4

@@ -1,4 +1,4 @@
-"""Gradients of products with a weight matrix: sums of outer products, kept as their factors."""
+"""Gradients of weight matrices: sums of outer products, kept as their factors."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from dpnlu.gradients.rounding import growth, squared_sums, squared_terms
 
 @dataclass(frozen=True)
 class OuterProducts:
-    """Gradient i is the (p, d) matrix Σ_t right[i, t] left[i, t]ᵀ, whatever shape that is kept in.
+    """Gradient i is the (p, d) matrix Σ_t right[i, t] left[i, t]ᵀ; the parameter may have another
+    shape with the same entries.
 
     Attributes:
-        left: (B, T, d) what the layer received.
-        right: (B, T, p) gradient with respect to what it returned.
-        transposed: the tensor is stored as (d, p).
+        left: (B, T, d) input of the layer.
+        right: (B, T, p) gradient of its output.
+        transposed: the parameter is stored as (d, p).
     """
 
     left: Tensor
@@ -43,11 +44,11 @@ class OuterProducts:
         return self.left.shape[2] * self.right.shape[2]
 
     def squared_norms(self, grams: GramCache) -> SquaredNorms:
-        """By whichever way takes fewer multiplications."""
+        """Squared norm of each example's gradient, in the way that takes fewer multiplications."""
         if self.terms == 1:
             values = (squared_lengths(self.left) * squared_lengths(self.right))[:, 0]
-            share = growth(self._widths + 8, values.dtype)
-            return SquaredNorms(values, self.sizes().square() * share)
+            relative = growth(self._widths + 8, values.dtype)
+            return SquaredNorms(values, self.sizes().square() * relative)
         return self.norms_by_gram(grams) if self.takes_gram else self.norms_written_out()
 
     @property
@@ -63,9 +64,9 @@ class OuterProducts:
         # Rounding may leave a vanishing norm slightly negative.
         values = (lefts * rights).sum(2).sum(1).clamp_(min=0)
         sizes = lengths(diagonal(lefts)) * lengths(diagonal(rights))
-        # 2T for the sum here, and 2T for that of the gradient's own terms.
-        share = growth(self._widths + 4 * self.terms + 4, values.dtype)
-        return SquaredNorms(values, sizes.sum(1).square() * share)
+        # 2T for the sum here, and 2T for a sum of the gradient's own terms.
+        relative = growth(self._widths + 4 * self.terms + 4, values.dtype)
+        return SquaredNorms(values, sizes.sum(1).square() * relative)
 
     def norms_written_out(self) -> SquaredNorms:
         return of_written_out(squared_sums(self.dense()), squared_terms(self.entries), self)
@@ -103,7 +104,7 @@ class OuterProducts:
 
 
 def _as_rows(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Both (B, T, ·) as (B·T, ·), in the order of memory that spares copying the wider one."""
+    """Both (B, T, ·) as (B·T, ·), in the order that needs no copy of the wider one."""
     widest = right if right.shape[2] >= left.shape[2] else left
     if not widest.is_contiguous() and widest.transpose(0, 1).is_contiguous():
         left, right = left.transpose(0, 1), right.transpose(0, 1)

@@ -1,14 +1,14 @@
 """Per-example gradients of one tensor, in the form in which back-propagation delivers them.
 
 A linear layer delivers its weight's gradient as two factors, an embedding as rows, everything
-small as plain tensors. Each form gives squared norms and weighted sums without being written out
-where that is dearer. All sums and norms are kept in float32 or better.
+small as plain tensors. Each form gives squared norms and weighted sums, and computes the gradients
+themselves only where that is cheaper. All sums and norms are kept in float32 or better.
 
 Guarantee: the squared norm of an example's gradient, as the factors define it, is at most
-`values + slack` of what `squared_norms` returns, whatever the rounding; and still is if rounding in
-a sum of the gradient's own terms is added to it. The slack is a small share of (Σ_t ‖a_t‖‖b_t‖)²,
-the norms that the terms would have if none cancelled another: it is small unless they all but
-cancel. For the Gram matrices A, B of the factors, entry by entry (γ of `dpnlu.gradients.rounding`),
+`values + slack` of what `squared_norms` returns, whatever the rounding; and it still is after
+rounding in a sum of the gradient's own terms. The slack is a small fraction of (Σ_t ‖a_t‖‖b_t‖)²,
+the squared norm that the gradient could have at most: it matters only where terms almost cancel.
+For the Gram matrices A, B of the factors, entry by entry (γ of `dpnlu.gradients.rounding`),
 
     |fl(A_st) - a_s·a_t| <= γ(d) ‖a_s‖‖a_t‖,    and so for B with γ(p),
     |fl(Σ_st A_st B_st) - ‖G‖²| <= γ(d + p + 2T + 2) (Σ_t ‖a_t‖‖b_t‖)².
@@ -29,7 +29,7 @@ from dpnlu.gradients.rounding import growth, squared_sums, squared_terms, underf
 
 @dataclass(frozen=True)
 class SquaredNorms:
-    """Squared norms as computed, and how much larger they may truly be.
+    """Squared norms as computed, and by how much the true ones may exceed them.
 
     Attributes:
         values: (B,).
@@ -47,8 +47,8 @@ class Gradients(Protocol):
     """The gradients (B, *shape) of B examples with respect to one tensor of that shape.
 
     Attributes:
-        terms: how many terms an entry of a gradient is the sum of, at most.
-        entries: how many entries a gradient has.
+        terms: number of terms that an entry of a gradient is the sum of, at most.
+        entries: number of entries of a gradient.
     """
 
     @property
@@ -58,10 +58,10 @@ class Gradients(Protocol):
     def entries(self) -> int: ...
 
     def squared_norms(self, grams: GramCache) -> SquaredNorms:
-        """Of each example's gradient, in the cheapest way."""
+        """Squared norm of each example's gradient, in the cheapest way."""
 
     def norms_written_out(self) -> SquaredNorms:
-        """The same from gradients whose terms are added up, where slack is least."""
+        """The same, computed from the gradients themselves, which has the least slack."""
 
     def sizes(self) -> Tensor:
         """(B,) sums of the norms of a gradient's terms: an upper bound of its norm."""
@@ -70,19 +70,23 @@ class Gradients(Protocol):
         """The gradients themselves, (B, *shape)."""
 
     def add_weighted_sum(self, coefficients: Tensor, out: Tensor) -> None:
-        """out += sum over i of coefficients[i] * gradient i; `out` is contiguous, and what has
-        coefficient 0 is finite."""
+        """out += sum over i of coefficients[i] * gradient i.
+
+        Args:
+            coefficients: (B,). Gradients with coefficient 0 must be finite, too.
+            out: (*shape), contiguous.
+        """
 
     def finite_rows(self, finite: Tensor) -> Gradients:
-        """The same with everything of the examples outside `finite`, (B,) bool, set to zero."""
+        """The same with the gradients of all examples outside `finite`, (B,) bool, set to zero."""
 
     def of(self, examples: Tensor) -> Gradients:
-        """The gradients of some examples, given by number, (n,)."""
+        """The gradients of the examples with these numbers, (n,)."""
 
 
 @dataclass(frozen=True)
 class Dense:
-    """Gradients written out, for tensors small enough.
+    """The gradients themselves, for small tensors.
 
     Attributes:
         values: (B, *shape).
@@ -103,8 +107,8 @@ class Dense:
 
     def norms_written_out(self) -> SquaredNorms:
         values = squared_sums(self.values)
-        share = growth(squared_terms(self.entries), values.dtype)
-        return SquaredNorms(values, values * share)
+        relative = growth(squared_terms(self.entries), values.dtype)
+        return SquaredNorms(values, values * relative)
 
     def sizes(self) -> Tensor:
         return lengths(squared_sums(self.values))
@@ -124,33 +128,39 @@ class Dense:
 
 
 def of_written_out(squares: Tensor, terms: int, use: Gradients) -> SquaredNorms:
-    """The squared norms of gradients that were written out: (B,) sums of squares over `terms`
-    terms. Rounding, then and in later sums, moves a gradient by at most γ(2T) Σ_t ‖a_t‖‖b_t‖."""
+    """The squared norms of gradients that were computed from `use`.
+
+    Rounding in them and in later sums moves a gradient by at most γ(2T) Σ_t ‖a_t‖‖b_t‖.
+
+    Args:
+        squares: (B,) sums of the squares of their entries.
+        terms: number of terms that these sums count as.
+    """
     moved = growth(2 * use.terms, squares.dtype) * use.sizes()
-    share = growth(terms, squares.dtype)
-    return SquaredNorms(squares, squares * share + (2 * squares.sqrt() + moved) * moved)
+    relative = growth(terms, squares.dtype)
+    return SquaredNorms(squares, squares * relative + (2 * squares.sqrt() + moved) * moved)
 
 
 def squared_lengths(rows: Tensor) -> Tensor:
-    """(…, d) -> (…)."""
+    """Squared norms of rows: (…, d) -> (…)."""
     squares: Tensor = torch.linalg.vecdot(rows, rows)
     return squares
 
 
 def lengths(squares: Tensor) -> Tensor:
-    """Roots of sums of squares, raised by what may have vanished in underflow."""
+    """Norms from squared norms, raised by what underflow may have lost."""
     return (squares + underflow(squares.dtype)).sqrt()
 
 
 def zeroed(values: Tensor, finite: Tensor) -> Tensor:
-    """The rows outside `finite` replaced, not multiplied: 0 · ∞ is not 0."""
+    """The rows outside `finite` set to zero; not by multiplication, as 0 · ∞ is not 0."""
     mask = finite.view(-1, *[1] * (values.dim() - 1))
     return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
 class GramCache:
-    """Gram matrices of the tensors met last: query, key and value share one input; the embeddings
-    of words, positions and types one gradient."""
+    """Gram matrices of the latest tensors, of which some come again: query, key and value have the
+    same input; the embeddings of words, positions and types the same gradient."""
 
     def __init__(self) -> None:
         self._last: list[tuple[Tensor, Tensor]] = []
@@ -166,14 +176,15 @@ class GramCache:
 
 
 def diagonal(grams: Tensor) -> Tensor:
-    """(B, T, T) -> (B, T), as a view that can be compiled."""
+    """(B, T, T) -> (B, T), as a view that torch can compile."""
     return grams.flatten(1)[:, :: grams.shape[1] + 1]
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors, both alive, are the same numbers in the same memory."""
     return one is other or (
-        one.untyped_storage()._cdata == other.untyped_storage()._cdata  # there in traces too
+        one.untyped_storage()._cdata
+        == other.untyped_storage()._cdata  # also defined while a program is traced
         and one.storage_offset() == other.storage_offset()
         and one.shape == other.shape
         and one.stride() == other.stride()

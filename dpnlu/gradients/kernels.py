@@ -1,13 +1,13 @@
 """Matrix products with the fastest kernel at hand.
 
-torch multiplies float32 matrices on a CPU with MKL. On processors with AVX-512 that are not the
-library maker's own, MKL reaches half the speed of oneDNN, the library behind torch's recurrent
-kernels there; with AVX2 alone it is the faster one. Where torch carries oneDNN's product, it is
-used on the former; elsewhere, for other types, and where the environment says
-`DPNLU_KERNELS=torch`, the ordinary one. Both round alike, in float32.
+torch multiplies float32 matrices on a CPU with MKL. On processors with AVX-512 that are not made by
+MKL's maker, MKL reaches half the speed of oneDNN, the library behind torch's recurrent kernels;
+with AVX2 alone MKL is the faster one. So with AVX-512, and where torch has a product through
+oneDNN, that product is used for float32; elsewhere, and where the environment says
+`DPNLU_KERNELS=torch`, the ordinary one. Both compute in float32.
 
-oneDNN compiles a kernel for every shape it meets and keeps working memory for it. So it is given
-few shapes: blocks of fixed size, and small batches.
+oneDNN compiles a kernel for every new shape and keeps working memory for it. So it gets few shapes:
+blocks of fixed size, and small batches.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# torch's operator for x Wᵀ + b through oneDNN, and the one that lays W out for it; None where
-# they are missing or not the faster ones.
+# torch's operator for x Wᵀ + b through oneDNN, and the one that reorders W for it; None where they
+# are missing or not faster.
 _product: Any = None
 _lay_out: Any = None
 if (
@@ -31,9 +31,9 @@ if (
     _product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     _lay_out = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 
-# Numbers of terms in which long sums are taken by oneDNN, longest first; the rest by MKL.
+# Long sums are computed by oneDNN in blocks of so many terms, largest first; the rest by MKL.
 _BLOCKS = (1024, 512, 256)
-# Below this many multiplications a product is over before oneDNN has set itself up.
+# Below this many multiplications, setting up oneDNN takes longer than the product.
 _SMALL = 2**16
 
 
@@ -49,7 +49,7 @@ class Multiplier:
     Attributes:
         weights: (D, K, N), transposed.
         biases: (D, 1, N), or None.
-        laid_out: the matrices as the fast kernel wants them; empty where it is not taken.
+        laid_out: the matrices in oneDNN's order; empty where the ordinary product is used.
     """
 
     weights: Tensor
@@ -62,7 +62,7 @@ class Multiplier:
         laid_out: tuple[Tensor, ...] = ()
         if _suits(weights) and rows * weights[0].numel() >= _SMALL:
             laid_out = tuple(_lay_out(weight.contiguous(), rows) for weight in weights)
-        # The long way of an operand in memory is the fast one for the ordinary kernel.
+        # The ordinary kernel is fastest with the weights transposed in memory.
         columns = weights.contiguous().mT
         return cls(columns, None if biases is None else biases[:, None], laid_out)
 
@@ -94,7 +94,7 @@ def add_product_(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if _suits(left) and _suits(right) and _BLOCKS[-1] * out.numel() >= _SMALL:
         for block in _BLOCKS:
             while terms - done >= block:
-                # It is fastest with rows that lie in order; the other factor may lie as it does.
+                # It is fastest with contiguous rows; the order of the other factor hardly matters.
                 rows, columns = left[:, done : done + block], right[done : done + block]
                 out.add_(_product(rows.contiguous(), columns.mT, None, "none", [], ""))
                 done += block

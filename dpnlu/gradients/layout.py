@@ -1,8 +1,9 @@
-"""Where the examples lie in what an operation returns.
+"""Where the examples lie in the output of an operation.
 
-Usually along dimension 0, one after the other. A time-first layer has them along dimension 1; who
-computes two views of a batch at once may have them side by side; rows that were picked by a mask,
-sorted or routed lie as their values had it.
+Usually they lie along dimension 0, one after the other. In a time-first layer they lie along
+dimension 1; in a model that computes two views of a batch at once, each example may have rows in
+both halves; rows that were picked by a mask, sorted or routed lie in an order that depends on their
+values.
 
 Shapes: B examples, k entries of each along the dimension that holds them.
 """
@@ -18,40 +19,44 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """How B examples share the entries of one dimension.
+    """Which entries of one dimension belong to which of B examples.
 
     Attributes:
         batch: B.
-        dim: the dimension, counted from the first.
-        in_turn: one entry of each example, then the next of each; else all of an example's entries,
-            then those of the next.
-        owners: instead, whose each entry is, (n,), -1 where it is nobody's.
+        dim: the dimension, >= 0.
+        interleaved: one entry of each example comes after the other, then the next entry of each;
+            if not, all entries of one example come before those of the next.
+        owners: if given, says it instead: the example of each entry, (n,), -1 for none.
     """
 
     batch: int
     dim: int = 0
-    in_turn: bool = False
+    interleaved: bool = False
     owners: Tensor | None = None
 
     def apart(self, values: Tensor, dim: int | None = None, *, fill: int = 0) -> Tensor:
-        """Values with examples along `dim` (None: as the layout says) -> (B, k, …), the other
-        dimensions in order; `fill` where an example has fewer than k entries."""
+        """Values with the examples along one dimension -> (B, k, …), the others in order.
+
+        Args:
+            dim: that holds the examples; None: the layout's.
+            fill: stands where an example has fewer than k entries.
+        """
         values = values.movedim(self.dim if dim is None else dim, 0)
         if self.owners is not None:
             return self._gathered(values, self.owners, fill)
         if not self.batch:
             return values[None].expand(0, *values.shape)
         entries = values.shape[0] // self.batch
-        if self.in_turn:
+        if self.interleaved:
             return torch.unflatten(values, 0, (entries, self.batch)).transpose(0, 1)
         return torch.unflatten(values, 0, (self.batch, entries))
 
     def owner(self, entries: int) -> Tensor:
-        """(entries,) whose each entry is."""
+        """(entries,) the example of each entry."""
         if self.owners is not None:
             return self.owners
         every = torch.arange(entries)
-        return every % self.batch if self.in_turn else every // max(1, entries // self.batch)
+        return every % self.batch if self.interleaved else every // max(1, entries // self.batch)
 
     def _gathered(self, values: Tensor, owners: Tensor, fill: int) -> Tensor:
         counts = torch.bincount(owners + 1, minlength=self.batch + 1)
@@ -65,19 +70,19 @@ class Layout:
 
 
 def candidates(shape: torch.Size, dims: Sequence[int], batch: int) -> Iterator[Layout]:
-    """Layouts that a result of this shape may have, the usual one first."""
+    """The layouts that an output of this shape may have, the usual one first."""
     for dim in dims:
         if batch and dim < len(shape) and shape[dim] % batch == 0:
             yield Layout(batch, dim)
             if shape[dim] > batch > 1:
-                yield Layout(batch, dim, in_turn=True)
+                yield Layout(batch, dim, interleaved=True)
 
 
 def by_example(values: Tensor, layout: Layout, dim: int | None = None) -> Tensor:
-    """Values (…, d) -> (B, T, d), in full precision: rows of each example.
+    """Values (…, d) -> the rows of each example, (B, T, d), in full precision.
 
     Args:
-        dim: that holds the examples; None: as the layout says.
+        dim: that holds the examples; None: the layout's.
     """
     apart = layout.apart(full_precision(values), dim)
     positions = apart.shape[1:-1].numel()
@@ -85,12 +90,12 @@ def by_example(values: Tensor, layout: Layout, dim: int | None = None) -> Tensor
 
 
 def added_up(values: Tensor, layout: Layout, shape: Sequence[int]) -> Tensor:
-    """Values whose last dimensions are `shape` -> (B, *shape), the rows of each example added."""
+    """Values whose last dimensions are `shape` -> sums over each example's rows, (B, *shape)."""
     apart = layout.apart(full_precision(values))
     inner = apart.dim() - len(shape)
     return apart.reshape(layout.batch, apart.shape[1:inner].numel(), *shape).sum(1)
 
 
 def full_precision(values: Tensor) -> Tensor:
-    """Half-precision values as float32, in which norms and sums are taken."""
+    """Half-precision values as float32, in which norms and sums are computed."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

@@ -1,4 +1,9 @@
-"""What the tape is told about torch's operations, and what it finds out about them by itself."""
+"""What the tape needs to know of torch's operations.
+
+What it is told, `Operations`, is filled in by `dpnlu.gradients.rules`: how weights act in each
+operation. What it knows by itself are sets of operations that concern values, shapes and copies,
+and functions that find the tensors in their arguments.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpnlu.gradients.trace import Finish
+from dpnlu.gradients.records import GradientRule
 
 
 def all_but_last(dims: int) -> range:
@@ -19,21 +24,21 @@ def all_but_last(dims: int) -> range:
 
 
 def first_alone(dims: int) -> range:
-    """Where all others hold channels and positions."""
+    """Dimensions that may hold the examples where all others hold channels and positions."""
     return range(1)
 
 
 @dataclass(frozen=True)
-class Rule:
+class LayerRule:
     """How an operation that applies weights to a batched input is recorded.
 
     Attributes:
-        finish: has the operation's signature; returns the `Finish` of its output.
+        gradient_rule: the operation's arguments -> the gradient rule of its output.
         input: position of the batched argument.
-        dims: the dimensions of its output, given by their number, that may hold the examples.
+        dims: number of dimensions of the output -> those that may hold the examples.
     """
 
-    finish: Callable[..., Finish]
+    gradient_rule: Callable[..., GradientRule]
     input: int = 0
     dims: Callable[[int], range] = all_but_last
 
@@ -44,28 +49,32 @@ class Operations:
 
     Attributes:
         rules: operations that apply weights to the examples.
-        rewrites: computed anew, out of recorded pieces. A rewrite has the operation's signature,
-            after the tape as first argument; it may return NotImplemented.
-        rearrangements: likewise, of operations that no weights take part in.
-        broadcasting: arguments are aligned by their last dimension, and one whose dimension 0 is
-            missing or of size 1 may as well be expanded to that of the others.
-        row_wise: keep the entries of dimension 0 apart, if all arguments have one.
-        fallback: (function, args, kwargs, batched, learned) -> `Finish`, for all others.
+        rewrites: operations that are computed in another way, of pieces that are recorded. A
+            rewrite takes the recorder and the operation's arguments; where it does not apply it
+            returns NotImplemented.
+        rearrangements: operations without weights that are computed in another way. They take the
+            operation's arguments alone.
+        broadcasting: operations that align their arguments by the last dimension and expand those
+            whose dimension 0 is missing or of size 1.
+        row_wise: operations that keep the entries of dimension 0 apart, if all arguments have it.
+        fallback: (function, args, kwargs, batched arguments, arguments that are batch-independent
+            and require gradients) -> gradient rule, for all other operations.
     """
 
-    rules: Mapping[Any, Rule]
+    rules: Mapping[Any, LayerRule]
     rewrites: Mapping[Any, Callable[..., Any]]
     rearrangements: Mapping[Any, Callable[..., Any]]
     broadcasting: frozenset[Any]
     row_wise: frozenset[Any]
-    fallback: Callable[..., Finish]
+    fallback: Callable[..., GradientRule]
 
 
-# They say something about a tensor, and make none.
+# Properties of a tensor whose reading computes no tensor.
 _PROPERTIES = (
     "shape dtype device ndim requires_grad is_leaf grad_fn layout is_cuda is_nested is_sparse "
     "is_quantized is_mps is_meta"
 )
+# Operations that compute no tensor.
 INSPECTIONS = frozenset(
     {
         *(getattr(Tensor, name).__get__ for name in _PROPERTIES.split()),
@@ -83,7 +92,7 @@ INSPECTIONS = frozenset(
         torch.numel,
     }
 )
-# Of their first argument they take the shape, type and device alone.
+# Operations to which only shape, type and device of the first argument matter.
 TAKE_NO_VALUE = frozenset(
     {
         torch.zeros_like,
@@ -100,7 +109,7 @@ TAKE_NO_VALUE = frozenset(
         Tensor.new_tensor,
     }
 )
-# Of all other arguments they take the shape, type and device alone.
+# Operations to which only shape, type and device of all other arguments matter.
 TAKE_FIRST_VALUE = frozenset(
     {
         Tensor.to,
@@ -110,8 +119,8 @@ TAKE_FIRST_VALUE = frozenset(
         Tensor.reshape_as,
     }
 )
-# They turn or keep the entries of a tensor; with dimension 0 left where it is, those of each row.
-TURNS = frozenset(
+# Operations that permute the entries of a tensor; where dimension 0 keeps its place, of each row.
+PERMUTATIONS = frozenset(
     {
         Tensor.transpose,
         torch.transpose,
@@ -123,7 +132,7 @@ TURNS = frozenset(
         Tensor.clone,
     }
 )
-# They copy a tensor, perhaps once for each example.
+# Operations that copy a tensor, perhaps once for each example.
 COPIES = frozenset(
     {
         Tensor.expand,
@@ -138,8 +147,10 @@ COPIES = frozenset(
 
 
 def with_numbers(index: Any) -> Any:
-    """An index in which single ids, tensors without dimensions, are numbers: what it picks is one
-    entry for all examples, whoever chose it."""
+    """The index with tensors without dimensions as Python numbers.
+
+    Such a tensor picks the same entry for all examples, even if it was computed from the batch.
+    """
     if isinstance(index, tuple):
         return tuple(with_numbers(each) for each in index)
     if isinstance(index, Tensor) and index.dim() == 0 and index.dtype in (torch.int64, torch.int32):
@@ -148,7 +159,7 @@ def with_numbers(index: Any) -> Any:
 
 
 def values_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors whose values go into what an operation makes."""
+    """The tensors whose values the output of an operation depends on."""
     if func in TAKE_NO_VALUE:
         args = args[1:]
     elif func in TAKE_FIRST_VALUE:
@@ -158,7 +169,7 @@ def values_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[
 
 @functools.cache
 def writes_in_place(func: Any) -> bool:
-    """Whether the first argument of an operation is changed by it."""
+    """Whether an operation changes its first argument."""
     name = getattr(func, "__name__", "")
     is_operator = name in ("__setitem__", "__set__", *(f"__i{kind}__" for kind in _IN_PLACE))
     return is_operator or (name.endswith("_") and not name.endswith("__"))
@@ -177,7 +188,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
         return []
     found = []
     for branch in tree:
-        if isinstance(branch, Tensor):  # most of them are; every operation passes here
+        if isinstance(branch, Tensor):  # the usual case, in the path of every operation
             found.append(branch)
         elif isinstance(branch, (tuple, list, dict)):
             found += tensors_in(branch)
@@ -185,7 +196,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 
 def tensors_held(value: Any, depth: int = 6) -> list[Tensor]:
-    """The tensors that a value holds in containers and attributes of any kind, in their order."""
+    """The tensors that a value holds in containers and attributes of any kind, in order."""
     if isinstance(value, Tensor):
         return [value]
     if depth == 0 or value is None or isinstance(value, (str, bytes, int, float, nn.Module, type)):
@@ -204,7 +215,7 @@ def _held_by(value: Any) -> Iterable[Any]:
 
 
 def replaced(tree: Any, stand_ins: Mapping[int, Tensor | None]) -> Any:
-    """The same nesting with some tensors, known by id, exchanged."""
+    """The same nested structure with tensors replaced, by their id."""
     if isinstance(tree, Tensor):
         return stand_ins.get(id(tree), tree)
     if isinstance(tree, (tuple, list)):

@@ -1,9 +1,10 @@
 """Packed sequences: rows of sequences of unequal lengths, step by step, longest first.
 
-Which row is whose depends on all lengths of the batch. So packing and unpacking are nodes of their
-own in the autograd graph that remember how it was done: `dpnlu.course` can tell from them that what
-was packed is unpacked in the same way, with nothing done to the rows in between. Where no gradient
-goes back to what was packed, it need not: an example is then whatever its losses make of it.
+Which row belongs to which sequence depends on all lengths of the batch. So packing and unpacking
+are nodes of their own in the autograd graph, which keep how it was done. From these nodes
+`dpnlu.gradients.signature` can tell that rows are unpacked in the way they were packed, with no
+operation in between. Where no gradient flows back to what was packed, it does not matter how it was
+packed: then the losses alone decide which sequence belongs to which example.
 
 Shapes: T steps, B sequences, R rows.
 """
@@ -26,7 +27,7 @@ class Packing:
 
     Attributes:
         counts: (T,) number of sequences that have each step, on the CPU as torch keeps it.
-        place: (B,) each sequence's place among the packed ones; None: that order is the batch's.
+        place: (B,) each sequence's place in packed order; None: that is the batch's own order.
         device: where the sequences are.
         present: (T, B) whether a sequence has that step, in packed order.
     """
@@ -64,7 +65,7 @@ class Packing:
         return states if self.place is None else states[:, self.place]
 
     def reversed(self, padded: Tensor) -> Tensor:
-        """(T, B, …): each sequence from its own end; what is past the end stays where it is."""
+        """(T, B, …): each sequence reversed; what is past its end stays where it is."""
         steps = torch.arange(padded.shape[0], device=self.present.device)
         source = torch.where(steps <= self.last[:, None], self.last[:, None] - steps, steps)
         return _at_steps(padded, source)
@@ -96,7 +97,7 @@ class Packing:
 def _at_steps(padded: Tensor, steps: Tensor) -> Tensor:
     """(T, B, …) and (B, S) steps to take of each sequence -> (S, B, …).
 
-    Along dimension 1 of (B, T, …), so that nobody need check that examples kept their places.
+    It gathers along dimension 1 of (B, T, …), so that examples evidently keep their places.
     """
     by_example = padded.transpose(0, 1)
     index = steps.view(*steps.shape, *(1,) * (padded.dim() - 2))
@@ -147,7 +148,7 @@ class SortStates(torch.autograd.Function):
 
 
 class SpreadRows(torch.autograd.Function):
-    """(R, …) -> (B, T, …) or (T, B, …) in packed order: what torch's own unpacking begins with."""
+    """(R, …) -> (B, T, …) or (T, B, …) in packed order: the first step of torch's own unpacking."""
 
     @staticmethod
     def forward(
@@ -158,7 +159,7 @@ class SpreadRows(torch.autograd.Function):
         if steps > len(padded):
             rest = padded.new_full((steps - len(padded), *padded.shape[1:]), fill)
             padded = torch.cat((padded, rest))
-        # Not a view: it may be changed in place.
+        # Not a view, as the caller may change it in place.
         return padded.transpose(0, 1).contiguous() if batch_first else padded
 
     @staticmethod

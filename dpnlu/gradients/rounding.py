@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Long sums of squares are taken in blocks of so many terms, which keeps the bounds small.
+# Long sums of squares are computed in blocks of so many terms, which keeps the bounds small.
 _BLOCK = 1024
 
-
-# On top of the bounds, for what they are multiplied with is itself rounded.
+# A margin on the bounds, as what they are multiplied with is itself rounded.
 _MARGIN = 1.02
 
 
 def growth(terms: int, dtype: torch.dtype) -> float:
-    """γ(terms), relative to the sum of magnitudes; infinity where nothing can be said."""
+    """γ(terms), relative to the sum of magnitudes; infinity for so many terms that there is no
+    bound."""
     product = terms * torch.finfo(dtype).eps / 2
     return _MARGIN * product / (1 - product) if product < 0.5 else math.inf
 
@@ -53,7 +53,7 @@ def inner_products(one: Tensor, other: Tensor) -> Tensor:
 
 
 def squared_terms(count: int) -> int:
-    """How many terms a sum of `count` squares or products counts as, taken in blocks."""
+    """The number of terms that a sum of `count` squares or products, in blocks, counts as."""
     terms = 2
     while count > _BLOCK:
         count, terms = count // _BLOCK + 1, terms + 2 * _BLOCK
@@ -76,8 +76,8 @@ def _flat(values: Tensor) -> Tensor:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Products of float32 matrices in float32: without autocast, TF32 or bfloat16 in their place,
-    which the bounds know nothing of."""
+    """Have products of float32 matrices computed in float32, not by autocast, TF32 or bfloat16, for
+    which the bounds do not hold."""
     with ExitStack() as stack:
         for kind in {"cpu", device.type}:
             stack.enter_context(torch.autocast(kind, enabled=False))

@@ -1,4 +1,4 @@
-"""Gradients of tables: rows that were looked up, one by one or as bags."""
+"""Gradients of tables of which rows were looked up, one by one or in bags."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from dpnlu.gradients.forms import (
 )
 from dpnlu.gradients.rounding import growth, squared_sums, squared_terms
 
-# Up to this many positions, comparing all pairs of ids beats sorting them.
+# Up to this many positions, comparing all pairs of ids is faster than sorting them.
 _PAIRWISE_POSITIONS = 128
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Gradient i is a (V, d) table that is zero but for rows: Σ_t e_{ids[i, t]} values[i, t]ᵀ.
+    """Gradient i is a (V, d) table, zero in most rows: Σ_t e_{ids[i, t]} values[i, t]ᵀ.
 
     Attributes:
-        ids: (B, T) row numbers; a negative one is left out (padding).
-        values: (B, T, d) gradients with respect to the looked-up rows.
+        ids: (B, T) row numbers; positions with a negative one do not count (padding).
+        values: (B, T, d) gradients of the rows that were looked up.
         shape: (V, d) of the table, or (V, …) with the rest flattened into d.
     """
 
@@ -52,8 +52,8 @@ class Rows:
         products = grams(self.values)
         values = (products * same).sum(2).sum(1).clamp_(min=0)
         sizes = self._added(lengths(diagonal(products)))
-        share = growth(self.values.shape[2] + 4 * self.terms + 4, values.dtype)
-        return SquaredNorms(values, sizes.square() * share)
+        relative = growth(self.values.shape[2] + 4 * self.terms + 4, values.dtype)
+        return SquaredNorms(values, sizes.square() * relative)
 
     def norms_written_out(self) -> SquaredNorms:
         sums, example, batch = self._merged()
@@ -64,7 +64,7 @@ class Rows:
         return self._added(lengths(squared_lengths(self.values)))
 
     def _added(self, lengths: Tensor) -> Tensor:
-        """(B, T) -> (B,), without what is left out."""
+        """(B, T) -> (B,) sums, without padding."""
         return torch.where(self.ids >= 0, lengths, 0.0).sum(1)
 
     def dense(self) -> Tensor:
@@ -80,7 +80,7 @@ class Rows:
         rows = (self.values * torch.where(kept, coefficients[:, None], 0.0)[:, :, None]).flatten(
             0, 1
         )
-        if self._is_pairwise:  # norms had a look at what is left out: it is finite
+        if self._is_pairwise:  # norms included the values of padding: they are finite
             ids = ids.clamp(min=0)
         else:
             ids, rows = ids[kept.flatten()], rows[kept.flatten()]
@@ -94,12 +94,12 @@ class Rows:
 
     @property
     def _is_pairwise(self) -> bool:
-        """Whether all pairs of ids are compared: in few positions, and where no value can be looked
-        at, as the tensors have none."""
+        """Whether to compare all pairs of ids: for few positions, and for fake tensors, which have
+        no values to sort."""
         return self.ids.shape[1] <= _PAIRWISE_POSITIONS or isinstance(self.ids, FakeTensor)
 
     def _merged(self) -> tuple[Tensor, Tensor, int]:
-        """Rows of equal example and id added up: values (n, d), their examples (n,), and B."""
+        """Sums of the values with equal example and id (n, d), their examples (n,), and B."""
         batch, rows = self.ids.shape[0], self.shape[0]
         example = torch.arange(batch, device=self.ids.device)[:, None]
         kept = self.ids >= 0
@@ -110,18 +110,18 @@ class Rows:
 
 @dataclass(frozen=True)
 class Bags:
-    """Gradient i is a (V, d) table in which one row went into many: Σ_t shares[i, t] e_{ids[i, t]}
-    rightᵀ[i], as of a bag of words.
+    """Gradient i is the (V, d) table Σ_t row_weights[i, t] e_{ids[i, t]} right[i]ᵀ: a weighted sum
+    of rows was looked up, as of a bag of words.
 
     Attributes:
-        ids: (B, T) row numbers; a negative one is left out (padding).
-        shares: (B, T) how much of each row was taken.
-        right: (B, d) gradient with respect to their sum.
+        ids: (B, T) row numbers; positions with a negative one do not count (padding).
+        row_weights: (B, T) weight of each row in the sum.
+        right: (B, d) gradient of the sum.
         shape: (V, d) of the table.
     """
 
     ids: Tensor
-    shares: Tensor
+    row_weights: Tensor
     right: Tensor
     shape: tuple[int, ...]
 
@@ -136,48 +136,50 @@ class Bags:
     def squared_norms(self, grams: GramCache) -> SquaredNorms:
         """‖G‖² = ‖b‖² Σ_v (Σ_{t: id_t = v} c_t)²."""
         values = self._squared_counts() * squared_lengths(self.right)
-        # Shares are rounded when they scale b, and their sums are those of the gradient's terms.
-        share = growth(self.right.shape[1] + 4 * self.terms + 8, values.dtype)
-        return SquaredNorms(values, self.sizes().square() * share)
+        # Weights are rounded when they scale b, and their sums are those of the gradient's terms.
+        relative = growth(self.right.shape[1] + 4 * self.terms + 8, values.dtype)
+        return SquaredNorms(values, self.sizes().square() * relative)
 
     def norms_written_out(self) -> SquaredNorms:
         return self.rows().norms_written_out()
 
     def sizes(self) -> Tensor:
-        shares = torch.where(self.ids >= 0, self.shares, 0.0).abs().sum(1)
-        return shares * lengths(squared_lengths(self.right))
+        row_weights = torch.where(self.ids >= 0, self.row_weights, 0.0).abs().sum(1)
+        return row_weights * lengths(squared_lengths(self.right))
 
     def dense(self) -> Tensor:
         return self.rows().dense()
 
     def rows(self) -> Rows:
-        """The same with a row of its own for each id."""
-        return Rows(self.ids, self.shares[:, :, None] * self.right[:, None], self.shape)
+        """The same gradients, with the gradient of each row written out."""
+        return Rows(self.ids, self.row_weights[:, :, None] * self.right[:, None], self.shape)
 
     def add_weighted_sum(self, coefficients: Tensor, out: Tensor) -> None:
-        # What a bag leaves out has share 0.
-        ids, shares = self.ids.clamp(min=0), torch.where(self.ids >= 0, self.shares, 0.0)
+        # Padding has weight 0.
+        ids, row_weights = self.ids.clamp(min=0), torch.where(self.ids >= 0, self.row_weights, 0.0)
         right = self.right * coefficients[:, None]
-        rows = (shares[:, :, None] * right[:, None]).flatten(0, 1)
+        rows = (row_weights[:, :, None] * right[:, None]).flatten(0, 1)
         out.index_add_(0, ids.flatten(), rows.to(out.dtype))
 
     def finite_rows(self, finite: Tensor) -> Bags:
-        shares, right = zeroed(self.shares, finite), zeroed(self.right, finite)
-        return Bags(self.ids, shares, right, self.shape)
+        row_weights, right = zeroed(self.row_weights, finite), zeroed(self.right, finite)
+        return Bags(self.ids, row_weights, right, self.shape)
 
     def of(self, examples: Tensor) -> Bags:
-        return Bags(self.ids[examples], self.shares[examples], self.right[examples], self.shape)
+        return Bags(
+            self.ids[examples], self.row_weights[examples], self.right[examples], self.shape
+        )
 
     def _squared_counts(self) -> Tensor:
-        """(B,) sums over the table's rows of the squares of what was taken of each."""
+        """(B,) sums over the table's rows of the squared sum of each row's weights."""
         kept = self.ids >= 0
-        if isinstance(self.ids, FakeTensor):  # it has no values to be sorted
+        if isinstance(self.ids, FakeTensor):  # it has no values to sort
             same = (
                 (self.ids[:, :, None] == self.ids[:, None, :]) & kept[:, None, :] & kept[:, :, None]
             )
-            return (same * self.shares[:, :, None] * self.shares[:, None, :]).sum((1, 2))
+            return (same * self.row_weights[:, :, None] * self.row_weights[:, None, :]).sum((1, 2))
         batch, rows = self.ids.shape[0], self.shape[0]
         example = torch.arange(batch, device=self.ids.device)[:, None]
         keys, place = torch.unique((self.ids + rows * example)[kept], return_inverse=True)
-        counts = self.shares.new_zeros(len(keys)).index_add_(0, place, self.shares[kept])
-        return self.shares.new_zeros(batch).index_add_(0, keys // rows, counts.square())
+        counts = self.row_weights.new_zeros(len(keys)).index_add_(0, place, self.row_weights[kept])
+        return self.row_weights.new_zeros(batch).index_add_(0, keys // rows, counts.square())

@@ -1,10 +1,10 @@
-"""The signature of a forward pass: what was done with the examples, in the order it was done.
+"""The graph signature of a forward pass: what was done with the examples, in which order.
 
-The place of an example in memory is known by counting: of n·B rows, the first n are the first
-example's. Whether that is so is checked against automatic differentiation. What holds for one batch
-holds for another of the same signature, unless rows were chosen by their values: picked out by a
-mask, sorted, packed. Of these, nothing but a check of the batch itself can tell, except that what
-was packed and is unpacked in the same way has lost no row its place.
+Which rows of a tensor belong to which example is found by counting: of n·B rows, the first n belong
+to the first example. Whether this holds is checked against automatic differentiation. If it holds
+for one batch, it holds for every other batch with the same signature, unless rows were chosen by
+their values: picked out by a mask, sorted, packed. Then each batch must be checked, with one
+exception: rows that were packed, and are unpacked in the same way, are back in their places.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-# Nodes that choose rows along `_saved_dim`; all others named here, along dimension 0 as well.
+from dpnlu.gradients.nodes import OF_A_PARAMETER
+
+# Nodes that choose rows along `_saved_dim`. Those of the other sets choose along dimension 0, and
+# perhaps others.
 _CHOOSE_ALONG = frozenset(
     "Gather IndexSelect IndexAdd IndexCopy IndexFill IndexReduce Scatter ScatterAdd ScatterReduce "
     "Sort Topk".split()
@@ -29,8 +32,7 @@ _INDEX = frozenset({"Index", "IndexPut"})
 _PACK_PADDED, _SPREAD, _SORT = "PackPaddedSequence", "SpreadRows", "SortStates"
 _PACK = frozenset({_PACK_PADDED, "PackRows"})
 _UNPACK = frozenset({"UnpackRows", _SPREAD})
-OF_A_PARAMETER = "torch::autograd::AccumulateGrad"
-# Nodes that cut or turn dimension 0 at places that a signature must agree in, and what holds them.
+# Nodes that cut or rotate dimension 0, and the attributes that say where: part of the signature.
 _CUT = {
     "Slice": ("_saved_start", "_saved_end", "_saved_step"),
     "Select": ("_saved_index",),
@@ -39,7 +41,7 @@ _CUT = {
     "Roll": ("_saved_dims", "_saved_shifts"),
     "AsStrided": ("_saved_storage_offset",),
 }
-# What else a node holds that says what it does: dimensions, and numbers written in the program.
+# Other attributes that are part of the signature: dimensions, and numbers written in the program.
 _DIMENSIONS = ("_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1", "_saved_keepdim")
 _NUMBERS = {
     "Add": ("_saved_alpha",),
@@ -55,15 +57,15 @@ _NUMBERS = {
 
 @dataclass(frozen=True)
 class Signature:
-    """Equal for forward passes that did the same things in the same order.
+    """Equal for forward passes that did the same operations in the same order.
 
     Attributes:
-        steps: the autograd graph, from the losses on: its nodes by name, by where they cut the
-            batch, by the dimensions along which they act and whether the numbers they hold are 0, 1
-            or others; and which output of which node each of them used.
-        chooses_rows: rows were chosen by their values, which equal names do not tell.
-        is_doubtful: or perhaps they were, for a dimension has as many entries as there are
-            examples; in a batch of another size it may have others.
+        steps: the autograd graph, from the losses on. Each node by its name, where it cuts the
+            batch, the dimensions along which it acts, and whether the numbers that it holds are 0,
+            1 or others; each edge by the node and the number of the output that it leads to.
+        chooses_rows: rows were chosen by their values, in ways that `steps` does not show.
+        is_doubtful: rows may have been chosen, as a dimension has as many entries as there are
+            examples. A batch of another size can show that they were not.
     """
 
     steps: tuple[str, ...]
@@ -78,13 +80,13 @@ class Signature:
 
 @dataclass(frozen=True)
 class Edge:
-    """The graph of some losses, edge by edge.
+    """An edge of the autograd graph of some losses.
 
     Attributes:
-        node: what made the value.
-        output: which of its outputs it is.
-        user: what used it; None: it is the losses.
-        is_new: whether no edge before this one led to the node.
+        node: made the value.
+        output: number of the output of `node` that the value is.
+        user: the node that used the value; None: the value is the losses.
+        is_new: whether this is the first edge that leads to `node`.
     """
 
     node: Node
@@ -111,23 +113,28 @@ def walk(losses: Tensor) -> Iterator[Edge]:
 def signature_of(
     edges: Sequence[Edge],
     batch: int,
-    is_free: Callable[[Node], bool] = lambda node: node.name() == OF_A_PARAMETER,
+    is_batch_independent: Callable[[Node], bool] = lambda node: node.name() == OF_A_PARAMETER,
     *,
     may_unpack: bool = True,
 ) -> Signature:
     """The signature of a graph.
 
     Args:
-        is_free: whether what a node made is known to be free of the batch.
+        batch: number of examples.
+        is_batch_independent: whether the output of a node is known to be batch-independent.
         may_unpack: whether to look at tensors that nodes keep. Under activation checkpointing
-            that would compute them anew: then whatever may choose rows is taken to do so.
+            that would compute them again. If not, nodes that may choose rows count as choosing.
     """
     places: dict[Node, int] = {}
     steps: list[str] = []
     chooses = False, False
     for edge in edges:
         node = edge.node
-        if not chooses[0] and _kind(node) in _MAY_CHOOSE and not _is_of_free(node, is_free):
+        if (
+            not chooses[0]
+            and _kind(node) in _MAY_CHOOSE
+            and not _is_on_independent(node, is_batch_independent)
+        ):
             found = _chooses_rows(node, batch) if may_unpack else (True, False)
             if any(found) and not (may_unpack and _keeps_places(node, edge.user)):
                 chooses = chooses[0] or found[0], chooses[1] or found[1]
@@ -160,7 +167,7 @@ def _held(kind: Any, attributes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _number(held: Any) -> str:
-    """Whether a number that is written in the program is 0, 1 or another; nothing of tensors."""
+    """Whether a number that is written in the program is 0, 1 or another; "" for tensors."""
     if isinstance(held, Tensor):
         is_number = held.dim() == 0 and held.device.type == "cpu" and not held.requires_grad
         # While a program is traced tensors have no values; numbers are part of the program.
@@ -188,7 +195,8 @@ def _dimension(node: Any) -> int:
 
 
 def _sizes(node: Any) -> tuple[int, ...]:
-    """The shape that the node acts on. Who did not keep it kept the tensor, or returns the same."""
+    """The shape that the node acts on. Nodes that do not keep it keep the tensor, or return the
+    same shape."""
     if hasattr(node, "_saved_self_sym_sizes"):
         return tuple(node._saved_self_sym_sizes)
     kept = getattr(node, "_saved_self", None)
@@ -202,22 +210,23 @@ def _acts_on_examples(node: Any, batch: int) -> tuple[bool, bool]:
 
 
 def _may_hold_examples(dimension: int, size: int, batch: int) -> bool:
-    """In recurrent networks, and in what they return, examples lie along dimension 1; in others
-    only a model that turned them there has them."""
+    """Whether a dimension may hold examples. In recurrent networks and their outputs, dimension 1
+    does; later ones do so only if a model moved the examples there."""
     return batch > 1 and (size % batch == 0 if dimension <= 1 else size == batch)
 
 
 _MAY_CHOOSE = _CHOOSE_ALONG | _CHOOSE | _INDEX | _PACK | _UNPACK | frozenset({_SORT, "Embedding"})
 
 
-def _is_of_free(node: Node, is_free: Callable[[Node], bool]) -> bool:
-    """Whether a node acts on what is free of the batch alone: what it chooses there are no
-    examples."""
-    return all(is_free(earlier) for earlier, _ in node.next_functions if earlier is not None)
+def _is_on_independent(node: Node, is_batch_independent: Callable[[Node], bool]) -> bool:
+    """Whether a node acts on batch-independent tensors alone, so that it chooses no examples."""
+    return all(
+        is_batch_independent(earlier) for earlier, _ in node.next_functions if earlier is not None
+    )
 
 
 def _chooses_rows(node: Any, batch: int) -> tuple[bool, bool]:
-    """Whether the node put other examples, or other numbers of rows, into the dimension that holds
+    """Whether the node put other examples, or another number of rows, into the dimension that holds
     them, and whether it may have done so."""
     kind = _kind(node)
     if kind in _CHOOSE_ALONG:
@@ -236,14 +245,14 @@ def _chooses_rows(node: Any, batch: int) -> tuple[bool, bool]:
 
 
 def _keeps_places(node: Any, user: Any) -> bool:
-    """Whether `node` moved rows for packing or unpacking, and the way from it to `user` is part of
-    moving all of them back."""
+    """Whether `node` moved rows for packing or unpacking, and `user` is part of moving all of them
+    back."""
     kind = _kind(node)
-    if kind == "IndexSelect":  # how the packing node sorted is judged where it is unpacked
+    if kind == "IndexSelect":  # the order of packing is checked at the unpacking node
         return (user is not None and _kind(user) == _PACK_PADDED) or _restores(node)
     if kind == _SORT:
         return _is_restored(node, user)
-    if kind in _PACK:  # judged at the unpacking node as well
+    if kind in _PACK:  # checked at the unpacking node as well
         return user is not None and _kind(user) in _UNPACK
     if kind == _SPREAD and not _is_restored(node, user):
         return False
@@ -251,12 +260,12 @@ def _keeps_places(node: Any, user: Any) -> bool:
 
 
 def _is_restored(node: Any, user: Any) -> bool:
-    """Whether `user` puts what `node` returns in packed order into the batch's own."""
+    """Whether `user` brings the output of `node` from packed order into the batch's own."""
     return bool(node.packing.place is None or _restores(user))
 
 
 def _restores(node: Any) -> bool:
-    """Whether the node takes sequences or states, in packed order, in the batch's own."""
+    """Whether the node brings sequences or states from packed order into the batch's own."""
     if node is None or _kind(node) != "IndexSelect":
         return False
     taken: Any = node.next_functions[0][0]
@@ -269,7 +278,7 @@ def _restores(node: Any) -> bool:
 
 
 def _unpacks_what_was_packed(node: Any) -> bool:
-    """Whether the rows come as they were packed, and are taken for the sequences they are."""
+    """Whether the rows are unpacked right after packing, into the sequences that they were."""
     packed: Any = node.next_functions[0][0]
     if packed is None or _kind(packed) not in _PACK:
         return False

@@ -1,6 +1,6 @@
-"""Several uses of one tensor, whose gradients add up: tied weights, a layer that is called twice.
+"""Several uses of one parameter, as of tied weights or a layer that is called twice.
 
-Squared norms of two gradients do not add up; that of their sum has a cross term.
+The gradients of the uses add up; their squared norms do not, as that of a sum has cross terms.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from dpnlu.gradients.rows import (
     Rows,
 )
 
-# How many entries are written out at once.
+# Number of entries of gradients that are computed at once.
 _ENTRIES = 2**22
 
 
 def combine(uses: Sequence[Gradients]) -> list[Gradients]:
-    """Several uses of one tensor as at most one of each form and shape; their sum stays."""
+    """Merge several uses of one parameter into at most one of each form and shape, with the same
+    sum."""
     outer = [use for use in uses if isinstance(use, OuterProducts)]
     bags = [use for use in uses if isinstance(use, Bags)]
     rows = [use for use in uses if isinstance(use, Rows)]
@@ -63,7 +64,8 @@ def combine(uses: Sequence[Gradients]) -> list[Gradients]:
 
 
 def squared_norms(parts: Sequence[Gradients], grams: GramCache) -> SquaredNorms:
-    """Of the sum of `parts`, cross terms included; the guarantee of `dpnlu.gradients.forms`."""
+    """Squared norms of the sum of `parts`, cross terms included; see the guarantee of
+    `dpnlu.gradients.forms`."""
     total = parts[0].squared_norms(grams)
     for index, part in enumerate(parts[1:], start=1):
         total += part.squared_norms(grams)
@@ -73,8 +75,8 @@ def squared_norms(parts: Sequence[Gradients], grams: GramCache) -> SquaredNorms:
 
 
 def norms_written_out(parts: Sequence[Gradients], examples: Tensor) -> SquaredNorms:
-    """The same for some examples, given by number (n,), from gradients that are written out: dear,
-    and with little slack, though terms all but cancel."""
+    """The same for the examples with these numbers (n,), from the gradients themselves: slow, but
+    with little slack even where terms almost cancel."""
     size = max(1, _ENTRIES // max(1, parts[0].entries))
     found = [
         _written_out([part.of(some) for part in parts]) for some in torch.split(examples, size)
@@ -104,12 +106,12 @@ def _cross_terms(one: Gradients, other: Gradients) -> SquaredNorms:
     values, terms = _inner_products(one, other)
     sizes = one.sizes() * other.sizes()
     # The parts' own sums come later: 2 (T + S) for each.
-    share = growth(terms + 4 * (one.terms + other.terms) + 4, values.dtype)
-    return SquaredNorms(2 * values, 2 * share * sizes)
+    relative = growth(terms + 4 * (one.terms + other.terms) + 4, values.dtype)
+    return SquaredNorms(2 * values, 2 * relative * sizes)
 
 
 def _inner_products(one: Gradients, other: Gradients) -> tuple[Tensor, int]:
-    """(B,) inner products, and as how many terms' sums they count."""
+    """(B,) inner products, and the number of terms that these sums count as."""
     if isinstance(one, OuterProducts) and isinstance(other, Rows) and _is_tied(one, other):
         return _tied_inner_products(one, other), one.left.shape[2]
     left, right = one.dense().flatten(1), other.dense().flatten(1)
@@ -122,8 +124,8 @@ def _is_tied(head: OuterProducts, table: Rows) -> bool:
 
 
 def _tied_inner_products(head: OuterProducts, table: Rows) -> Tensor:
-    """An embedding tied to an output layer (Ding et al. 2024): ⟨Σ_s b_s a_sᵀ, Σ_t e_t v_tᵀ⟩ is
-    Σ_st b_s[id_t] (a_s · v_t), so only the looked-up entries of b are needed."""
+    """For an embedding tied to an output layer (Ding et al. 2024): ⟨Σ_s b_s a_sᵀ, Σ_t e_t v_tᵀ⟩ is
+    Σ_st b_s[id_t] (a_s · v_t), which needs no more of b than the entries of ids that occur."""
     kept = table.ids >= 0
     index = table.ids.clamp(min=0)[:, None, :].expand(-1, head.right.shape[1], -1)
     looked_up = head.right.gather(2, index) * kept[:, None, :]

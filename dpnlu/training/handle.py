@@ -29,8 +29,8 @@ from dpnlu.engines.clipped import Clipped
 from dpnlu.engines.independence import Answers, Independence, Run
 from dpnlu.engines.moment import Moments
 from dpnlu.engines.refusals import check_losses, check_shape, check_trainable, check_unchanged
+from dpnlu.gradients.calls import Call
 from dpnlu.gradients.signature import Signature
-from dpnlu.gradients.tape import Call
 from dpnlu.mechanism.ledger import Ledger, LedgerError
 from dpnlu.mechanism.noise import entropy_generators
 from dpnlu.mechanism.plan import PrivacyPlan

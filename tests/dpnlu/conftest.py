@@ -70,7 +70,7 @@ def per_example_gradients() -> Callable[[Tensor, list[nn.Parameter]], list[Tenso
 def _taped_gradients(tape: Tape, losses: Tensor) -> dict[Tensor, list[Gradients]]:
     """What the tape says of each parameter, wherever the examples lie."""
     trace, batch = tape.trace, len(losses)
-    with tape.on_the_way_back():
+    with tape.during_backward():
         arrived = trace.backward(losses, retain_graph=True)
         layouts = trace.expected_layouts(arrived, batch)
         if batch > 1:

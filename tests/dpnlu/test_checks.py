@@ -96,8 +96,8 @@ def test_coins_are_drawn_from_the_operating_system():
 
 def test_layouts_hold_for_batches_of_other_sizes(checks):
     checks.meet("a")
-    checks.show_rows("a", [Layout(4), Layout(4, 1), Layout(4, in_turn=True)])
-    assert checks.layouts("a", 7) == [Layout(7), Layout(7, 1), Layout(7, in_turn=True)]
+    checks.show_rows("a", [Layout(4), Layout(4, 1), Layout(4, interleaved=True)])
+    assert checks.layouts("a", 7) == [Layout(7), Layout(7, 1), Layout(7, interleaved=True)]
 
 
 class Gated(nn.Module):

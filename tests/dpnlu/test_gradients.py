@@ -67,7 +67,7 @@ def written_out(use: gradients.Gradients) -> Tensor:
     if isinstance(use, OuterProducts):
         return outer_written_out(use)
     if isinstance(use, Bags):
-        values = use.shares[:, :, None] * use.right[:, None]
+        values = use.row_weights[:, :, None] * use.right[:, None]
         return rows_written_out(Rows(use.ids, values, use.shape))
     return rows_written_out(use) if isinstance(use, Rows) else use.values
 

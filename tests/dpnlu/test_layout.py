@@ -9,9 +9,9 @@ from dpnlu.gradients.layout import Layout, added_up, by_example, candidates
 BATCH, ENTRIES = 3, 2
 LAYOUTS = {
     "one after the other": Layout(BATCH),
-    "in turn": Layout(BATCH, in_turn=True),
+    "interleaved": Layout(BATCH, interleaved=True),
     "along dimension 1": Layout(BATCH, 1),
-    "along dimension 1, in turn": Layout(BATCH, 1, in_turn=True),
+    "along dimension 1, interleaved": Layout(BATCH, 1, interleaved=True),
     "along the last dimension": Layout(BATCH, 2),
     "as their values had it": Layout(BATCH, owners=torch.tensor([2, 0, -1, 2, 1, 0])),
     "an example without entries": Layout(BATCH, owners=torch.tensor([2, 0, -1, 2, -1, 0])),
@@ -31,7 +31,7 @@ def _entries(layout: Layout, example: int) -> list[int]:
     count = BATCH * ENTRIES
     if layout.owners is not None:
         return [entry for entry in range(count) if layout.owners[entry] == example]
-    if layout.in_turn:
+    if layout.interleaved:
         return [entry for entry in range(count) if entry % BATCH == example]
     return [entry for entry in range(count) if entry // ENTRIES == example]
 
@@ -102,7 +102,7 @@ def test_no_examples():
 
 def test_candidates_are_dimensions_that_can_be_shared_out():
     found = list(candidates(torch.Size([6, 3, 4]), range(3), 3))
-    expected = [Layout(3, 0), Layout(3, 0, in_turn=True), Layout(3, 1)]
+    expected = [Layout(3, 0), Layout(3, 0, interleaved=True), Layout(3, 1)]
     assert found == expected
     assert not list(candidates(torch.Size([5, 4]), range(2), 3))
     assert not list(candidates(torch.Size([]), (0,), 3))

@@ -1,4 +1,5 @@
-"""Packed sequences: nobody's rows are taken for another's, and only what is doubtful is checked."""
+"""Packed sequences: no rows are taken for those of another example, and only what is doubtful is
+checked."""
 
 import pytest
 import torch

@@ -291,6 +291,22 @@ def test_what_carries_one_batch_into_the_next_is_refused(released, texts, name, 
         released(Carrying, in_model, texts, way=way, steps=3)
 
 
+def test_a_buffer_that_is_a_view_of_what_is_written_is_refused(released, texts):
+    class Carrying(Words):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept.append(torch.zeros(30, WIDTH))
+            self.register_buffer("part", self.kept[0][:24])
+
+        def forward(self, ids: Tensor) -> Tensor:
+            states = self.states(ids)
+            self.kept[0][: len(ids)] = states.detach()
+            return states - self.part.mean(0)
+
+    with pytest.raises(UnsupportedLayerError, match="part takes up values of the batch"):
+        released(Carrying, in_model, texts, steps=1)
+
+
 def test_buffers_that_change_by_themselves_are_none_of_it(released, texts):
     """A schedule, a power iteration: they do not see the batch."""
 
@@ -355,7 +371,7 @@ def test_a_tensor_in_the_place_of_one_that_is_gone_is_another():
         key = id(batched)
         del batched
         new = torch.ones(2, requires_grad=True)
-        assert provenance.is_free(new) or not provenance.is_batched(new)
+        assert provenance.is_batch_independent(new) or not provenance.is_batched(new)
         if id(new) == key:
             return
     pytest.skip("no id came again")

@@ -156,6 +156,29 @@ def test_the_values_are_torchs_own(network, lengths):
     torch.testing.assert_close(model(*batch), expected, rtol=0, atol=0)
 
 
+def test_the_operation_on_packed_rows_outside_of_modules(per_example_gradients, taped_gradients):
+    """A loss function may call it, with the network's weights; no module says how it packed."""
+    network, inputs = nn.LSTM(INPUTS, UNITS), torch.randn(4, STEPS, INPUTS)
+    weights = list(network.parameters())
+
+    def losses() -> Tensor:
+        packed = pack_padded_sequence(inputs, torch.tensor([5, 4, 2, 2]), batch_first=True)
+        before = inputs.new_ones(1, 4, UNITS), inputs.new_ones(1, 4, UNITS)
+        options = (True, 1, 0.0, True, False)
+        states = torch.lstm(packed.data, packed.batch_sizes, before, weights, *options)[1]
+        return states[0].sin().sum(1)
+
+    expected = per_example_gradients(losses(), weights)
+    tape = Tape(network, OPERATIONS)
+    with tape.recording(inputs):
+        outputs = losses()
+    found = taped_gradients(tape, outputs)
+    tape.close()
+    for weight, rows in zip(weights, expected, strict=True):
+        (use,) = found[weight]
+        torch.testing.assert_close(use.dense().view_as(rows), rows)
+
+
 @pytest.mark.parametrize("kind", [LSTM, GRU, RNN])
 def test_dropout_between_layers_drops_and_scales(kind):
     """Only there: were all of it dropped, the second layer would see nothing, as in torch. And

@@ -481,7 +481,7 @@ def test_a_table_looked_up_for_texts_and_for_labels(assert_taped_exactly):
 
 
 def test_a_table_looked_up_and_used_as_a_whole(assert_taped_exactly):
-    """Both by way of tensors that are free of the batch."""
+    """Both by way of batch-independent tensors."""
     model = Positions(64)
 
     def forward(ids: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The tape: parameters that meet the batch in every usual way, and the traces it leaves: none."""
+"""The tape: parameters that enter the batch in every usual way, and the traces it leaves: none."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -53,7 +53,7 @@ class Parameters(nn.Module):
 
 @dataclass(frozen=True)
 class Use:
-    """A way in which a parameter meets the batch; h (B, T, 3) is the layer's output."""
+    """A way in which a parameter enters the batch; h (B, T, 3) is the layer's output."""
 
     name: str
     apply: Callable[[Parameters, Tensor], Tensor]
@@ -94,6 +94,41 @@ class Product(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
         left, right = ctx.saved_tensors
         return gradient * right, gradient * left
+
+
+def _written(m: Parameters, h: Tensor, write: Callable[[Tensor, Tensor], Tensor | None]) -> Tensor:
+    """What the batch is written into: a row of positions for each example; or what `write` returns,
+    a view of that."""
+    rows = (m.table[: h.shape[1]] * 2).repeat(len(h), 1, 1)
+    view = write(rows, h)
+    return (rows if view is None else view) * h
+
+
+def _write_over(rows: Tensor, h: Tensor) -> None:
+    rows.mul_(h)
+
+
+def _write_into(rows: Tensor, h: Tensor) -> None:
+    rows[:, 0] += h[:, -1]
+    rows.view(-1, WIDTH)[:: h.shape[1]].add_(h[:, 0])
+
+
+def _copy_into(rows: Tensor, h: Tensor) -> None:
+    rows[:, 0].copy_(h[:, -1])
+
+
+def _write_beside_a_view(rows: Tensor, h: Tensor) -> Tensor:
+    """A view from before the writing has changed as well."""
+    view = rows.mT
+    rows[:, 0].add_(h[:, -1])
+    return view.mT
+
+
+def _write_beside_parts(rows: Tensor, h: Tensor) -> None:
+    """Torch forbids to use parts after the writing; that they are alive is no use."""
+    parts = rows.chunk(2, 0)
+    rows[:, 0].mul_(h[:, 0])
+    assert len(parts)
 
 
 def _heads_first(m: Parameters, h: Tensor) -> Tensor:
@@ -179,13 +214,20 @@ USES = [
         ).transpose(0, 1),
     ),
     Use("parameter alone decides the scale", lambda m, h: h * m.square.norm()),
+    Use("written over whole", lambda m, h: _written(m, h, _write_over)),
+    Use("written into", lambda m, h: _written(m, h, _write_into)),
+    Use("copied into", lambda m, h: _written(m, h, _copy_into)),
+    Use("written into, a view used", lambda m, h: _written(m, h, _write_beside_a_view)),
+    Use("written into, parts unused", lambda m, h: _written(m, h, _write_beside_parts)),
 ]
 
 
 @every_size
 @pytest.mark.filterwarnings("ignore:No rule for")
 @pytest.mark.parametrize("use", USES, ids=str)
-def test_a_parameter_that_meets_the_batch_keeps_the_examples_apart(assert_taped_exactly, use, size):
+def test_a_parameter_that_enters_the_batch_keeps_the_examples_apart(
+    assert_taped_exactly, use, size
+):
     model = Parameters(lambda m, inputs: losses(use.apply(m, m.layer(inputs))))
     inputs = torch.randn(*size, WIDTH)
     assert_taped_exactly(model, lambda model: model(inputs))
@@ -193,7 +235,7 @@ def test_a_parameter_that_meets_the_batch_keeps_the_examples_apart(assert_taped_
 
 @pytest.mark.filterwarnings("ignore:No rule for")
 @pytest.mark.parametrize("use", [use for use in USES if "token" in use.name], ids=str)
-def test_an_empty_batch_meets_nothing(assert_taped_exactly, use):
+def test_nothing_enters_an_empty_batch(assert_taped_exactly, use):
     model = Parameters(lambda m, inputs: losses(use.apply(m, m.layer(inputs))))
     inputs = torch.randn(0, 4, WIDTH)
     assert_taped_exactly(model, lambda model: model(inputs))
@@ -309,7 +351,7 @@ def test_evaluation_is_not_recorded():
         model(torch.randn(2, 4, WIDTH))
     with torch.inference_mode():
         model(torch.randn(2, 4, WIDTH))
-    assert not tape.trace.records and not tape.trace.meetings
+    assert not tape.trace.records and not tape.trace.entry_points
     tape.close()
 
 
@@ -443,7 +485,7 @@ def test_a_dimension_with_as_many_entries_as_there_are_examples_leaves_a_doubt()
     assert signature(3) == signature(4)
 
 
-def test_what_is_picked_from_a_table_free_of_the_batch_are_no_examples():
+def test_what_is_picked_from_a_batch_independent_table_are_no_examples():
     class Picking(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -456,7 +498,7 @@ def test_what_is_picked_from_a_table_free_of_the_batch_are_no_examples():
     tape = Tape(model, OPERATIONS)
     outputs = model(ids)
     edges = list(walk(outputs))
-    assert not signature_of(edges, 3, tape.is_free_node).may_choose_rows
+    assert not signature_of(edges, 3, tape.is_batch_independent_node).may_choose_rows
     assert signature_of(edges, 3).may_choose_rows
     tape.close()
 

@@ -1,4 +1,4 @@
-"""What the tape knows about torch's operations. One file per layer family."""
+"""Gradient rules: how weights act in each of torch's operations. One file per layer family."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """`nn.MultiheadAttention`, and what is built on it: projections, attention, projection.
 
-torch hands the whole layer to one operation, time-major. Here it is computed out of recorded
+torch runs the whole layer as one operation, time-major. Here it is computed from recorded
 projections, with the examples first.
 
 Shapes: B examples, L queries, S keys, E model width, H heads.
@@ -21,12 +21,12 @@ from dpnlu.gradients.forms import (
     Gradients,
 )
 from dpnlu.gradients.layout import Layout, by_example
+from dpnlu.gradients.recorder import Recorder
 from dpnlu.gradients.rules.recurrent import recorded_linear
-from dpnlu.gradients.tape import Tape
 
 
 def multi_head_attention(
-    tape: Tape,
+    recorder: Recorder,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -61,7 +61,7 @@ def multi_head_attention(
         weights = (in_proj_weight,) * 3
     q, k, v = (
         _projected(
-            tape,
+            recorder,
             inputs.transpose(0, 1),
             weight,
             in_proj_bias,
@@ -70,7 +70,7 @@ def multi_head_attention(
         )
         for place, (inputs, weight) in enumerate(zip((query, key, value), weights, strict=True))
     )
-    added = [_met(tape, bias, q) for bias in (bias_k, bias_v) if bias is not None]
+    added = [_stand_in(recorder, bias, q) for bias in (bias_k, bias_v) if bias is not None]
     if added:
         k, v = torch.cat((k, added[0]), dim=1), torch.cat((v, added[1]), dim=1)
     if add_zero_attn:
@@ -80,14 +80,14 @@ def multi_head_attention(
     scores = _masked(scores, key.shape[0], attn_mask, key_padding_mask)
     attention = F.dropout(scores.softmax(3), dropout_p, training)
     mixed = (attention @ v).transpose(1, 2).flatten(2)
-    output = recorded_linear(tape, mixed, out_proj_weight, out_proj_bias).transpose(0, 1)
+    output = recorded_linear(recorder, mixed, out_proj_weight, out_proj_bias).transpose(0, 1)
     if not need_weights:
         return output, None
     return output, attention.mean(1) if average_attn_weights else attention
 
 
 def _projected(
-    tape: Tape,
+    recorder: Recorder,
     inputs: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -98,15 +98,15 @@ def _projected(
     """(B, T, ·) -> (B, T, E): query, key or value.
 
     Args:
-        part: the rows of this projection in what it shares with the others.
-        shared: whether that is the weight, (3E, E), as well as the bias (3E,).
+        part: the rows of this projection in parameters that all three share.
+        shared: whether they share the weight, (3E, E); the bias, (3E,), they share always.
     """
     assert weight is not None
     own_bias = None if bias is None else bias[part]
     output = F.linear(inputs, weight[part] if shared else weight, own_bias)
     received, around = inputs.detach(), (part.start, 3 * (part.stop - part.start) - part.stop)
 
-    def finish(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
+    def rule(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
         right = by_example(gradient, layout)
         padded = F.pad(right, around)
         if weight.requires_grad:
@@ -115,22 +115,24 @@ def _projected(
             yield bias, Dense(padded.sum(1))
 
     if output.requires_grad:
-        tape.record(output, finish)
+        recorder.record(output, rule)
     return output
 
 
-def _met(tape: Tape, bias: Tensor, states: Tensor) -> Tensor:
-    """A learned key or value (1, 1, E), which every example gets."""
+def _stand_in(recorder: Recorder, bias: Tensor, states: Tensor) -> Tensor:
+    """A copy for each example of a learned key or value (1, 1, E), which enters the batch."""
     copies = bias.expand(len(states), -1, -1)
     if copies.requires_grad:
-        tape.meet(bias, copies, lambda gradient, layout: layout.apart(gradient).sum(1)[:, None])
+        recorder.enter(
+            bias, copies, lambda gradient, layout: layout.apart(gradient).sum(1)[:, None]
+        )
     return copies
 
 
 def _masked(
     scores: Tensor, keys: int, attn_mask: Tensor | None, key_padding_mask: Tensor | None
 ) -> Tensor:
-    """Scores (B, H, L, S) with both masks added; they do not know of added keys."""
+    """Scores (B, H, L, S) with both masks added; these end before keys that the layer added."""
     extra = (0, scores.shape[3] - keys)
     if attn_mask is not None:
         mask = _additive(attn_mask, scores)

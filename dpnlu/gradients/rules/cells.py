@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from dpnlu.gradients.errors import UnsupportedLayerError
+from dpnlu.gradients.recorder import Recorder
 from dpnlu.gradients.rules.recurrent import Cell, elman_cell, gru_cell, lstm_cell, recorded_linear
-from dpnlu.gradients.tape import Tape
 
 
 def _rewritten(cell: Cell) -> Any:
     def rewrite(
-        tape: Tape,
+        recorder: Recorder,
         inputs: Tensor,
         states: Tensor | tuple[Tensor, ...],
         w_ih: Tensor,
@@ -24,14 +24,14 @@ def _rewritten(cell: Cell) -> Any:
     ) -> Any:
         several = isinstance(states, (tuple, list))
         before = tuple(states) if isinstance(states, (tuple, list)) else (states,)
-        if any(state.requires_grad and tape.is_free(state) for state in before):
+        if any(state.requires_grad and recorder.is_batch_independent(state) for state in before):
             raise UnsupportedLayerError(
                 "a learned initial state of a single cell is not supported; add it to the cell's "
                 "input or use nn.LSTM, nn.GRU or nn.RNN."
             )
         weights = (w_ih, w_hh) if b_ih is None or b_hh is None else (w_ih, w_hh, b_ih, b_hh)
-        share = recorded_linear(tape, inputs, w_ih, b_ih)
-        after = cell(tape, share, before, weights)
+        projected = recorded_linear(recorder, inputs, w_ih, b_ih)
+        after = cell(recorder, projected, before, weights)
         return after if several else after[0]
 
     return rewrite

@@ -14,8 +14,8 @@ from dpnlu.gradients.forms import (
     Gradients,
 )
 from dpnlu.gradients.layout import Layout, by_example, full_precision
-from dpnlu.gradients.operations import Rule
-from dpnlu.gradients.trace import Finish
+from dpnlu.gradients.operations import LayerRule
+from dpnlu.gradients.records import GradientRule
 
 Sizes = int | Sequence[int]
 
@@ -28,12 +28,12 @@ def convolution(
     padding: Sizes | str = 0,
     dilation: Sizes = 1,
     groups: int = 1,
-) -> Finish:
+) -> GradientRule:
     """y_t = W x_[t…t+k] + b: a linear map of every window of the input."""
     received = input.detach()
     dims = weight.dim() - 2
 
-    def finish(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
+    def rule(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
         right = by_example(gradient.flatten(2).mT, layout)
         if weight.requires_grad:
             kernel = tuple(weight.shape[2:])
@@ -48,7 +48,7 @@ def convolution(
         if bias is not None and bias.requires_grad:
             yield bias, Dense(right.sum(1))
 
-    return finish
+    return rule
 
 
 def _products(left: Tensor, right: Tensor, groups: int) -> Gradients:
@@ -67,7 +67,7 @@ def _windows(
     padding: tuple[tuple[int, int], ...],
     dilation: tuple[int, ...],
 ) -> Tensor:
-    """(N, channels, …) -> (N, positions, channels · kernel), what each output position sees."""
+    """(N, channels, …) -> (N, positions, channels · kernel): the inputs of each output position."""
     flat_padding = [side for sides in reversed(padding) for side in sides]
     padded = F.pad(values, flat_padding)
     if len(kernel) == 1:
@@ -87,7 +87,7 @@ def _sizes(value: Sizes, dims: int) -> tuple[int, ...]:
 def _padding(
     value: Sizes | str, kernel: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[tuple[int, int], ...]:
-    """(before, after) in each dimension; "same" puts the odd one after, as torch does."""
+    """(before, after) in each dimension; with "same", the odd one comes after, as in torch."""
     if value == "same":
         totals = [gap * (size - 1) for gap, size in zip(dilation, kernel, strict=True)]
         return tuple((total // 2, total - total // 2) for total in totals)
@@ -96,5 +96,5 @@ def _padding(
     return tuple((size, size) for size in _sizes(value, len(kernel)))
 
 
-_RULE = Rule(convolution, dims=lambda dims: range(1))
+_RULE = LayerRule(convolution, dims=lambda dims: range(1))
 RULES = {torch.conv1d: _RULE, torch.conv2d: _RULE}

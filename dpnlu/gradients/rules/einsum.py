@@ -1,4 +1,4 @@
-"""Products of two tensors by Einstein's notation, one of them weights: as products of matrices."""
+"""`torch.einsum` of a batched tensor and weights, as a product of matrices."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from dpnlu.gradients.forms import (
     Gradients,
 )
 from dpnlu.gradients.layout import Layout, full_precision
-from dpnlu.gradients.tape import Tape
-from dpnlu.gradients.trace import Finish
+from dpnlu.gradients.recorder import Recorder
+from dpnlu.gradients.records import GradientRule
 
 
-def einsum(tape: Tape, equation: Any, *operands: Any) -> Any:
-    """What `torch.einsum` returns; NotImplemented but for one batched operand and one of weights,
-    with every label written out once."""
+def einsum(recorder: Recorder, equation: Any, *operands: Any) -> Any:
+    """What `torch.einsum` returns for one batched operand and one of weights, with every label
+    written out and none twice in a term; NotImplemented for all else."""
     if len(operands) != 2 or not isinstance(equation, str) or "->" not in equation:
         return NotImplemented
     left, _, output = equation.replace(" ", "").partition("->")
     labels = left.split(",")
-    places = [place for place, operand in enumerate(operands) if tape.is_free(operand)]
-    if len(places) != 1 or len(labels) != 2 or not _is_plain(*labels, output):
+    weights = [place for place in (0, 1) if recorder.is_batch_independent(operands[place])]
+    if len(weights) != 1 or len(labels) != 2 or not _is_plain(*labels, output):
         return NotImplemented
-    free = places[0]
+    place = weights[0]
     value = torch.einsum(equation, *operands)
-    terms = operands[1 - free].detach(), operands[free], labels[1 - free], labels[free], output
-    finish = _contracted(*terms) or _elementwise(*terms)
-    if finish is None:
+    terms = operands[1 - place].detach(), operands[place], labels[1 - place], labels[place], output
+    rule = _contracted(*terms) or _elementwise(*terms)
+    if rule is None:
         return NotImplemented
     if value.requires_grad:
-        positions = [dim for dim, label in enumerate(output) if label in labels[1 - free]]
-        tape.record(value, finish, dims=positions)
+        positions = [dim for dim, label in enumerate(output) if label in labels[1 - place]]
+        recorder.record(value, rule, dims=positions)
     return value
 
 
-# A label that equations written by others do not use.
+# A label of ours for the examples; equations that use it are not rewritten.
 _BATCH = "Z"
 
 
@@ -52,62 +52,62 @@ def _is_plain(*terms: str) -> bool:
 
 
 def _contracted(
-    received: Tensor, weight: Tensor, read: str, shared: str, output: str
-) -> Finish | None:
-    """y[output] = Σ x[read] w[shared]: of the weights' labels some are summed over with x's, the
-    others are the output's alone.
+    received: Tensor, weight: Tensor, of_input: str, of_weight: str, output: str
+) -> GradientRule | None:
+    """y[output] = Σ x[of_input] w[of_weight], where every label of the weights is either one of the
+    input that is summed over, or one of the output that the input has not.
 
     Returns:
-        None where a label is in all three, or of x and summed over alone.
+        None if a label is in all three terms, or in the input alone and summed over.
     """
-    summed = [label for label in shared if label in read]
-    made = [label for label in shared if label in output]
-    positions = [label for label in read if label not in summed]
-    is_product = set(summed).isdisjoint(made) and set(summed) | set(made) == set(shared)
+    summed = [label for label in of_weight if label in of_input]
+    made = [label for label in of_weight if label in output]
+    positions = [label for label in of_input if label not in summed]
+    is_product = set(summed).isdisjoint(made) and set(summed) | set(made) == set(of_weight)
     if not is_product or not positions or set(positions) - set(output):
         return None
 
-    def finish(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
+    def rule(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
         batch = output[layout.dim]
-        left = _rows(received, read, batch, summed, layout)
+        left = _rows(received, of_input, batch, summed, layout)
         right = _rows(gradient, output, batch, made, layout)
         inputs, outputs = "".join(summed), "".join(made)
-        if shared in (inputs + outputs, outputs + inputs) and weight.is_contiguous():
-            yield weight, OuterProducts(left, right, transposed=shared == inputs + outputs)
+        if of_weight in (inputs + outputs, outputs + inputs) and weight.is_contiguous():
+            yield weight, OuterProducts(left, right, transposed=of_weight == inputs + outputs)
             return
         products = torch.einsum("bti,bto->bio", left, right)
-        sizes = dict(zip(shared, weight.shape, strict=True))
+        sizes = dict(zip(of_weight, weight.shape, strict=True))
         apart = products.reshape(len(products), *(sizes[label] for label in inputs + outputs))
-        order = [1 + (inputs + outputs).index(label) for label in shared]
+        order = [1 + (inputs + outputs).index(label) for label in of_weight]
         yield weight, Dense(apart.permute(0, *order))
 
-    return finish
+    return rule
 
 
 def _elementwise(
-    received: Tensor, weight: Tensor, read: str, shared: str, output: str
-) -> Finish | None:
-    """The same where labels may be in all three. A dimension of the weights may hold the examples
-    too, as if each had weights of its own: then it has no part in those of the others.
+    received: Tensor, weight: Tensor, of_input: str, of_weight: str, output: str
+) -> GradientRule | None:
+    """The same with labels that may be in all three terms. If the label of the examples is one of
+    the weights' too, each example has weights of its own, and gradient 0 for the others.
 
     Returns:
-        None where a label is of one term alone and summed over.
+        None if a label is in one term alone and summed over.
     """
-    if not set(shared) <= set(read + output) or not set(read) <= set(shared + output):
+    if not set(of_weight) <= set(of_input + output) or not set(of_input) <= set(of_weight + output):
         return None
 
-    def finish(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
+    def rule(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
         batch = output[layout.dim]
         terms, values = [], []
-        for labels, tensor in ((output, gradient), (read, received)):
+        for labels, tensor in ((output, gradient), (of_input, received)):
             terms.append(_BATCH + batch + labels.replace(batch, ""))
             values.append(layout.apart(full_precision(tensor), labels.index(batch)))
         equation = f"{terms[0]},{terms[1]}->{_BATCH}"
-        if batch not in shared:
-            yield weight, Dense(torch.einsum(equation + shared, *values))
+        if batch not in of_weight:
+            yield weight, Dense(torch.einsum(equation + of_weight, *values))
             return
-        place = shared.index(batch)
-        own = torch.einsum(equation + batch + shared.replace(batch, ""), *values)
+        place = of_weight.index(batch)
+        own = torch.einsum(equation + batch + of_weight.replace(batch, ""), *values)
         entries = torch.arange(weight.shape[place], device=weight.device)
         entries = layout.apart(entries, 0, fill=-1)
         example, inner = (entries >= 0).nonzero(as_tuple=True)
@@ -115,11 +115,11 @@ def _elementwise(
         apart[example, entries[example, inner]] = own[example, inner]
         yield weight, Dense(apart.movedim(1, 1 + place))
 
-    return finish
+    return rule
 
 
 def _rows(values: Tensor, labels: str, batch: str, inner: list[str], layout: Layout) -> Tensor:
-    """Values labelled so -> (B, T, ·): what is `inner` flattened, of each position."""
+    """Values with these labels -> (B, T, ·): the dimensions `inner` flattened, of each position."""
     apart = layout.apart(full_precision(values), labels.index(batch))
     rest = [label for label in labels if label != batch]
     places = [place for place, label in enumerate(rest, start=2) if label not in inner]

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from dpnlu.gradients.errors import UnsupportedLayerError
 from dpnlu.gradients.forms import Gradients
 from dpnlu.gradients.layout import Layout, by_example, full_precision
-from dpnlu.gradients.operations import Rule, first_alone
+from dpnlu.gradients.operations import LayerRule, first_alone
+from dpnlu.gradients.records import GradientRule
 from dpnlu.gradients.rows import (
     Bags,
     Rows,
 )
-from dpnlu.gradients.trace import Finish
 
 
 def embedding(
@@ -27,17 +27,17 @@ def embedding(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
-) -> Finish:
+) -> GradientRule:
     """y_t = W[id_t]: the table's gradient is Σ_t e_{id_t} b_tᵀ; the padding row gets none."""
     _check_options(max_norm, scale_grad_by_freq, sparse)
     ids = _without_padding(input, padding_idx, len(weight))
 
-    def finish(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
+    def rule(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
         values = by_example(gradient, layout)
         rows = layout.apart(ids, fill=-1).reshape(values.shape[:2])
         yield weight, Rows(rows, values, tuple(weight.shape))
 
-    return finish
+    return rule
 
 
 def embedding_bag(
@@ -52,7 +52,7 @@ def embedding_bag(
     per_sample_weights: Tensor | None = None,
     include_last_offset: bool = False,
     padding_idx: int | None = None,
-) -> Finish:
+) -> GradientRule:
     """y = Σ_t c_t W[id_t], or the mean or largest of these rows: the table's gradient is
     Σ_t e_{id_t} (c_t b)ᵀ, or only those entries of b that row t gave.
     """
@@ -65,26 +65,29 @@ def embedding_bag(
         ids, scales = _bags(ids, place, -1), scales if scales is None else _bags(scales, place, 0)
     table = weight.detach() if mode == "max" else None
 
-    def finish(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
+    def rule(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
         gradient, shape = full_precision(gradient), tuple(weight.shape)
         is_one_each = layout.owners is None and len(gradient) == layout.batch
         if table is None and is_one_each:
-            yield weight, Bags(ids, _shares(ids, scales, mode, gradient.dtype), gradient, shape)
+            yield (
+                weight,
+                Bags(ids, _row_weights(ids, scales, mode, gradient.dtype), gradient, shape),
+            )
             return
         if table is not None:
             rows = table[ids].masked_fill((ids < 0)[:, :, None], -torch.inf)
             values = torch.zeros_like(rows, dtype=gradient.dtype)
             values.scatter_(1, rows.argmax(1, keepdim=True), gradient[:, None])
         else:
-            values = _shares(ids, scales, mode, gradient.dtype)[:, :, None] * gradient[:, None]
+            values = _row_weights(ids, scales, mode, gradient.dtype)[:, :, None] * gradient[:, None]
         apart = layout.apart(values).flatten(1, 2)
         yield weight, Rows(layout.apart(ids, fill=-1).flatten(1), apart, shape)
 
-    return finish
+    return rule
 
 
-def _shares(ids: Tensor, scales: Tensor | None, mode: str, dtype: torch.dtype) -> Tensor:
-    """(n, T) how much of each row goes into its bag."""
+def _row_weights(ids: Tensor, scales: Tensor | None, mode: str, dtype: torch.dtype) -> Tensor:
+    """(n, T) the weight of each row in its bag."""
     if scales is not None:
         return scales.to(dtype)
     kept = (ids >= 0).to(dtype)
@@ -92,15 +95,14 @@ def _shares(ids: Tensor, scales: Tensor | None, mode: str, dtype: torch.dtype) -
 
 
 def _places_in_bags(starts: Tensor, count: int) -> tuple[Tensor, Tensor, int]:
-    """Of `count` ids one after the other: which bag each is in, its place there, and how many bags
-    there are."""
+    """For `count` ids in a row: the bag of each, its place in the bag, and the number of bags."""
     every = torch.arange(count, device=starts.device)
     bags = torch.searchsorted(starts.contiguous(), every, right=True) - 1
     return bags, every - starts[bags], len(starts)
 
 
 def _bags(values: Tensor, place: tuple[Tensor, Tensor, int], fill: int) -> Tensor:
-    """(count,) -> (bags, largest), the rest filled."""
+    """(count,) -> (bags, size of the largest), the rest filled."""
     bags, inner, count = place
     largest = int(inner.max()) + 1 if len(inner) else 0
     found = values.new_full((count, largest), fill)
@@ -117,12 +119,12 @@ def _check_options(max_norm: float | None, scale_grad_by_freq: bool, sparse: boo
 
 
 def _without_padding(ids: Tensor, padding_idx: int | None, rows: int) -> Tensor:
-    """The ids of a table of so many rows, -1 for padding, whose row gets no gradient."""
+    """The ids into a table of so many rows, with -1 for padding, whose row gets no gradient."""
     ids = ids.detach()
     return ids if padding_idx is None else ids.masked_fill(ids == padding_idx % rows, -1)
 
 
 RULES = {
-    F.embedding: Rule(embedding),
-    F.embedding_bag: Rule(embedding_bag, dims=first_alone),
+    F.embedding: LayerRule(embedding),
+    F.embedding_bag: LayerRule(embedding_bag, dims=first_alone),
 }

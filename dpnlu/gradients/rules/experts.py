@@ -1,4 +1,4 @@
-"""Experts that take the rows that were routed to them, those of all examples side by side."""
+"""Mixtures of experts that multiply rows of all examples, sorted by the expert they go to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dpnlu.gradients.errors import UnsupportedLayerError
 
 
 def grouped_mm(*_: Any, **__: Any) -> Any:
-    """Rows sorted by expert, with no dimension that holds the examples.
+    """Refuse rows sorted by expert, as no dimension of them holds the examples.
 
     Raises:
         UnsupportedLayerError: always.

@@ -1,4 +1,4 @@
-"""Operations without a rule of their own: vectorised automatic differentiation of that one."""
+"""Operations without a rule of their own: vectorised automatic differentiation of the operation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dpnlu.gradients.errors import UnsupportedLayerError
 from dpnlu.gradients.forms import Dense, Gradients
 from dpnlu.gradients.layout import Layout
 from dpnlu.gradients.operations import replaced
-from dpnlu.gradients.trace import Finish
+from dpnlu.gradients.records import GradientRule
 
 _REMEDY = (
     "Expected the examples in dimension 0, each apart from the others: use a layer that is "
@@ -27,27 +27,32 @@ def vectorized(
     kwargs: dict[str, Any],
     batched: list[Tensor],
     learned: list[Tensor],
-) -> Finish:
-    """Per-example gradients of `func` by `vmap`, each example computed again as a batch of one."""
+) -> GradientRule:
+    """Per-example gradients of `func` by `vmap`: each example is computed again as a batch of one.
+
+    Args:
+        batched: those of its arguments that are batched.
+        learned: those that are batch-independent and require gradients.
+    """
     received = [tensor.detach() for tensor in batched]
-    weights = [tensor.detach() for tensor in learned]
+    detached = [tensor.detach() for tensor in learned]
     keys = [id(tensor) for tensor in (*batched, *learned)]
 
     def one_example(examples: list[Tensor], gradient: Tensor) -> list[Tensor]:
-        def output(*free: Tensor) -> Tensor:
-            values = (*(tensor.unsqueeze(0) for tensor in examples), *free)
+        def output(*weights: Tensor) -> Tensor:
+            values = (*(tensor.unsqueeze(0) for tensor in examples), *weights)
             stand_ins = dict(zip(keys, values, strict=True))
             new_args, new_kwargs = replaced((args, kwargs), stand_ins)
             result: Tensor = func(*new_args, **new_kwargs)
             return result
 
-        back = torch.func.vjp(output, *weights)[1]
+        back = torch.func.vjp(output, *detached)[1]
         return list(back(gradient.unsqueeze(0)))
 
-    def finish(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
+    def rule(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
         rows = gradient.shape[:1]
         if not rows or any(tensor.shape[:1] != rows for tensor in received):
-            raise UnsupportedLayerError(f"{name} meets {_shapes(received)}. {_REMEDY}")
+            raise UnsupportedLayerError(f"{name} is applied to {_shapes(received)}. {_REMEDY}")
         warnings.warn(
             f"No rule for {name}: its per-example gradients are written out one by one (exact, but "
             "slow and large).",
@@ -61,7 +66,7 @@ def vectorized(
             yield tensor, Dense(layout.apart(values).sum(1))
 
     name = getattr(func, "__name__", func)
-    return finish
+    return rule
 
 
 def _shapes(tensors: list[Tensor]) -> str:

@@ -1,5 +1,5 @@
-"""Entries picked out of a parameter, or put into the batch: transitions of a conditional random
-field, w[a, b]; a learned row in place of masked ones, x[mask] = w."""
+"""Indexing: entries picked from a parameter, as transitions of a conditional random field, w[a, b];
+a learned row put in the place of masked ones, x[mask] = w."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from torch import Tensor
 
 from dpnlu.gradients.forms import Gradients
 from dpnlu.gradients.layout import Layout, by_example
+from dpnlu.gradients.recorder import Recorder
 from dpnlu.gradients.rows import Rows
-from dpnlu.gradients.tape import Tape
 
 
-def getitem(tape: Tape, table: Tensor, index: Any) -> Any:
-    """table[ids, …], with one tensor of ids for each of the first dimensions: rows of a table."""
+def getitem(recorder: Recorder, table: Tensor, index: Any) -> Any:
+    """table[ids, …], with one tensor of ids for each of the first dimensions: rows of a table;
+    NotImplemented for other indices."""
     ids = index if isinstance(index, tuple) else (index,)
-    if not tape.is_free(table) or not all(_is_ids(each) for each in ids):
+    if not recorder.is_batch_independent(table) or not all(_is_ids(each) for each in ids):
         return NotImplemented
     picked = table[ids]
     if picked.requires_grad:
         dims = range(picked.dim() - table.dim() + len(ids))
-        tape.record(picked, _rows(table, ids), dims=dims)
+        recorder.record(picked, _rows(table, ids), dims=dims)
     return picked
 
 
@@ -34,23 +35,28 @@ def _rows(table: Tensor, ids: tuple[Tensor, ...]) -> Any:
         row = row * size + each % size
     width = table.shape[len(ids) :].numel()
 
-    def finish(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
+    def rule(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
         values = by_example(gradient.reshape(*row.shape, width), layout)
         rows = layout.apart(row, fill=-1).reshape(values.shape[:2])
         yield table, Rows(rows, values, (sizes.numel(), width))
 
-    return finish
+    return rule
 
 
-def setitem(tape: Tape, target: Tensor, index: Any, value: Any) -> Any:
-    """x[index] = w, with w free of the batch: a copy of it for each entry that is replaced."""
-    if not isinstance(value, Tensor) or not tape.is_free(value) or not value.requires_grad:
+def setitem(recorder: Recorder, target: Tensor, index: Any, value: Any) -> Any:
+    """x[index] = w, with w batch-independent: a copy of it enters for each entry that is
+    replaced."""
+    if (
+        not isinstance(value, Tensor)
+        or not recorder.is_batch_independent(value)
+        or not value.requires_grad
+    ):
         return NotImplemented
     with torch.no_grad():
         shape = target[index].shape
     copies = value.expand(shape)
     dims = range(max(1, len(shape) - value.dim()))
-    tape.meet(value, copies, _copies_added(value.shape), dims=dims)
+    recorder.enter(value, copies, _copies_added(value.shape), dims=dims)
     target[index] = copies
     return None
 

@@ -1,13 +1,13 @@
-"""One LSTM layer, its directions side by side, which leaves the gradient of its gates on the tape.
+"""One LSTM layer, both directions at once, as a kernel that shows the gradient of its gates.
 
-All weights of a direction see the same output gradient: δ, that of the gates before their
+All weights of a direction have the same output gradient: δ, that of the gates before their
 non-linearities. The layer records δ once, with what each weight was multiplied by. torch's own
-kernels never show δ; this one makes the same products, and as many: one per step and way, of the
-input and the hidden state side by side.
+kernels do not show δ; this one makes the same products, and as many: one per step, forward and
+back, of the input and the hidden state side by side.
 
-On a CPU the rest of a step is as dear as its small operations are many, and tanh is several times
-as dear as the logistic function σ. So both directions take a step in one operation, the second on
-the input turned round. And with tanh(x) = 2σ(2x) - 1, the state kept as C = 2c and -h, and the
+On a CPU the rest of a step costs as much as it has small operations, and tanh costs several times
+what the logistic function σ does. So both directions take a step in one operation, the second on
+the reversed input. And with tanh(x) = 2σ(2x) - 1, the state kept as C = 2c and -h, and the
 factors 2 and -1 put into the weights, a step forward is
 
     s = σ(W [x, -h] + b)        C ← f C + 4 i s_g - 2 i        -h = o - 2 o σ(C)
@@ -42,26 +42,27 @@ from dpnlu.gradients.forms import (
 )
 from dpnlu.gradients.kernels import Multiplier
 from dpnlu.gradients.layout import Layout, by_example
-from dpnlu.gradients.tape import Tape
+from dpnlu.gradients.recorder import Recorder
 
-Turn = Callable[[Tensor], Tensor]
+Reverse = Callable[[Tensor], Tensor]
 
 
 def lstm_layer(
-    tape: Tape,
+    recorder: Recorder,
     inputs: Tensor,
     state: tuple[Tensor, ...],
     weights: Sequence[tuple[Tensor, ...]],
-    turn: Turn,
+    reverse: Reverse,
 ) -> tuple[Tensor, Tensor]:
-    """Run the directions of a layer and record their weights.
+    """Run a layer and record the uses of its weights.
 
     Args:
         inputs: (T, B, I).
-        state: hidden and cell state to start from, (D, B, H) each.
+        state: initial hidden and cell state, (D, B, H) each.
         weights: of each direction W_ih (4H, I), W_hh (4H, H), and biases b_ih, b_hh (4H,) if there
             are any.
-        turn: puts (T, B, …) into the order in which the second direction reads it; its own inverse.
+        reverse: brings (T, B, …) into the order in which the second direction reads it; it is its
+            own inverse.
 
     Returns:
         hidden states and cell states, (T, B, D H) each, in the order of the input.
@@ -70,17 +71,17 @@ def lstm_layer(
     first = weights[0][0]
     tap = first.new_zeros(()).requires_grad_().expand(len(weights), steps, batch, first.shape[0])
     every = tuple(weight for of_one in weights for weight in of_one)
-    prepared = tape.prepared(every, lambda: _Prepared.of(weights, batch))
+    prepared = recorder.memory.prepared(every, lambda: _Prepared.of(weights, batch))
     used = [weight.view_as(weight) for weight in every]
     hidden, cells, before = _Layer.apply(  # type: ignore[no-untyped-call]
-        tap, inputs, *state, turn, prepared, *used
+        tap, inputs, *state, reverse, prepared, *used
     )
     received = inputs.detach()
 
-    def finish(delta: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
+    def rule(delta: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
         for place, of_one in enumerate(weights):
             right = by_example(delta[place], layout, dim=1)
-            read = turn(received) if place else received
+            read = reverse(received) if place else received
             for weight, left in zip(of_one, (read, before[place]), strict=False):
                 if weight.requires_grad:
                     yield weight, OuterProducts(by_example(left, layout, dim=1), right)
@@ -88,7 +89,7 @@ def lstm_layer(
                 sums = Dense(right.sum(1))
                 yield from ((bias, sums) for bias in of_one[2:] if bias.requires_grad)
 
-    tape.record(tap, finish, dims=(2,))
+    recorder.record(tap, rule, dims=(2,))
     return hidden, cells
 
 
@@ -125,12 +126,12 @@ class _Prepared:
 
 
 class _Layer(torch.autograd.Function):
-    """(tap, inputs, hidden, cell, turn, prepared, *weights) -> hidden states, cell states, hidden
-    states before each step (D, T, B, H).
+    """(tap, inputs, hidden, cell, reverse, prepared, *weights) -> hidden states, cell states, and
+    hidden states before each step (D, T, B, H).
 
-    `tap` has the gates' shape and no influence; its gradient is δ. Gradients that nobody asked
-    for, such as the weights' sums when only δ is wanted, are not computed. Everything is computed
-    in the weights' type.
+    `tap` has the gates' shape and no influence; its gradient is δ. Gradients that the backward pass
+    does not need, such as the sums of weight gradients when only δ is wanted, are not computed.
+    Everything is computed in the weights' type.
     """
 
     @staticmethod
@@ -140,23 +141,23 @@ class _Layer(torch.autograd.Function):
         inputs: Tensor,
         hidden: Tensor,
         cell: Tensor,
-        turn: Turn,
+        reverse: Reverse,
         prepared: _Prepared,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         directions, steps, batch, _ = tap.shape
         size, units = inputs.shape[2], hidden.shape[2]
-        # One slot more than steps: the state after the last step has no step to enter.
+        # One slot more than steps, for the state after the last.
         slots = tap.new_empty(directions, steps + 1, batch, size + units)
         slots[0, :-1, :, :size] = inputs
         if directions == 2:
-            slots[1, :-1, :, :size] = turn(inputs)
+            slots[1, :-1, :, :size] = reverse(inputs)
         slots[:, 0, :, size:] = -hidden
         doubled, squashed, gates = _scan(prepared.ahead, slots, 2 * cell.to(slots.dtype))
         states = slots[..., size:].neg()
         before, after = states[:, :-1], states[:, 1:]
         factors = _factors(gates, doubled[:, :-1], after, squashed)
-        ctx.turn, ctx.prepared, ctx.kind = turn, prepared, inputs.dtype
+        ctx.reverse, ctx.prepared, ctx.kind = reverse, prepared, inputs.dtype
         ctx.edges = [
             get_gradient_edge(tensor) if tensor.requires_grad else None
             for tensor in (tap, *weights)
@@ -164,7 +165,7 @@ class _Layer(torch.autograd.Function):
         ctx.save_for_backward(inputs, before, *factors)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(before)
-        outputs, cells = (_joined(values, turn) for values in (after, doubled[:, 1:] / 2))
+        outputs, cells = (_joined(values, reverse) for values in (after, doubled[:, 1:] / 2))
         return outputs.to(inputs.dtype), cells.to(inputs.dtype), before
 
     @staticmethod
@@ -174,14 +175,14 @@ class _Layer(torch.autograd.Function):
         directions, onward = len(before), ctx.needs_input_grad[1]
         delta, d_read, hidden, cell = _scan_back(
             ctx.prepared.back if onward else ctx.prepared.back_to_state,
-            tuple(_apart(gradient, directions, ctx.turn, before) for gradient in gradients[:2]),
+            tuple(_apart(gradient, directions, ctx.reverse, before) for gradient in gradients[:2]),
             tuple(factors),
         )
         tap, *wanted = (_is_wanted(edge) for edge in ctx.edges)
         sums: list[Tensor | None] = []
         for place, want in enumerate(_in_groups(wanted, directions)):
             rows = delta[place].flatten(0, 1)
-            read = (ctx.turn(inputs) if place else inputs).to(rows.dtype)
+            read = (ctx.reverse(inputs) if place else inputs).to(rows.dtype)
             sums += [
                 rows.mT @ left.flatten(0, 1) if is_wanted else None
                 for left, is_wanted in zip((read, before[place]), want[:2], strict=True)
@@ -189,7 +190,7 @@ class _Layer(torch.autograd.Function):
             sums += [rows.sum(0) if is_wanted else None for is_wanted in want[2:]]
         d_inputs = None
         if onward:
-            d_inputs = d_read[0] if directions == 1 else d_read[0] + ctx.turn(d_read[1])
+            d_inputs = d_read[0] if directions == 1 else d_read[0] + ctx.reverse(d_read[1])
             d_inputs = d_inputs.to(ctx.kind)
         return delta if tap else None, d_inputs, hidden, cell, None, None, *sums
 
@@ -281,14 +282,16 @@ def _scan_back(
     return delta, to_inputs, to_state, dc.mul_(2)
 
 
-def _joined(states: Tensor, turn: Turn) -> Tensor:
+def _joined(states: Tensor, reverse: Reverse) -> Tensor:
     """(D, T, B, H) -> (T, B, D H), in the order of the input."""
     if len(states) == 1:
         return states[0]
-    return torch.cat((states[0], turn(states[1])), dim=2)
+    return torch.cat((states[0], reverse(states[1])), dim=2)
 
 
-def _apart(gradient: Tensor | None, directions: int, turn: Turn, like: Tensor) -> Tensor | None:
+def _apart(
+    gradient: Tensor | None, directions: int, reverse: Reverse, like: Tensor
+) -> Tensor | None:
     """The inverse of `_joined`."""
     if gradient is None:
         return None
@@ -296,7 +299,7 @@ def _apart(gradient: Tensor | None, directions: int, turn: Turn, like: Tensor) -
     if directions == 1:
         return gradient[None]
     one, other = gradient.chunk(2, dim=2)
-    return torch.stack((one, turn(other)))
+    return torch.stack((one, reverse(other)))
 
 
 def _cell_and_output(gates: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Normalisation, and activations with slopes that are learned.
+"""Normalisation, and activations with learned slopes.
 
 Over the features of one position: `nn.LayerNorm`, `nn.RMSNorm`. Over the positions of one example,
 with channels along dimension 1: `nn.GroupNorm`, `nn.InstanceNorm1d` to `3d`. `nn.PReLU`.
@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from dpnlu.gradients.errors import UnsupportedLayerError
 from dpnlu.gradients.forms import Dense, Gradients
 from dpnlu.gradients.layout import Layout, added_up, full_precision
-from dpnlu.gradients.operations import Rule, first_alone
-from dpnlu.gradients.trace import Finish
+from dpnlu.gradients.operations import LayerRule, first_alone
+from dpnlu.gradients.records import GradientRule
 
 
 def layer_norm(
@@ -25,11 +25,11 @@ def layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-) -> Finish:
+) -> GradientRule:
     """y = w x̂ + b: the weight's gradient is Σ_t b_t x̂_t, the bias's Σ_t b_t."""
     received = input.detach()
 
-    def finish(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
+    def rule(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
         gradient = full_precision(gradient)
         if weight is not None and weight.requires_grad:
             standardized = F.layer_norm(full_precision(received), normalized_shape, eps=eps)
@@ -37,7 +37,7 @@ def layer_norm(
         if bias is not None and bias.requires_grad:
             yield bias, Dense(added_up(gradient, layout, bias.shape))
 
-    return finish
+    return rule
 
 
 def rms_norm(
@@ -45,17 +45,17 @@ def rms_norm(
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
-) -> Finish:
+) -> GradientRule:
     """y = w x / rms(x): the weight's gradient is Σ_t b_t x_t / rms(x_t)."""
     received = input.detach()
 
-    def finish(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
+    def rule(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
         if weight is not None and weight.requires_grad:
             scaled = F.rms_norm(full_precision(received), normalized_shape, eps=eps)
             products = scaled.mul_(full_precision(gradient))
             yield weight, Dense(added_up(products, layout, weight.shape))
 
-    return finish
+    return rule
 
 
 def group_norm(
@@ -64,7 +64,7 @@ def group_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-) -> Finish:
+) -> GradientRule:
     """y_c = w_c x̂_c + b_c, of channel c: gradients as in `layer_norm`."""
     received = input.detach()
     return _by_channel(
@@ -81,7 +81,7 @@ def instance_norm(
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Finish:
+) -> GradientRule:
     """The same with one group for each channel, or with statistics that are given."""
     if use_input_stats and running_mean is not None:
         raise UnsupportedLayerError(
@@ -104,8 +104,8 @@ def instance_norm(
 
 def _by_channel(
     standardized: Callable[[], Tensor], weight: Tensor | None, bias: Tensor | None
-) -> Finish:
-    def finish(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
+) -> GradientRule:
+    def rule(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
         gradient = full_precision(gradient)
         if weight is not None and weight.requires_grad:
             products = standardized().mul_(gradient)
@@ -113,21 +113,21 @@ def _by_channel(
         if bias is not None and bias.requires_grad:
             yield bias, Dense(added_up(_channels_last(gradient), layout, bias.shape))
 
-    return finish
+    return rule
 
 
-def prelu(input: Tensor, weight: Tensor) -> Finish:
+def prelu(input: Tensor, weight: Tensor) -> GradientRule:
     """y = x where x > 0, else w x: the slope's gradient is Σ_t b_t min(x_t, 0)."""
     received = input.detach()
 
-    def finish(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
+    def rule(gradient: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
         products = full_precision(received).clamp(max=0).mul_(full_precision(gradient))
         if weight.numel() == 1:
             yield weight, Dense(added_up(products[..., None], layout, (1,)).view(-1, *weight.shape))
         else:
             yield weight, Dense(added_up(_channels_last(products), layout, weight.shape))
 
-    return finish
+    return rule
 
 
 def _channels_last(values: Tensor) -> Tensor:
@@ -136,10 +136,10 @@ def _channels_last(values: Tensor) -> Tensor:
 
 
 RULES = {
-    F.layer_norm: Rule(layer_norm),
-    F.rms_norm: Rule(rms_norm),
-    torch.rms_norm: Rule(rms_norm),
-    F.group_norm: Rule(group_norm, dims=first_alone),
-    F.instance_norm: Rule(instance_norm, dims=first_alone),
-    F.prelu: Rule(prelu, dims=first_alone),
+    F.layer_norm: LayerRule(layer_norm),
+    F.rms_norm: LayerRule(rms_norm),
+    torch.rms_norm: LayerRule(rms_norm),
+    F.group_norm: LayerRule(group_norm, dims=first_alone),
+    F.instance_norm: LayerRule(instance_norm, dims=first_alone),
+    F.prelu: LayerRule(prelu, dims=first_alone),
 }

@@ -1,11 +1,11 @@
 """Recurrent networks: `nn.LSTM`, `nn.GRU`, `nn.RNN`, in every configuration torch has.
 
-torch hands a whole network to one operation. Here it is run layer by layer: LSTM layers by a kernel
-of their own, other cells direction by direction and step by step out of recorded linear maps, which
-is exact and slower. Between layers everything is ordinary autograd.
+torch runs a whole network as one operation. Here it is run layer by layer: LSTM layers by a kernel
+of their own, other cells direction by direction and step by step as recorded linear maps, which is
+exact and slower. Between layers everything is ordinary autograd.
 
 Inside, sequences are time-major, (T, B, …), and padded. A packed sequence is unpacked first; its
-second direction reads each sequence back from its own end.
+second direction reads each sequence from that sequence's own end.
 """
 
 from __future__ import annotations
@@ -21,28 +21,31 @@ from torch.nn.utils.rnn import PackedSequence
 
 from dpnlu.gradients.layout import Layout
 from dpnlu.gradients.packing import Packing, PackRows, SortStates, SpreadRows, UnpackRows
+from dpnlu.gradients.recorder import Recorder
 from dpnlu.gradients.rules.linear import linear
-from dpnlu.gradients.rules.lstm import Turn, lstm_layer
-from dpnlu.gradients.tape import Tape
+from dpnlu.gradients.rules.lstm import Reverse, lstm_layer
 
 States = tuple[Tensor, ...]
 Weights = tuple[Tensor, ...]
-# (tape, inputs (T, B, I), states before (D, B, H), weights of each direction, how the second
-# direction turns its input) -> states (T, B, D H).
-Layer = Callable[[Tape, Tensor, States, Sequence[Weights], Turn], States]
-# (tape, the input's share of a step (B, G), states, weights) -> the states after it.
-Cell = Callable[[Tape, Tensor, States, Weights], States]
+# (recorder, inputs (T, B, I), states before (D, B, H), weights of each direction, how to reverse
+# sequences for the second one) -> states (T, B, D H).
+Layer = Callable[[Recorder, Tensor, States, Sequence[Weights], Reverse], States]
+# (recorder, the input of a step times its weights (B, G), states, weights) -> the states after it.
+Cell = Callable[[Recorder, Tensor, States, Weights], States]
 
 
 @dataclass(frozen=True)
 class _Network:
-    """A call of torch's recurrent operations, sorted out.
+    """The arguments of one of torch's recurrent operations, in one form for all of them.
 
     Attributes:
         inputs: (T, B, I).
-        states: what to start from, (layers · directions, B, H) each.
+        states: the initial ones, (layers · directions, B, H) each.
         weights: per layer and direction.
+        directions: 1 or 2.
+        dropout: probability of dropout between layers.
         packing: None if the input was padded.
+        batch_first: whether a padded input and the output have the examples in dimension 0.
     """
 
     inputs: Tensor
@@ -54,17 +57,17 @@ class _Network:
     batch_first: bool
 
     @classmethod
-    def of(cls, tape: Tape, args: tuple[Any, ...]) -> _Network:
+    def of(cls, recorder: Recorder, args: tuple[Any, ...]) -> _Network:
         packed = isinstance(args[3], (list, tuple))
         hx, flat = args[2:4] if packed else args[1:3]
         _, layers, dropout, train, bidirectional, *rest = args[4:] if packed else args[3:]
-        packing = _packing(tape, args[0], args[1]) if packed else None
+        packing = _packing(recorder, args[0], args[1]) if packed else None
         if packing is not None:
             inputs = UnpackRows.apply(args[0], packing)  # type: ignore[no-untyped-call]
-            hx = _given_state(tape, hx)
+            hx = _given_state(recorder, hx)
         else:
             inputs = args[0].transpose(0, 1) if rest[0] else args[0]
-        states = _entered(tape, hx if isinstance(hx, tuple) else (hx,))
+        states = _entered(recorder, hx if isinstance(hx, tuple) else (hx,))
         directions = 2 if bidirectional else 1
         each = len(flat) // (layers * directions)
         return cls(
@@ -77,16 +80,16 @@ class _Network:
             bool(rest and rest[0]),
         )
 
-    def run(self, tape: Tape, layer: Layer) -> tuple[Tensor, ...]:
+    def run(self, recorder: Recorder, layer: Layer) -> tuple[Tensor, ...]:
         """(output, last states …) as torch returns them."""
         inputs, last = self.inputs, []
-        turn = _flipped if self.packing is None else self.packing.reversed
+        reverse = _flipped if self.packing is None else self.packing.reversed
         for first in range(0, len(self.weights), self.directions):
             if first and self.dropout:
                 inputs = F.dropout(inputs, self.dropout)
             of_layer = slice(first, first + self.directions)
             before = tuple(state[of_layer] for state in self.states)
-            states = layer(tape, inputs, before, self.weights[of_layer], turn)
+            states = layer(recorder, inputs, before, self.weights[of_layer], reverse)
             inputs = states[0]
             for place in range(self.directions):
                 last.append(self._last(states, place))
@@ -109,22 +112,25 @@ class _Network:
         return (outputs.transpose(0, 1) if self.batch_first else outputs), *last
 
 
-def _packing(tape: Tape, rows: Tensor, counts: Tensor) -> Packing:
-    """From torch's count of sequences at each step; their order is in the module's input."""
-    sequence = next((arg for arg in tape.module_inputs if isinstance(arg, PackedSequence)), None)
+def _packing(recorder: Recorder, rows: Tensor, counts: Tensor) -> Packing:
+    """The packing, from the number of sequences at each step and their order, which is in the
+    module's input."""
+    sequence = next(
+        (arg for arg in recorder.module_inputs if isinstance(arg, PackedSequence)), None
+    )
     place = None if sequence is None else sequence.unsorted_indices
     return Packing(counts, place, rows.device)
 
 
 def _pad_packed(
-    tape: Tape,
     data: Tensor,
     batch_sizes: Tensor,
     batch_first: bool,
     padding_value: float,
     total_length: int,
 ) -> Any:
-    """What a network packed, padded again; the caller puts the sequences into the batch's order."""
+    """Pad what a network packed, in packed order; the caller brings the sequences into the
+    batch's order."""
     packing = getattr(data.grad_fn, "packing", None)
     if not isinstance(packing, Packing) or not torch.equal(packing.counts, batch_sizes):
         return NotImplemented
@@ -134,26 +140,28 @@ def _pad_packed(
     return padded, packing.present.sum(0).cpu()
 
 
-def _given_state(tape: Tape, packed: Any) -> Any:
+def _given_state(recorder: Recorder, packed: Any) -> Any:
     """The initial state in the batch's own order, as the module received it before packing it.
 
     Without one the module starts from zeros, whose order does not matter.
     """
-    given = [value for value in tape.module_inputs if value is not None]
+    given = [value for value in recorder.module_inputs if value is not None]
     states = [value for value in given if not isinstance(value, PackedSequence)]
-    by_module = len(states) < len(given)  # and not by hand, in a module of another kind
+    by_module = len(states) < len(given)  # else another module packed, and called the operation
     return states[0] if states and by_module else packed
 
 
-def _entered(tape: Tape, states: States) -> States:
-    """Initial states that are learned meet the batch here: dimension 1 holds the examples."""
+def _entered(recorder: Recorder, states: States) -> States:
+    """Have learned initial states enter the batch: dimension 1 holds the examples."""
     return tuple(
-        _met(tape, state) if state.requires_grad and tape.is_free(state) else state
+        _stand_in(recorder, state)
+        if state.requires_grad and recorder.is_batch_independent(state)
+        else state
         for state in states
     )
 
 
-def _met(tape: Tape, state: Tensor) -> Tensor:
+def _stand_in(recorder: Recorder, state: Tensor) -> Tensor:
     stand_in = state.view_as(state)
 
     def per_example(gradient: Tensor, layout: Layout) -> Tensor:
@@ -162,51 +170,57 @@ def _met(tape: Tape, state: Tensor) -> Tensor:
         apart[layout.owner(len(columns)).to(columns), :, columns] = gradient.transpose(0, 1)
         return apart
 
-    tape.meet(state, stand_in, per_example, dims=(1,))
+    recorder.enter(state, stand_in, per_example, dims=(1,))
     return stand_in
 
 
-def _lstm(tape: Tape, *args: Any) -> tuple[Tensor, ...]:
-    network = _Network.of(tape, args)
+def _lstm(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
+    network = _Network.of(recorder, args)
     projected = len(network.weights[0]) % 2 == 1
-    return network.run(tape, _stepwise(_projected_lstm_cell) if projected else lstm_layer)
+    return network.run(recorder, _stepwise(_projected_lstm_cell) if projected else lstm_layer)
 
 
-def _gru(tape: Tape, *args: Any) -> tuple[Tensor, ...]:
-    return _Network.of(tape, args).run(tape, _stepwise(gru_cell))
+def _gru(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
+    return _Network.of(recorder, args).run(recorder, _stepwise(gru_cell))
 
 
-def _rnn_tanh(tape: Tape, *args: Any) -> tuple[Tensor, ...]:
-    return _Network.of(tape, args).run(tape, _stepwise(elman_cell(torch.tanh)))
+def _rnn_tanh(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
+    return _Network.of(recorder, args).run(recorder, _stepwise(elman_cell(torch.tanh)))
 
 
-def _rnn_relu(tape: Tape, *args: Any) -> tuple[Tensor, ...]:
-    return _Network.of(tape, args).run(tape, _stepwise(elman_cell(torch.relu)))
+def _rnn_relu(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
+    return _Network.of(recorder, args).run(recorder, _stepwise(elman_cell(torch.relu)))
 
 
 def _stepwise(cell: Cell) -> Layer:
     """A layer that applies a cell to one step after the other, direction by direction."""
 
     def run(
-        tape: Tape, inputs: Tensor, before: States, weights: Sequence[Weights], turn: Turn
+        recorder: Recorder,
+        inputs: Tensor,
+        before: States,
+        weights: Sequence[Weights],
+        reverse: Reverse,
     ) -> States:
         found = []
         for place, of_one in enumerate(weights):
             states = tuple(state[place] for state in before)
-            read = turn(inputs) if place else inputs
-            after = _stepped(tape, cell, read, states, of_one)
-            found.append([turn(values) if place else values for values in after])
+            read = reverse(inputs) if place else inputs
+            after = _stepped(recorder, cell, read, states, of_one)
+            found.append([reverse(values) if place else values for values in after])
         return tuple(torch.cat(values, dim=2) for values in zip(*found, strict=True))
 
     return run
 
 
-def _stepped(tape: Tape, cell: Cell, inputs: Tensor, states: States, weights: Weights) -> States:
+def _stepped(
+    recorder: Recorder, cell: Cell, inputs: Tensor, states: States, weights: Weights
+) -> States:
     """One direction: inputs (T, B, I), states before (B, H) -> states (T, B, H)."""
-    share = recorded_linear(tape, inputs.transpose(0, 1), weights[0], _bias(weights, 2))
+    projected = recorded_linear(recorder, inputs.transpose(0, 1), weights[0], _bias(weights, 2))
     seen = []
-    for step in share.unbind(1):
-        states = cell(tape, step, states, weights)
+    for step in projected.unbind(1):
+        states = cell(recorder, step, states, weights)
         seen.append(states)
     return tuple(torch.stack(values) for values in zip(*seen, strict=True))
 
@@ -219,43 +233,51 @@ def _flipped(sequences: Tensor) -> Tensor:
 def elman_cell(activation: Callable[[Tensor], Tensor]) -> Cell:
     """One step of a plain recurrent network."""
 
-    def cell(tape: Tape, share: Tensor, states: States, weights: Weights) -> States:
+    def cell(recorder: Recorder, projected: Tensor, states: States, weights: Weights) -> States:
         return (
-            activation(share + recorded_linear(tape, states[0], weights[1], _bias(weights, 3))),
+            activation(
+                projected + recorded_linear(recorder, states[0], weights[1], _bias(weights, 3))
+            ),
         )
 
     return cell
 
 
-def gru_cell(tape: Tape, share: Tensor, states: States, weights: Weights) -> States:
+def gru_cell(recorder: Recorder, projected: Tensor, states: States, weights: Weights) -> States:
     """One step of a GRU."""
     (h,) = states
-    recurrent = recorded_linear(tape, h, weights[1], _bias(weights, 3))
-    reset_i, update_i, new_i = share.chunk(3, dim=1)
+    recurrent = recorded_linear(recorder, h, weights[1], _bias(weights, 3))
+    reset_i, update_i, new_i = projected.chunk(3, dim=1)
     reset_h, update_h, new_h = recurrent.chunk(3, dim=1)
     update = torch.sigmoid(update_i + update_h)
     new = torch.tanh(new_i + torch.sigmoid(reset_i + reset_h) * new_h)
     return (new + update * (h - new),)
 
 
-def lstm_cell(tape: Tape, share: Tensor, states: States, weights: Weights) -> States:
+def lstm_cell(recorder: Recorder, projected: Tensor, states: States, weights: Weights) -> States:
     """One step of an LSTM."""
     h, c = states
-    i, f, g, o = (share + recorded_linear(tape, h, weights[1], _bias(weights, 3))).chunk(4, dim=1)
+    i, f, g, o = (projected + recorded_linear(recorder, h, weights[1], _bias(weights, 3))).chunk(
+        4, dim=1
+    )
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
-def _projected_lstm_cell(tape: Tape, share: Tensor, states: States, weights: Weights) -> States:
-    h, c = lstm_cell(tape, share, states, weights[:-1])
-    return recorded_linear(tape, h, weights[-1], None), c
+def _projected_lstm_cell(
+    recorder: Recorder, projected: Tensor, states: States, weights: Weights
+) -> States:
+    h, c = lstm_cell(recorder, projected, states, weights[:-1])
+    return recorded_linear(recorder, h, weights[-1], None), c
 
 
-def recorded_linear(tape: Tape, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def recorded_linear(
+    recorder: Recorder, inputs: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
     """`F.linear`, recorded."""
     output = F.linear(inputs, weight, bias)
     if output.requires_grad:
-        tape.record(output, linear(inputs, weight, bias))
+        recorder.record(output, linear(inputs, weight, bias))
     return output
 
 
