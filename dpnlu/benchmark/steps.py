@@ -61,7 +61,9 @@ def private(
             def step() -> None:
                 for number, inputs in enumerate(batches, start=1):
                     last = number == len(batches)
-                    handle.begin(PhysicalBatch(_ids(inputs), closes_unit=last, closes_step=last))
+                    handle.steps.announce(
+                        PhysicalBatch(_ids(inputs), closes_unit=last, closes_step=last)
+                    )
                     step_on(inputs)
 
             yield step

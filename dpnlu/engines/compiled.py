@@ -30,7 +30,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from dpnlu.engines.book_keeping import BookKeeping
 from dpnlu.engines.checks import own_generator
-from dpnlu.engines.clipped import Clipped, Parts
+from dpnlu.engines.clipped import Parts
+from dpnlu.engines.outcome import ClipOutcome
 from dpnlu.engines.refusals import check_losses
 from dpnlu.engines.separation import draw_weights
 from dpnlu.engines.tracing import traced
@@ -44,7 +45,6 @@ from dpnlu.gradients.signature import Signature
 _PROGRAMS = 8
 
 Program = Callable[..., Any]
-Parameters = list[nn.Parameter]
 
 
 @dataclass
@@ -75,21 +75,23 @@ class _Programs:
 
 
 class CompiledClipping:
-    """Adds clipped gradients to sums by compiled programs, which are made as shapes come."""
+    """Clips gradients that compiled programs find; these are made as shapes come.
+
+    Attributes:
+        losses_of: batch -> (B,) losses.
+    """
 
     def __init__(
         self,
         engine: BookKeeping,
         losses_of: Callable[[Any], Tensor],
         *,
-        scale: float,
         backend: str,
     ) -> None:
         """Nothing is compiled yet.
 
         Args:
             losses_of: batch -> (B,) losses of the model that the engine watches.
-            scale: of all that is added.
             backend: of `torch.compile`.
 
         Raises:
@@ -102,20 +104,18 @@ class CompiledClipping:
                     f"{name or 'the top'}: unrolled over time it takes minutes to compile and "
                     "gains nothing; use private.stepper."
                 )
-        self._engine, self._losses_of = engine, losses_of
-        self._scale, self._backend = scale, backend
+        self.losses_of = losses_of
+        self._engine, self._backend = engine, backend
         self._generator = own_generator()
         self._programs: dict[Any, _Programs] = {}
 
-    def add_clipped(
-        self, batch: Any, *, count: int, kept: int, into: Mapping[nn.Parameter, Tensor]
-    ) -> Clipped:
-        """Add scale * (sum of clipped gradients) to the buffers of `into`.
+    def clip(self, batch: Any, *, count: int, kept: int) -> ClipOutcome:
+        """Compute the losses of a batch and clip their gradients.
 
         Args:
             batch: tensors, numbers and strings in dictionaries, lists and tuples.
             count: number of examples in it.
-            kept: of the first so many examples; the others add nothing.
+            kept: how many of them count, the first ones.
 
         Raises:
             TypeError: the batch holds something else.
@@ -123,36 +123,30 @@ class CompiledClipping:
         """
         leaves, nesting = tree_flatten(batch)
         tensors = [leaf.contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
-        device = next(iter(into)).device
+        device = next(iter(self._engine.names)).device
         inputs = (*tensors, torch.tensor(kept, device=device))
         key = (count, repr(nesting), *map(_described, leaves), *self._modes(device.type))
         programs = self._programs.get(key)
         if programs is None:
             self._run_once(batch, device)
             with self._unchanged(tensors):
-                programs = self._made(leaves, nesting, count, inputs, list(into))
+                programs = self._made(leaves, nesting, count, inputs)
             self._programs[key] = programs
             self._warn_of_many()
         with self._unchanged(tensors) if programs.is_new else nullcontext():
             if programs.check is not None:
-                self._check(programs.check, key, inputs, list(into))
+                self._check(programs.check, key, inputs)
             parts, norms, losses = programs.run(inputs, device)
         programs.is_new = False
-        return self._engine.add_found(parts, norms, losses, into=into, scale=self._scale)
+        return self._engine.clip_found(parts, norms, losses).first(kept)
 
     def _run_once(self, batch: Any, device: torch.device) -> None:
         """Have the model compute what it computes once and keeps while tensors have values."""
         devices = [] if device.type == "cpu" else [device]
         with torch.no_grad(), torch.random.fork_rng(devices, device_type=device.type):
-            self._losses_of(batch)
+            self.losses_of(batch)
 
-    def _check(
-        self,
-        check: Program,
-        key: tuple[Any, ...],
-        inputs: tuple[Tensor, ...],
-        parameters: Parameters,
-    ) -> None:
+    def _check(self, check: Program, key: tuple[Any, ...], inputs: tuple[Tensor, ...]) -> None:
         """Check the batch, if it is its turn."""
         checks, names = self._engine.checks, self._engine.names
         assert checks is not None
@@ -171,7 +165,7 @@ class CompiledClipping:
                 "of every activation to hold the examples, got a forward pass in which examples "
                 "mix or lie otherwise: use private.stepper, which says where."
             )
-        if Evidence(*found).proves([names[parameter] for parameter in parameters]):
+        if Evidence(*found).proves(list(names.values())):
             checks.show_rows(key, [])
             checks.show_parameters(key)
 
@@ -209,12 +203,7 @@ class CompiledClipping:
             )
 
     def _made(
-        self,
-        leaves: list[Any],
-        nesting: TreeSpec,
-        count: int,
-        inputs: tuple[Tensor, ...],
-        parameters: Parameters,
+        self, leaves: list[Any], nesting: TreeSpec, count: int, inputs: tuple[Tensor, ...]
     ) -> _Programs:
         """Trace and compile; `inputs` show the shapes."""
         engine, model = self._engine, self._engine.model
@@ -225,7 +214,7 @@ class CompiledClipping:
             *values, kept = tensors
             batch = tree_unflatten(_with_tensors(leaves, iter(values)), nesting)
             with engine.recording(batch, count):
-                found = self._losses_of(batch)
+                found = self.losses_of(batch)
             check_losses(found, count)
             if engine.is_checkpointed:
                 raise UnsupportedLayerError(
@@ -238,14 +227,14 @@ class CompiledClipping:
 
         def find(*tensors: Tensor) -> list[Tensor]:
             found = losses(tensors)
-            parts, norms = engine.found_unchecked(found, parameters)
+            parts, norms = engine.found_unchecked(found)
             engine.expect(None)
             forms.append(_Forms.of(parts))
             return [found.detach(), norms.values, norms.slack, *forms[0].tensors()]
 
         def check(weights: Tensor, draws: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             found = losses(tensors)
-            agree, evidence = engine.evidence(found, parameters, weights, draws)
+            agree, evidence = engine.evidence(found, weights, draws)
             engine.expect(None)
             return agree, *vars(evidence).values()
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from dpnlu.accounting.accountants import epsilon
 from dpnlu.accounting.events import SampledGaussian
 from dpnlu.engines import clipped
+from dpnlu.engines.outcome import ClippedSum
 from dpnlu.gradients.errors import UnsupportedLayerError
 from dpnlu.gradients.forms import SquaredNorms
 from dpnlu.mechanism.ledger import Ledger, LedgerError
@@ -613,16 +614,24 @@ def test_a_batch_cannot_be_stepped_twice(make, engine):
 def test_a_step_that_failed_cannot_be_repeated(make, data, monkeypatch, engine):
     """Part of it may be in the sum already, say when memory ran out: it would be there twice."""
     model, private = make(sample_rate=1.0, steps=3, noise_multiplier=0.0, lr=0.0, engine=engine)
-    really = private._engine.add_clipped
+    really = private._engine.clip
+
+    @dataclass(frozen=True)
+    class Failing:
+        total: ClippedSum
+
+        def add_to(self, buffers, *, scale):
+            self.total.add_to(buffers, scale=scale)
+            raise MemoryError
 
     def fails(losses, **options):
-        really(losses, **options)
-        raise MemoryError
+        outcome = really(losses, **options)
+        return replace(outcome, total=Failing(outcome.total))
 
     loop = iter(private.loader([100 * row for row in data], physical_batch_size=4))
     batch = next(loop)
     with monkeypatch.context() as broken, pytest.raises(MemoryError):
-        broken.setattr(private._engine, "add_clipped", fails)
+        broken.setattr(private._engine, "clip", fails)
         private.step(losses_of(model, batch))
     with pytest.raises(RuntimeError, match="in which no step failed"):
         next(loop)
