@@ -11,9 +11,9 @@ begin as noise, whose memory is not there while the forward pass needs its own.
 
 Guarantee: that of the engine, as far as torch's compiler keeps what programs mean. The operations
 of each program, before they are compiled, are compared with plain automatic differentiation, as the
-engine's courses are. What a program would keep from its tracing, though it may change or belongs to
-one batch, is refused (`dpnlu.engines.tracing`). Numbers that the losses' function holds otherwise
-stay what they were.
+engine does for each graph signature. What a program would keep from its tracing, though it may
+change or belongs to one batch, is refused (`dpnlu.engines.tracing`). Numbers that the losses'
+function holds otherwise stay what they were.
 """
 
 from __future__ import annotations
@@ -207,54 +207,86 @@ class CompiledClipping:
     ) -> _Programs:
         """Trace and compile; `inputs` show the shapes."""
         engine, model = self._engine, self._engine.model
-        signatures: list[Signature] = []
-        forms: list[_Forms] = []
-
-        def losses(tensors: tuple[Tensor, ...]) -> Tensor:
-            *values, kept = tensors
-            batch = tree_unflatten(_with_tensors(leaves, iter(values)), nesting)
-            with engine.recording(batch, count):
-                found = self.losses_of(batch)
-            check_losses(found, count)
-            if engine.is_checkpointed:
-                raise UnsupportedLayerError(
-                    "Expected every module to run once, but activation checkpointing runs some "
-                    "again, with other units dropped if a program is traced: switch it off, or use "
-                    "private.stepper."
-                )
-            signatures.append(engine.signature_of(found))
-            return torch.where(torch.arange(count, device=found.device) < kept, found, 0.0)
-
-        def find(*tensors: Tensor) -> list[Tensor]:
-            found = losses(tensors)
-            parts, norms = engine.found_unchecked(found)
-            engine.expect(None)
-            forms.append(_Forms.of(parts))
-            return [found.detach(), norms.values, norms.slack, *forms[0].tensors()]
-
-        def check(weights: Tensor, draws: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-            found = losses(tensors)
-            agree, evidence = engine.evidence(found, weights, draws)
-            engine.expect(None)
-            return agree, *vars(evidence).values()
-
-        drawn = [torch.ones(count, device=inputs[-1].device)] * 2
+        tracing = _Tracing(engine, self.losses_of, leaves, nesting, count)
         checking = None
         if engine.checks is not None:
-            checking = traced(check, (*drawn, *inputs), model=model)
-        finding = traced(find, inputs, model=model)
-        is_doubtful = all(signature.is_doubtful for signature in signatures)
-        if is_doubtful or any(s != signatures[0] or s.chooses_rows for s in signatures):
-            raise UnsupportedLayerError(
-                "Expected a forward pass that takes the same course every time and the examples as "
-                "they come, got one that changes or picks rows by their values: use "
-                "private.stepper."
-            )
+            drawn = [torch.ones(count, device=inputs[-1].device)] * 2
+            checking = traced(tracing.check, (*drawn, *inputs), model=model)
+        finding = traced(tracing.find, inputs, model=model)
+        tracing.check_signatures()
+        assert tracing.forms is not None
         return _Programs(
             find=torch.compile(finding, backend=self._backend, fullgraph=True, dynamic=False),
-            forms=forms[0],
+            forms=tracing.forms,
             check=checking,
         )
+
+
+class _Tracing:
+    """The functions that are traced for one shape of the batch.
+
+    Attributes:
+        forms: of the gradients that `find` found last.
+    """
+
+    def __init__(
+        self,
+        engine: BookKeeping,
+        losses_of: Callable[[Any], Tensor],
+        leaves: list[Any],
+        nesting: TreeSpec,
+        count: int,
+    ) -> None:
+        self._engine, self._losses_of = engine, losses_of
+        self._leaves, self._nesting, self._count = leaves, nesting, count
+        self._signatures: list[Signature] = []
+        self.forms: _Forms | None = None
+
+    def find(self, *tensors: Tensor) -> list[Tensor]:
+        """See `_Programs`."""
+        losses = self._losses(tensors)
+        parts, norms = self._engine.found_unchecked(losses)
+        self._engine.expect(None)
+        self.forms = _Forms.of(parts)
+        return [losses.detach(), norms.values, norms.slack, *self.forms.tensors()]
+
+    def check(self, weights: Tensor, draws: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """See `_Programs`."""
+        losses = self._losses(tensors)
+        agree, evidence = self._engine.evidence(losses, weights, draws)
+        self._engine.expect(None)
+        return agree, *vars(evidence).values()
+
+    def check_signatures(self) -> None:
+        """Whether all that was traced did the same, whatever the values.
+
+        Raises:
+            UnsupportedLayerError: it did not.
+        """
+        first = self._signatures[0]
+        is_doubtful = all(signature.is_doubtful for signature in self._signatures)
+        if is_doubtful or any(s != first or s.chooses_rows for s in self._signatures):
+            raise UnsupportedLayerError(
+                "Expected a forward pass that does the same operations every time and takes the "
+                "examples as they come, got one that changes or picks rows by their values: use "
+                "private.stepper."
+            )
+
+    def _losses(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        """(B,) of a batch; those that do not count are constants."""
+        *values, kept = tensors
+        batch = tree_unflatten(_with_tensors(self._leaves, iter(values)), self._nesting)
+        with self._engine.recording(batch, self._count):
+            found = self._losses_of(batch)
+        check_losses(found, self._count)
+        if self._engine.is_checkpointed:
+            raise UnsupportedLayerError(
+                "Expected every module to run once, but activation checkpointing runs some again, "
+                "with other units dropped if a program is traced: switch it off, or use "
+                "private.stepper."
+            )
+        self._signatures.append(self._engine.signature_of(found))
+        return torch.where(torch.arange(self._count, device=found.device) < kept, found, 0.0)
 
 
 @dataclass(frozen=True)
