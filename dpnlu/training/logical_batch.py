@@ -80,11 +80,11 @@ class _State(Enum):
 
 class LogicalBatch:
     """The sum behind one step of the optimizer. It is begun, added to any number of times, and then
-    either released or abandoned; only the first leaves a trace.
+    either released or abandoned; nothing is seen of it unless it is released.
 
-    Guarantee: what is released is noise, independent in every entry, of the standard deviation that
-    the plan wants for this release, plus what was added, each clip outcome at most once; the ledger
-    holds the release before the optimizer, or anybody, sees it.
+    Guarantee: what is released is the sum of what was added plus noise, drawn independently for
+    every entry, with the standard deviation that the plan states for this release; and the ledger
+    holds the release before the optimizer, or anybody else, sees it.
 
     Attributes:
         unit: what there is of the clipping unit that has begun.

@@ -14,6 +14,7 @@ from dpnlu.engines.independence import Answers, Independence, Run
 from dpnlu.engines.moment import Moments
 from dpnlu.engines.refusals import check_losses
 from dpnlu.engines.reruns import CallRun, CompiledRun, LossesRun, losses_for
+from dpnlu.mechanism.sampling import PhysicalBatch
 from dpnlu.training.logical_batch import LogicalBatch
 from dpnlu.training.steps import Steps
 
@@ -47,12 +48,12 @@ class Stepping:
             self._steps.check_may_be_unsampled()
         recorder, count = self._recorder, len(losses)
         calls = [] if recorder is None else recorder.calls
-        with self._steps.adding() as batch:
-            self._clip(losses, batch)
+        with self._steps.step(due) as batch:
+            self._clip(losses, due, batch)
             if recorder is not None and calls and self._is_to_be_exchanged(count):
                 runs = [CallRun(call, recorder, self._moments.now(), count) for call in calls]
                 self._check_independence(runs, count)
-        return self._steps.complete()
+        return due is None or due.closes_step
 
     def by_function(self, losses_of: Callable[[Any], Tensor], data: Any) -> bool:
         """See `PrivateTraining.stepper`."""
@@ -63,8 +64,8 @@ class Stepping:
         moment = self._moments.now()
         losses = losses_for(self._engine, losses_of, data, size)
         self._moments.notice(moment)
-        with self._steps.adding() as batch:
-            norms = self._clip(losses, batch)
+        with self._steps.step(due) as batch:
+            norms = self._clip(losses, due, batch)
             if self._is_to_be_exchanged(len(losses)):
                 run = LossesRun(
                     losses_of=losses_of,
@@ -77,7 +78,7 @@ class Stepping:
                     smaller=self._steps.smaller,
                 )
                 self._check_independence([run], len(losses))
-        return self._steps.complete()
+        return due is None or due.closes_step
 
     def by_program(self, clipping: CompiledClipping, data: Any) -> bool:
         """See `PrivateTraining.compile`."""
@@ -89,22 +90,21 @@ class Stepping:
             )
         count, kept = len(due.ids), len(due.ids) - due.fillers
         moment = self._moments.now()
-        with self._steps.adding() as batch:
+        with self._steps.step(due) as batch:
             batch.add(clipping.clip(data, count=count, kept=kept))
             if self._is_to_be_exchanged(count):
                 smaller = self._steps.smaller
                 run = CompiledRun(clipping.losses_of, data, moment, kept, smaller)
                 self._check_independence([run], count)
-        return self._steps.complete()
+        return due.closes_step
 
-    def _clip(self, losses: Tensor, batch: LogicalBatch) -> Tensor:
+    def _clip(self, losses: Tensor, due: PhysicalBatch | None, batch: LogicalBatch) -> Tensor:
         """Clip the gradients of the examples that are due, and add them to the logical batch.
 
         Returns:
             (U,) norms of the clipping units that are complete; all else of the clip outcome takes
             memory, and ends here.
         """
-        due = self._steps.due
         if due is None:
             outcome = self._engine.clip(losses)
         else:

@@ -58,7 +58,7 @@ class Steps:
         #: The one that is open, or the last one.
         self._batch: LogicalBatch | None = None
         self._loop: object | None = None
-        self._is_closed = self._has_warned = False
+        self._is_closed = self._has_warned = self._is_in_step = False
 
     @property
     def remaining(self) -> int:
@@ -131,32 +131,39 @@ class Steps:
             self._has_warned = True
 
     @contextmanager
-    def adding(self) -> Iterator[LogicalBatch]:
-        """In here the physical batch that is due is added to the logical batch, and checked; what
-        fails in here ends loop and logical batch.
+    def step(self, due: PhysicalBatch | None) -> Iterator[LogicalBatch]:
+        """In here the physical batch that is due is added to its logical batch, and checked. At the
+        end, if it was the last one, that is released. What fails in here, for whatever reason, ends
+        the loop, and the logical batch is abandoned.
+
+        Args:
+            due: for which gradients were computed; None: examples that no loader handed out, which
+                are a whole logical batch.
 
         Raises:
-            RuntimeError, ValueError: no logical batch is open, and none may begin.
+            RuntimeError: another step was made meanwhile, or no logical batch may begin.
+            ValueError: see `Mechanism.check_ready`.
+            NonFiniteBatchError, LedgerError, OSError: see `LogicalBatch.release`.
         """
-        batch = self._opened()
+        if self._is_in_step or self.due is not due:
+            raise RuntimeError(
+                "Expected one private.step(losses) for each batch, got one inside another: its "
+                "examples would count twice. Call it outside the function that computes losses."
+            )
+        batch, is_added = self._opened(), False
+        self._is_in_step = True
         try:
             yield batch
+            self.due, self.smaller, is_added = None, None, True
+            if due is None or due.closes_step:
+                self._release(batch, sampled=due is not None)
         except BaseException:
-            self._abandon()
+            # A release that failed has ended its logical batch, and the loop may go on.
+            if batch.is_open or not is_added:
+                self._abandon()
             raise
-
-    def complete(self) -> bool:
-        """The physical batch that was due is added: release at the end of a logical batch.
-
-        Returns:
-            Whether it was.
-        """
-        assert self._batch is not None
-        batch, self.due, self.smaller = self.due, None, None
-        if batch is not None and not batch.closes_step:
-            return False
-        self._release(self._batch, sampled=batch is not None)
-        return True
+        finally:
+            self._is_in_step = False
 
     def weights_changed(self) -> None:
         """Weights are not what they were."""
