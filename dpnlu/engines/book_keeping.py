@@ -213,7 +213,7 @@ class BookKeeping:
             return self.found_unchecked(losses)
         check_batch_size(self._tape.batch_size, batch)
         self.signature = signature = self.signature_of(losses)
-        check_rows, check_parameters = self.checks.meet(
+        check_rows, check_parameters = self.checks.observe(
             signature, chooses_rows=signature.chooses_rows, is_doubtful=signature.is_doubtful
         )
         check_rows = check_rows and batch > 1

@@ -150,7 +150,7 @@ class CompiledClipping:
         """Check the batch, if it is its turn."""
         checks, names = self._engine.checks, self._engine.names
         assert checks is not None
-        rows, gradients = checks.meet(key)
+        rows, gradients = checks.observe(key)
         if not (rows or gradients):
             return
         like = torch.empty(key[0], device=inputs[-1].device)

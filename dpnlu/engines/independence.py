@@ -1,4 +1,4 @@
-"""Whether an example's loss and gradient stay what they are in other company.
+"""Whether an example's loss and gradient stay the same when other examples are exchanged.
 
 What crosses from one example to another without a gradient path, a detached mean, a division by the
 batch's tokens, a routing that has only so much room, shows in no comparison of gradients. It shows
@@ -89,7 +89,7 @@ class Independence:
 
     def is_due(self, signature: Hashable, count: int) -> bool:
         """Whether to check a batch of `count` examples."""
-        return count > 1 and self._checks.meet(signature)[1]
+        return count > 1 and self._checks.observe(signature)[1]
 
     def check(
         self, runs: Sequence[Run], *, count: int, signature: Hashable, coarsest: float

@@ -1,4 +1,4 @@
-"""Private training: the handle that a plain loop uses, and a loop of our own on top of it.
+"""Private training: `privatize`, and the handle that a loop of your own uses.
 
 private = privatize(model, optimizer, plan)
 step = private.stepper(per_example_loss)         # batch -> (B,) losses
@@ -65,9 +65,9 @@ def privatize(
             "system": the operating system's entropy for every draw, cryptographically secure and
             slow; a generator of your own, to repeat an experiment: never for a model that is
             released.
-        sampling_rng: the coins of Poisson sampling; None: fresh entropy.
+        sampling_rng: the random numbers of Poisson sampling; None: fresh entropy.
         verify: check before anything is released that every use of a parameter was recorded, that
-            no example has a part in another's gradient, loss or norm, and that gradients are those
+            no example changes another's gradient, loss or norm, and that gradients are those
             of plain automatic differentiation: the first of every batch, the others as often as
             `dpnlu.engines.checks` says.
 
