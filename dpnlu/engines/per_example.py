@@ -54,7 +54,8 @@ class PerExample:
                 "from those it spreads to; use engine='book_keeping', or one example at a time."
             )
         if bool(torch.isfinite(norm) & torch.isfinite(loss)):
-            coefficient = CLIPPING_RULES[self._plan.clipping](norm[None], self._plan.max_grad_norm)
+            rule = CLIPPING_RULES[self._plan.clipping]
+            coefficient = float(rule(norm[None], self._plan.max_grad_norm))
             for total, gradient in zip(sums.values(), gradients, strict=True):
-                total.add_(gradient * coefficient[0])
+                total.add_(gradient, alpha=coefficient)
         return norm
