@@ -72,7 +72,8 @@ def _through_begin(case: Case, handle: PrivateTraining, step_on: Callable[[Input
     def step() -> None:
         for number, inputs in enumerate(batches, start=1):
             last = number == len(batches)
-            handle.begin(PhysicalBatch(_ids(inputs), closes_unit=last, closes_step=last))
+            batch = PhysicalBatch(_ids(inputs), closes_unit=last, closes_step=last)
+            handle.steps.announce(batch)
             step_on(inputs)
 
     return step

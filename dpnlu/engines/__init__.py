@@ -1,4 +1,4 @@
-"""Engines: losses (B,) in, clipped gradient sums out.
+"""Engines: losses (B,) in, clip outcome out.
 
 All engines keep the same contract and differ in how they find an example's gradient:
 
@@ -8,23 +8,35 @@ All engines keep the same contract and differ in how they find an example's grad
 - `Opacus`: per-example gradients by Opacus' hooks. The reference.
 
 Guarantee, of all of them, where the loss of an example depends on that example alone: each clipping
-unit adds at most `max_grad_norm` in L2 norm to what `add_clipped` accumulates per unit of `scale`,
-rounding of its norm included. A unit whose gradient is not finite adds exactly nothing.
+unit has a share of at most `max_grad_norm` in L2 norm in the sum of the clip outcome, rounding of
+its norm included. A unit whose gradient is not finite has none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, closing, nullcontext
+
+from torch import nn
 
 from dpnlu.engines.base import Engine
 from dpnlu.engines.book_keeping import BookKeeping
 from dpnlu.engines.microbatch import Microbatch
 from dpnlu.engines.opacus import Opacus
 from dpnlu.engines.per_example import PerExample
+from dpnlu.mechanism.plan import PrivacyPlan
 
-ENGINES: dict[str, Callable[..., Engine]] = {
-    "book_keeping": BookKeeping,
-    "per_example": PerExample,
-    "microbatch": Microbatch,
-    "opacus": Opacus,
+
+def _book_keeping(
+    model: nn.Module, plan: PrivacyPlan, *, verify: bool = True
+) -> closing[BookKeeping]:
+    return closing(BookKeeping(model, plan, verify=verify))
+
+
+# (model, plan) -> the engine, for as long as the context lasts; afterwards the model is as it was.
+ENGINES: dict[str, Callable[..., AbstractContextManager[Engine]]] = {
+    "book_keeping": _book_keeping,
+    "per_example": lambda model, plan: nullcontext(PerExample(model, plan)),
+    "microbatch": lambda model, plan: nullcontext(Microbatch(model, plan)),
+    "opacus": lambda model, plan: closing(Opacus(model, plan)),
 }

@@ -2,50 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from dpnlu.engines.clipped import Clipped
+from dpnlu.engines.outcome import ClipOutcome, OpenUnit
 
 
 class Engine(Protocol):
-    """Finds, clips and adds up gradients.
+    """Finds and clips gradients.
 
     Attributes:
-        takes_whole_batches: the losses must be those of all examples that were computed.
         counts_forward_passes: of each that keeps a graph the losses must be stepped on.
     """
 
-    takes_whole_batches: bool
     counts_forward_passes: bool
 
-    def expect(self, batch_size: int | None, batch: Any = None) -> None:
-        """Announce the coming physical batch: its size, None if it is not known beforehand, and
-        its data."""
-
-    def add_clipped(
+    def clip(
         self,
         losses: Tensor,
         *,
-        into: Mapping[nn.Parameter, Tensor],
-        scale: float,
-        closes_unit: bool | None,
-    ) -> Clipped | None:
-        """Add scale * (sum of clipped gradients) to the buffers of `into`.
+        kept: int | None = None,
+        unit: OpenUnit | None = None,
+        closes_unit: bool = True,
+    ) -> ClipOutcome:
+        """Clip the gradients of some losses; what is added to a logical batch is in the outcome.
 
         Args:
-            losses: (B,) losses, each depending on its own example only.
-            closes_unit: whether the clipping unit is complete with these examples; None: they are
-                a whole logical batch, and the engine forms the units.
-
-        Returns:
-            None while the unit is not complete.
+            losses: (B,), each depending on its own example only, of all that were computed.
+            kept: how many of them count, the first ones; the gradients of the others are left out.
+                None: all of them.
+            unit: what there is of the clipping unit that the examples belong to, where the plan
+                clips more than an example at once; continued here, and emptied where it closes.
+                None: they are a whole logical batch, and the engine forms the units.
+            closes_unit: whether the clipping unit is complete with these examples.
         """
 
-    def weights_changed(self) -> None:
-        """The optimizer has stepped: what was derived from the weights is out of date."""
 
-    def close(self) -> None:
-        """Leave the model as it was."""
+def without_fillers(losses: Tensor, kept: int | None) -> Tensor:
+    """The losses with constants, whose gradients are zero, in place of those that do not count."""
+    if kept is None or kept == len(losses):
+        return losses
+    return torch.where(torch.arange(len(losses), device=losses.device) < kept, losses, 0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpnlu.engines.base import without_fillers
 from dpnlu.engines.batches import detached, leaves_of
 from dpnlu.engines.checks import Checks, own_generator
-from dpnlu.engines.clipped import Clipped, Parts, add_clipped, gradient_norms
+from dpnlu.engines.clipped import Parts, clip_gradients, gradient_norms
 from dpnlu.engines.coverage import check_seen
+from dpnlu.engines.outcome import ClipOutcome, OpenUnit
 from dpnlu.engines.plain import nothing_accumulated
 from dpnlu.engines.refusals import check_batch_size, check_losses, check_visible
 from dpnlu.engines.separation import (
@@ -50,7 +52,6 @@ class BookKeeping:
         coarsest: distance from 1 to the next number, of the coarsest gradients of that batch.
     """
 
-    takes_whole_batches = True
     counts_forward_passes = False
 
     def __init__(self, model: nn.Module, plan: PrivacyPlan, *, verify: bool = True) -> None:
@@ -67,7 +68,15 @@ class BookKeeping:
         self._tape = Tape(model, OPERATIONS)
 
     def expect(self, batch_size: int | None, batch: Any = None) -> None:
+        """Announce the coming physical batch: its size, None if it is not known beforehand, and
+        its data."""
         self._tape.expect(batch_size, batch)
+
+    @property
+    def exact_signature(self) -> Signature | None:
+        """What was done with the last batch; None if that is not known, or depends on values."""
+        signature = self.signature
+        return None if signature is None or signature.may_choose_rows else signature
 
     @property
     def calls(self) -> list[Call]:
@@ -122,43 +131,38 @@ class BookKeeping:
                 layouts = find_layouts(
                     trace, losses, arrived, expected, chooses_rows=True, generator=self._generator
                 )
-                return self._parts(arrived, layouts, list(self.names), losses)[1].values.sqrt()
+                return self._parts(arrived, layouts, losses)[1].values.sqrt()
         finally:
             self._tape.clear()
 
-    def add_clipped(
+    def clip(
         self,
         losses: Tensor,
         *,
-        into: Mapping[nn.Parameter, Tensor],
-        scale: float,
-        closes_unit: bool | None = True,
-    ) -> Clipped:
+        kept: int | None = None,
+        unit: OpenUnit | None = None,
+        closes_unit: bool = True,
+    ) -> ClipOutcome:
+        losses = without_fillers(losses, kept)
         try:
             with self._tape.during_backward():
-                parts, norms = self._found(losses, list(into))
+                parts, norms = self._found(losses)
         finally:
             self._tape.clear()
-        return self.add_found(parts, norms, losses, into=into, scale=scale)
+        return self.clip_found(parts, norms, losses).first(kept)
 
-    def add_found(
-        self,
-        parts: Parts,
-        norms: SquaredNorms,
-        losses: Tensor,
-        *,
-        into: Mapping[nn.Parameter, Tensor],
-        scale: float,
-    ) -> Clipped:
-        """`add_clipped`, of gradients and norms that were found before."""
-        return add_clipped(parts, norms, losses, self._plan, into=into, scale=scale)
+    def clip_found(self, parts: Parts, norms: SquaredNorms, losses: Tensor) -> ClipOutcome:
+        """`clip`, of gradients and norms that were found before."""
+        return clip_gradients(parts, norms, losses, self._plan)
 
     def weights_changed(self) -> None:
+        """Weights are not what they were: forget what was derived from them."""
         self._tape.weights_changed()
         if self.checks is not None:
             self.checks.weights_changed()
 
     def close(self) -> None:
+        """Leave the model as it was."""
         self._tape.close()
 
     # ---- for programs that are traced --------------------------------------------------------
@@ -168,24 +172,20 @@ class BookKeeping:
         """Whether the forward pass that was recorded computes activations anew on the way back."""
         return self._tape.is_checkpointed
 
-    def found_unchecked(
-        self, losses: Tensor, parameters: Sequence[Tensor]
-    ) -> tuple[Parts, SquaredNorms]:
+    def found_unchecked(self, losses: Tensor) -> tuple[Parts, SquaredNorms]:
         """The gradients that the tape saw, with their norms."""
         trace = self._tape.trace
         arrived = trace.backward(losses)
-        return self._parts(arrived, trace.usual_layouts(arrived, len(losses)), parameters, losses)
+        return self._parts(arrived, trace.usual_layouts(arrived, len(losses)), losses)
 
-    def evidence(
-        self, losses: Tensor, parameters: list[nn.Parameter], weights: Tensor, draws: Tensor
-    ) -> tuple[Tensor, Evidence]:
+    def evidence(self, losses: Tensor, weights: Tensor, draws: Tensor) -> tuple[Tensor, Evidence]:
         """Whether examples keep apart where they usually lie, (), and what `gather` finds; nothing
         looks at a value."""
         trace = self._tape.trace
         arrived = trace.backward(losses, retain_graph=True)
         layouts = trace.usual_layouts(arrived, len(losses))
         agree = do_rows_agree(trace, losses, arrived, layouts, weights)
-        parts, norms = self._parts(arrived, layouts, parameters, losses)
+        parts, norms = self._parts(arrived, layouts, losses)
         bound = self._plan.max_grad_norm
         return agree, gather(parts, norms, losses, draws, arrived=arrived, bound=bound)
 
@@ -201,7 +201,7 @@ class BookKeeping:
 
     # ------------------------------------------------------------------------------------------
 
-    def _found(self, losses: Tensor, parameters: list[nn.Parameter]) -> tuple[Parts, SquaredNorms]:
+    def _found(self, losses: Tensor) -> tuple[Parts, SquaredNorms]:
         """The gradients that the tape saw, with their norms, and checked.
 
         Raises:
@@ -211,14 +211,14 @@ class BookKeeping:
         trace, batch = self._tape.trace, len(losses)
         self.signature = None
         if self.checks is None or not batch:
-            return self.found_unchecked(losses, parameters)
+            return self.found_unchecked(losses)
         check_batch_size(self._tape.batch_size, batch)
         self.signature = signature = self.signature_of(losses)
-        check_rows, check_parameters = self.checks.meet(
+        check_rows, check_parameters = self.checks.observe(
             signature, chooses_rows=signature.chooses_rows, is_doubtful=signature.is_doubtful
         )
         check_rows = check_rows and batch > 1
-        with nothing_accumulated(parameters):
+        with nothing_accumulated(list(self.names)):
             arrived = trace.backward(losses, retain_graph=check_rows or check_parameters)
         self.coarsest = max((torch.finfo(g.dtype).eps for g in arrived if g is not None), default=0)
         known = self.checks.layouts(signature, batch)
@@ -233,7 +233,7 @@ class BookKeeping:
             )
         else:
             layouts = known or trace.usual_layouts(arrived, batch)
-        parts, norms = self._parts(arrived, layouts, parameters, losses)
+        parts, norms = self._parts(arrived, layouts, losses)
         if check_rows and bool(torch.isfinite(norms.values).all()):
             self.checks.show_rows(signature, layouts)
         if check_parameters:
@@ -241,7 +241,7 @@ class BookKeeping:
             evidence = gather(
                 parts, norms, losses, draws, arrived=arrived, bound=self._plan.max_grad_norm
             )
-            if evidence.proves([self.names[parameter] for parameter in parameters]):
+            if evidence.proves(list(self.names.values())):
                 self.checks.show_parameters(signature)
         return parts, norms
 
@@ -249,12 +249,11 @@ class BookKeeping:
         self,
         arrived: Sequence[Tensor | None],
         layouts: Sequence[Layout],
-        parameters: Sequence[Tensor],
         losses: Tensor,
     ) -> tuple[Parts, SquaredNorms]:
         with full_precision(losses.device):
             found = self._tape.trace.gradients(arrived, layouts)
-            parts = {parameter: combine(found.get(parameter, [])) for parameter in parameters}
+            parts = {parameter: combine(found.get(parameter, [])) for parameter in self.names}
         return parts, gradient_norms(parts, losses)
 
     def _signature(self, edges: Sequence[Edge], batch: int) -> Signature:

@@ -69,10 +69,10 @@ class Checks:
         small = [buffer for buffer in self.model.buffers() if buffer.numel() <= _SMALL]
         self.zeros = [tensor for tensor in (*trained, *small) if not tensor.any()]
 
-    def meet(
+    def observe(
         self, signature: Hashable, *, chooses_rows: bool = False, is_doubtful: bool = False
     ) -> tuple[bool, bool]:
-        """A batch comes; whether its rows and whether its parameters' gradients are to be
+        """Count a batch; whether its rows and whether its parameters' gradients are to be
         checked."""
         known = self._known.setdefault(signature, _Known())
         known.batches += 1

@@ -1,14 +1,13 @@
-"""Clipped sums out of per-example gradients: norms, coefficients, one weighted sum."""
+"""Clipping of per-example gradients: norms and coefficients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from dpnlu.engines.outcome import ClipOutcome, WeightedGradients
 from dpnlu.gradients.forms import (
     Gradients,
     GramCache,
@@ -25,33 +24,6 @@ _Rule = Callable[[Tensor, float], Tensor]
 
 # What rounding may cost an example of its coefficient before its norm is taken more exactly.
 _LOOSE = 0.01
-
-
-@dataclass(frozen=True)
-class Clipped:
-    """What became of the clipping units of one call. Private: never log it.
-
-    Attributes:
-        norms: (U,) gradient norms before clipping.
-        finite: (U,) bool; units that are not were left out.
-    """
-
-    norms: Tensor
-    finite: Tensor
-
-    @classmethod
-    def nothing(cls, losses: Tensor) -> Clipped:
-        """Of a batch without examples."""
-        return cls(losses.new_zeros(0), losses.new_zeros(0, dtype=torch.bool))
-
-    @property
-    def non_finite(self) -> int:
-        """How many units were left out."""
-        return len(self.finite) - int(self.finite.sum())
-
-    def first(self, count: int) -> Clipped:
-        """The same of the first units alone."""
-        return Clipped(self.norms[:count], self.finite[:count])
 
 
 def gradient_norms(parts: Parts, losses: Tensor) -> SquaredNorms:
@@ -82,16 +54,10 @@ def weighted_sum(uses: Sequence[Gradients], weights: Tensor, like: Tensor) -> Te
     return total
 
 
-def add_clipped(
-    parts: Parts,
-    norms: SquaredNorms,
-    losses: Tensor,
-    plan: PrivacyPlan,
-    *,
-    into: Mapping[Any, Tensor],
-    scale: float,
-) -> Clipped:
-    """Clip each example's whole gradient, of all parameters together, and add them up.
+def clip_gradients(
+    parts: Parts, norms: SquaredNorms, losses: Tensor, plan: PrivacyPlan
+) -> ClipOutcome:
+    """Clip each example's whole gradient, of all parameters together.
 
     Guarantee: coefficient times gradient, as the factors of `parts` define it, has norm at most
     `plan.max_grad_norm` (1 + 1e-5), whatever was lost to rounding in the norms; for clipping takes
@@ -99,27 +65,23 @@ def add_clipped(
 
     Args:
         norms: (B,) of these gradients.
-        into: parameter -> the sum that is added to, in place.
-        scale: of all that is added.
     """
     with full_precision(losses.device):
-        clipped = Clipped(
-            norms.values.sqrt(), torch.isfinite(norms.values) & torch.isfinite(losses)
-        )
-        coefficients = scale * _coefficients(parts, norms, clipped, plan)
-        if clipped.non_finite:
-            coefficients = torch.where(clipped.finite, coefficients, 0.0)
+        lengths = norms.values.sqrt()
+        finite = torch.isfinite(norms.values) & torch.isfinite(losses)
+        coefficients = _coefficients(parts, norms, lengths, finite, plan)
+        if not bool(finite.all()):
+            coefficients = torch.where(finite, coefficients, 0.0)
             parts = {
-                parameter: [use.finite_rows(clipped.finite) for use in uses]
+                parameter: [use.finite_rows(finite) for use in uses]
                 for parameter, uses in parts.items()
             }
-        for parameter, uses in parts.items():
-            for use in uses:
-                use.add_weighted_sum(coefficients, into[parameter])
-    return clipped
+    return ClipOutcome(lengths, finite, WeightedGradients(parts, coefficients))
 
 
-def _coefficients(parts: Parts, norms: SquaredNorms, clipped: Clipped, plan: PrivacyPlan) -> Tensor:
+def _coefficients(
+    parts: Parts, norms: SquaredNorms, lengths: Tensor, finite: Tensor, plan: PrivacyPlan
+) -> Tensor:
     """(B,) clip coefficients for upper bounds of the norms.
 
     Where the bound is so far above the norm that it costs the example more than a percent of its
@@ -127,8 +89,8 @@ def _coefficients(parts: Parts, norms: SquaredNorms, clipped: Clipped, plan: Pri
     """
     rule, bound = CLIPPING_RULES[plan.clipping], plan.max_grad_norm
     coefficients = rule(_upper(norms), bound)
-    is_loose = coefficients < (1 - _LOOSE) * rule(clipped.norms, bound)
-    examples = (is_loose & clipped.finite).nonzero()[:, 0]
+    is_loose = coefficients < (1 - _LOOSE) * rule(lengths, bound)
+    examples = (is_loose & finite).nonzero()[:, 0]
     if len(examples):
         found = [norms_written_out(uses, examples) for uses in parts.values() if uses]
         closer = _added(found, norms.values.new_zeros(len(examples)))

@@ -11,9 +11,9 @@ begin as noise, whose memory is not there while the forward pass needs its own.
 
 Guarantee: that of the engine, as far as torch's compiler keeps what programs mean. The operations
 of each program, before they are compiled, are compared with plain automatic differentiation, as the
-engine's courses are. What a program would keep from its tracing, though it may change or belongs to
-one batch, is refused (`dpnlu.engines.tracing`). Numbers that the losses' function holds otherwise
-stay what they were.
+engine does for each graph signature. What a program would keep from its tracing, though it may
+change or belongs to one batch, is refused (`dpnlu.engines.tracing`). Numbers that the losses'
+function holds otherwise stay what they were.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from dpnlu.engines.book_keeping import BookKeeping
 from dpnlu.engines.checks import own_generator
-from dpnlu.engines.clipped import Clipped, Parts
+from dpnlu.engines.clipped import Parts
+from dpnlu.engines.outcome import ClipOutcome
 from dpnlu.engines.refusals import check_losses
 from dpnlu.engines.separation import draw_weights
 from dpnlu.engines.tracing import traced
@@ -44,7 +45,6 @@ from dpnlu.gradients.signature import Signature
 _PROGRAMS = 8
 
 Program = Callable[..., Any]
-Parameters = list[nn.Parameter]
 
 
 @dataclass
@@ -75,21 +75,23 @@ class _Programs:
 
 
 class CompiledClipping:
-    """Adds clipped gradients to sums by compiled programs, which are made as shapes come."""
+    """Clips gradients that compiled programs find; these are made as shapes come.
+
+    Attributes:
+        losses_of: batch -> (B,) losses.
+    """
 
     def __init__(
         self,
         engine: BookKeeping,
         losses_of: Callable[[Any], Tensor],
         *,
-        scale: float,
         backend: str,
     ) -> None:
         """Nothing is compiled yet.
 
         Args:
             losses_of: batch -> (B,) losses of the model that the engine watches.
-            scale: of all that is added.
             backend: of `torch.compile`.
 
         Raises:
@@ -102,20 +104,18 @@ class CompiledClipping:
                     f"{name or 'the top'}: unrolled over time it takes minutes to compile and "
                     "gains nothing; use private.stepper."
                 )
-        self._engine, self._losses_of = engine, losses_of
-        self._scale, self._backend = scale, backend
+        self.losses_of = losses_of
+        self._engine, self._backend = engine, backend
         self._generator = own_generator()
         self._programs: dict[Any, _Programs] = {}
 
-    def add_clipped(
-        self, batch: Any, *, count: int, kept: int, into: Mapping[nn.Parameter, Tensor]
-    ) -> Clipped:
-        """Add scale * (sum of clipped gradients) to the buffers of `into`.
+    def clip(self, batch: Any, *, count: int, kept: int) -> ClipOutcome:
+        """Compute the losses of a batch and clip their gradients.
 
         Args:
             batch: tensors, numbers and strings in dictionaries, lists and tuples.
             count: number of examples in it.
-            kept: of the first so many examples; the others add nothing.
+            kept: how many of them count, the first ones.
 
         Raises:
             TypeError: the batch holds something else.
@@ -123,40 +123,34 @@ class CompiledClipping:
         """
         leaves, nesting = tree_flatten(batch)
         tensors = [leaf.contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
-        device = next(iter(into)).device
+        device = next(iter(self._engine.names)).device
         inputs = (*tensors, torch.tensor(kept, device=device))
         key = (count, repr(nesting), *map(_described, leaves), *self._modes(device.type))
         programs = self._programs.get(key)
         if programs is None:
             self._run_once(batch, device)
             with self._unchanged(tensors):
-                programs = self._made(leaves, nesting, count, inputs, list(into))
+                programs = self._made(leaves, nesting, count, inputs)
             self._programs[key] = programs
             self._warn_of_many()
         with self._unchanged(tensors) if programs.is_new else nullcontext():
             if programs.check is not None:
-                self._check(programs.check, key, inputs, list(into))
+                self._check(programs.check, key, inputs)
             parts, norms, losses = programs.run(inputs, device)
         programs.is_new = False
-        return self._engine.add_found(parts, norms, losses, into=into, scale=self._scale)
+        return self._engine.clip_found(parts, norms, losses).first(kept)
 
     def _run_once(self, batch: Any, device: torch.device) -> None:
         """Have the model compute what it computes once and keeps while tensors have values."""
         devices = [] if device.type == "cpu" else [device]
         with torch.no_grad(), torch.random.fork_rng(devices, device_type=device.type):
-            self._losses_of(batch)
+            self.losses_of(batch)
 
-    def _check(
-        self,
-        check: Program,
-        key: tuple[Any, ...],
-        inputs: tuple[Tensor, ...],
-        parameters: Parameters,
-    ) -> None:
+    def _check(self, check: Program, key: tuple[Any, ...], inputs: tuple[Tensor, ...]) -> None:
         """Check the batch, if it is its turn."""
         checks, names = self._engine.checks, self._engine.names
         assert checks is not None
-        rows, gradients = checks.meet(key)
+        rows, gradients = checks.observe(key)
         if not (rows or gradients):
             return
         like = torch.empty(key[0], device=inputs[-1].device)
@@ -171,7 +165,7 @@ class CompiledClipping:
                 "of every activation to hold the examples, got a forward pass in which examples "
                 "mix or lie otherwise: use private.stepper, which says where."
             )
-        if Evidence(*found).proves([names[parameter] for parameter in parameters]):
+        if Evidence(*found).proves(list(names.values())):
             checks.show_rows(key, [])
             checks.show_parameters(key)
 
@@ -209,63 +203,90 @@ class CompiledClipping:
             )
 
     def _made(
-        self,
-        leaves: list[Any],
-        nesting: TreeSpec,
-        count: int,
-        inputs: tuple[Tensor, ...],
-        parameters: Parameters,
+        self, leaves: list[Any], nesting: TreeSpec, count: int, inputs: tuple[Tensor, ...]
     ) -> _Programs:
         """Trace and compile; `inputs` show the shapes."""
         engine, model = self._engine, self._engine.model
-        signatures: list[Signature] = []
-        forms: list[_Forms] = []
-
-        def losses(tensors: tuple[Tensor, ...]) -> Tensor:
-            *values, kept = tensors
-            batch = tree_unflatten(_with_tensors(leaves, iter(values)), nesting)
-            with engine.recording(batch, count):
-                found = self._losses_of(batch)
-            check_losses(found, count)
-            if engine.is_checkpointed:
-                raise UnsupportedLayerError(
-                    "Expected every module to run once, but activation checkpointing runs some "
-                    "again, with other units dropped if a program is traced: switch it off, or use "
-                    "private.stepper."
-                )
-            signatures.append(engine.signature_of(found))
-            return torch.where(torch.arange(count, device=found.device) < kept, found, 0.0)
-
-        def find(*tensors: Tensor) -> list[Tensor]:
-            found = losses(tensors)
-            parts, norms = engine.found_unchecked(found, parameters)
-            engine.expect(None)
-            forms.append(_Forms.of(parts))
-            return [found.detach(), norms.values, norms.slack, *forms[0].tensors()]
-
-        def check(weights: Tensor, draws: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-            found = losses(tensors)
-            agree, evidence = engine.evidence(found, parameters, weights, draws)
-            engine.expect(None)
-            return agree, *vars(evidence).values()
-
-        drawn = [torch.ones(count, device=inputs[-1].device)] * 2
+        tracing = _Tracing(engine, self.losses_of, leaves, nesting, count)
         checking = None
         if engine.checks is not None:
-            checking = traced(check, (*drawn, *inputs), model=model)
-        finding = traced(find, inputs, model=model)
-        is_doubtful = all(signature.is_doubtful for signature in signatures)
-        if is_doubtful or any(s != signatures[0] or s.chooses_rows for s in signatures):
-            raise UnsupportedLayerError(
-                "Expected a forward pass that takes the same course every time and the examples as "
-                "they come, got one that changes or picks rows by their values: use "
-                "private.stepper."
-            )
+            drawn = [torch.ones(count, device=inputs[-1].device)] * 2
+            checking = traced(tracing.check, (*drawn, *inputs), model=model)
+        finding = traced(tracing.find, inputs, model=model)
+        tracing.check_signatures()
+        assert tracing.forms is not None
         return _Programs(
             find=torch.compile(finding, backend=self._backend, fullgraph=True, dynamic=False),
-            forms=forms[0],
+            forms=tracing.forms,
             check=checking,
         )
+
+
+class _Tracing:
+    """The functions that are traced for one shape of the batch.
+
+    Attributes:
+        forms: of the gradients that `find` found last.
+    """
+
+    def __init__(
+        self,
+        engine: BookKeeping,
+        losses_of: Callable[[Any], Tensor],
+        leaves: list[Any],
+        nesting: TreeSpec,
+        count: int,
+    ) -> None:
+        self._engine, self._losses_of = engine, losses_of
+        self._leaves, self._nesting, self._count = leaves, nesting, count
+        self._signatures: list[Signature] = []
+        self.forms: _Forms | None = None
+
+    def find(self, *tensors: Tensor) -> list[Tensor]:
+        """See `_Programs`."""
+        losses = self._losses(tensors)
+        parts, norms = self._engine.found_unchecked(losses)
+        self._engine.expect(None)
+        self.forms = _Forms.of(parts)
+        return [losses.detach(), norms.values, norms.slack, *self.forms.tensors()]
+
+    def check(self, weights: Tensor, draws: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """See `_Programs`."""
+        losses = self._losses(tensors)
+        agree, evidence = self._engine.evidence(losses, weights, draws)
+        self._engine.expect(None)
+        return agree, *vars(evidence).values()
+
+    def check_signatures(self) -> None:
+        """Whether all that was traced did the same, whatever the values.
+
+        Raises:
+            UnsupportedLayerError: it did not.
+        """
+        first = self._signatures[0]
+        is_doubtful = all(signature.is_doubtful for signature in self._signatures)
+        if is_doubtful or any(s != first or s.chooses_rows for s in self._signatures):
+            raise UnsupportedLayerError(
+                "Expected a forward pass that does the same operations every time and takes the "
+                "examples as they come, got one that changes or picks rows by their values: use "
+                "private.stepper."
+            )
+
+    def _losses(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        """(B,) of a batch; those that do not count are constants."""
+        *values, kept = tensors
+        batch = tree_unflatten(_with_tensors(self._leaves, iter(values)), self._nesting)
+        with self._engine.recording(batch, self._count):
+            found = self._losses_of(batch)
+        check_losses(found, self._count)
+        if self._engine.is_checkpointed:
+            raise UnsupportedLayerError(
+                "Expected every module to run once, but activation checkpointing runs some again, "
+                "with other units dropped if a program is traced: switch it off, or use "
+                "private.stepper."
+            )
+        self._signatures.append(self._engine.signature_of(found))
+        return torch.where(torch.arange(self._count, device=found.device) < kept, found, 0.0)
 
 
 @dataclass(frozen=True)

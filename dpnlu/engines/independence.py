@@ -1,4 +1,4 @@
-"""Whether an example's loss and gradient stay what they are in other company.
+"""Whether an example's loss and gradient stay the same when other examples are exchanged.
 
 What crosses from one example to another without a gradient path, a detached mean, a division by the
 batch's tokens, a routing that has only so much room, shows in no comparison of gradients. It shows
@@ -18,7 +18,7 @@ import random
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,22 +49,33 @@ class Answers:
     signature: Hashable = None
 
 
-@dataclass(frozen=True)
-class Run:
+class SmallerBatch(Protocol):
+    """Can make a batch of the same kind with another number of examples."""
+
+    def make(self) -> tuple[Any, int]:
+        """The batch, and the number of its examples."""
+
+
+class Run(Protocol):
     """Something that was computed of a batch and can be computed again.
 
     Attributes:
-        again: a batch -> what is said of its examples, with the same random numbers every time.
         batch: what it was computed of.
         answers: what was said then, of the first examples or of all; None: it is computed again.
-        fewer: makes the same kind of batch of fewer examples, and tells how many; None: who made
-            the batch is not known.
+        smaller: makes a batch to compare shapes with; None: who made the batch is not known.
     """
 
-    again: Callable[[Any], Answers]
-    batch: Any
-    answers: Answers | None = None
-    fewer: Callable[[], tuple[Any, int]] | None = None
+    @property
+    def batch(self) -> Any: ...
+
+    @property
+    def answers(self) -> Answers | None: ...
+
+    @property
+    def smaller(self) -> SmallerBatch | None: ...
+
+    def again(self, batch: Any) -> Answers:
+        """What is said of the examples of a batch, with the same random numbers every time."""
 
 
 class Independence:
@@ -78,7 +89,7 @@ class Independence:
 
     def is_due(self, signature: Hashable, count: int) -> bool:
         """Whether to check a batch of `count` examples."""
-        return count > 1 and self._checks.meet(signature)[1]
+        return count > 1 and self._checks.observe(signature)[1]
 
     def check(
         self, runs: Sequence[Run], *, count: int, signature: Hashable, coarsest: float
@@ -170,9 +181,9 @@ class _Exchange:
 
     def _learns_more(self) -> bool:
         """See a batch of fewer examples, if their number may be that of something else."""
-        if self._run.fewer is None or not self._places.may_be_chance:
+        if self._run.smaller is None or not self._places.may_be_chance:
             return False
-        self._places.learn(*self._run.fewer())
+        self._places.learn(*self._run.smaller.make())
         return True
 
     def _changed(self, other: Answers, stay: Tensor) -> Tensor:
@@ -199,9 +210,7 @@ class _Exchange:
 
     def _accusation(self, source: Tensor, example: int, other: Any) -> str:
         stay = source == torch.arange(self._count)
-        name = _first_module_that_changes(
-            self._model, self._run.again, (self._run.batch, other), stay
-        )
+        name = _first_module_that_changes(self._model, self._run, (self._run.batch, other), stay)
         where = "" if name is None else f", first in module {name}"
         return (
             "Expected the loss of one example to depend on that example alone, but that of example "
@@ -262,7 +271,7 @@ def _cut(values: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _first_module_that_changes(
-    model: nn.Module, run: Callable[[Any], object], batches: tuple[Any, Any], stay: Tensor
+    model: nn.Module, run: Run, batches: tuple[Any, Any], stay: Tensor
 ) -> str | None:
     """The first module whose outputs for the examples that stay differ; None: there is none."""
     seen: list[list[tuple[str, list[Tensor]]]] = []
@@ -273,7 +282,7 @@ def _first_module_that_changes(
             for name, module in model.named_modules()
         ]
         try:
-            run(batch)
+            run.again(batch)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from dpnlu.engines.clipped import Clipped
+from dpnlu.engines.outcome import ClipOutcome, OpenUnit, WrittenOut, buffer_like
 from dpnlu.engines.plain import gradient_of, norm_of
 from dpnlu.mechanism.clipping import CLIPPING_RULES
 from dpnlu.mechanism.plan import PrivacyPlan
-
-
-@dataclass
-class _Unit:
-    """The micro-batch that is being added up."""
-
-    sums: list[Tensor] = field(default_factory=list)
-    size: int = 0
 
 
 class Microbatch:
@@ -30,71 +18,67 @@ class Microbatch:
     into any other, so the sensitivity is 2C, which the plan accounts for.
     """
 
-    takes_whole_batches = False
     counts_forward_passes = False
 
     def __init__(self, model: nn.Module, plan: PrivacyPlan) -> None:
         self._plan = plan
-        self._unit = _Unit()
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
 
-    def expect(self, batch_size: int | None, batch: Any = None) -> None:
-        if batch_size is None:
-            self._unit = _Unit()  # the one before was broken off
-
-    def add_clipped(
+    def clip(
         self,
         losses: Tensor,
         *,
-        into: Mapping[nn.Parameter, Tensor],
-        scale: float,
-        closes_unit: bool | None = True,
-    ) -> Clipped | None:
-        if closes_unit is None:
-            return self._add_whole_batch(losses, into, scale)
+        kept: int | None = None,
+        unit: OpenUnit | None = None,
+        closes_unit: bool = True,
+    ) -> ClipOutcome:
+        losses = losses[:kept]
+        if unit is None:
+            return self._clip_whole_batch(losses)
         if len(losses):
-            self._extend_unit(losses, list(into), keep_graph=False)
-        return self._close_unit(into, scale) if closes_unit else None
+            self._extend(unit, losses, keep_graph=False)
+        is_complete = closes_unit and unit.size > 0
+        return self._closed(unit) if is_complete else ClipOutcome.nothing(losses)
 
-    def _add_whole_batch(
-        self, losses: Tensor, into: Mapping[nn.Parameter, Tensor], scale: float
-    ) -> Clipped:
+    def _clip_whole_batch(self, losses: Tensor) -> ClipOutcome:
         """A logical batch in one piece: its examples are assigned here, independently."""
         assert self._plan.microbatches is not None
+        if not len(losses):
+            return ClipOutcome.nothing(losses)
         group = torch.randint(self._plan.microbatches, (len(losses),), device=losses.device)
-        closed = []
+        sums = {parameter: buffer_like(parameter).zero_() for parameter in self._parameters}
+        norms, finite = [], []
         for number in torch.unique(group):
-            self._extend_unit(losses[group == number], list(into), keep_graph=True)
-            closed.append(self._close_unit(into, scale))
-        if not closed:
-            return Clipped.nothing(losses)
-        return Clipped(
-            torch.cat([unit.norms for unit in closed]), torch.cat([unit.finite for unit in closed])
-        )
+            outcome = self._clip_group(losses[group == number])
+            if outcome.total is not None:
+                outcome.total.add_to(sums, scale=1.0)
+            norms.append(outcome.norms)
+            finite.append(outcome.finite)
+        return ClipOutcome(torch.cat(norms), torch.cat(finite), WrittenOut(sums))
 
-    def _extend_unit(
-        self, losses: Tensor, parameters: list[nn.Parameter], *, keep_graph: bool
-    ) -> None:
-        gradients = gradient_of(losses.sum(), parameters, keep_graph=keep_graph)
-        unit = self._unit
+    def _clip_group(self, losses: Tensor) -> ClipOutcome:
+        """A micro-batch in one piece, of a graph that others need as well."""
+        unit = OpenUnit()
+        self._extend(unit, losses, keep_graph=True)
+        return self._closed(unit)
+
+    def _extend(self, unit: OpenUnit, losses: Tensor, *, keep_graph: bool) -> None:
+        """Examples join a micro-batch."""
+        gradients = gradient_of(losses.sum(), self._parameters, keep_graph=keep_graph)
         unit.size += len(losses)
         if unit.sums:
             torch._foreach_add_(unit.sums, gradients)
         else:
             unit.sums = gradients
 
-    def _close_unit(self, into: Mapping[nn.Parameter, Tensor], scale: float) -> Clipped:
-        unit, self._unit = self._unit, _Unit()
-        norm = norm_of(unit.sums) / unit.size
-        clipped = Clipped(norm[None], torch.isfinite(norm)[None])
-        if clipped.non_finite:
-            return clipped
+    def _closed(self, unit: OpenUnit) -> ClipOutcome:
+        """The micro-batch is complete."""
+        sums, size = unit.emptied()
+        norm = norm_of(sums) / size
+        finite = torch.isfinite(norm)
+        if not bool(finite):
+            return ClipOutcome(norm[None], finite[None], None)
         rule = CLIPPING_RULES[self._plan.clipping]
-        coefficient = float(rule(norm[None], self._plan.max_grad_norm)) * scale / unit.size
-        torch._foreach_add_(list(into.values()), unit.sums, alpha=coefficient)
-        return clipped
-
-    def weights_changed(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self._unit = _Unit()
+        coefficient = float(rule(norm[None], self._plan.max_grad_norm)) / size
+        total = WrittenOut(dict(zip(self._parameters, sums, strict=True)), coefficient)
+        return ClipOutcome(norm[None], finite[None], total)

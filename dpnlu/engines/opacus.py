@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from dpnlu.engines.clipped import Clipped, add_clipped, gradient_norms
+from dpnlu.engines.base import without_fillers
+from dpnlu.engines.clipped import clip_gradients, gradient_norms
+from dpnlu.engines.outcome import ClipOutcome, OpenUnit
 from dpnlu.gradients.errors import UnsupportedLayerError
 from dpnlu.gradients.forms import Dense
 from dpnlu.mechanism.plan import PrivacyPlan
@@ -20,7 +21,6 @@ class Opacus:
     have to be exchanged for Opacus' own.
     """
 
-    takes_whole_batches = True
     counts_forward_passes = True
 
     def __init__(self, model: nn.Module, plan: PrivacyPlan) -> None:
@@ -37,40 +37,39 @@ class Opacus:
         except NotImplementedError as error:
             raise UnsupportedLayerError(f"Opacus refuses this model: {error}") from None
         self._model, self._plan = model, plan
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
 
-    def expect(self, batch_size: int | None, batch: Any = None) -> None:
-        pass
-
-    def add_clipped(
+    def clip(
         self,
         losses: Tensor,
         *,
-        into: Mapping[nn.Parameter, Tensor],
-        scale: float,
-        closes_unit: bool | None = True,
-    ) -> Clipped:
+        kept: int | None = None,
+        unit: OpenUnit | None = None,
+        closes_unit: bool = True,
+    ) -> ClipOutcome:
         if not len(losses):
-            return Clipped.nothing(losses)
+            return ClipOutcome.nothing(losses)
+        losses = without_fillers(losses, kept)
         losses.sum().backward()  # type: ignore[no-untyped-call]
-        for parameter in into:
+        for parameter in self._parameters:
             parameter.grad = None  # Opacus' gradients lie beside it
-        self._check_forward_passes(list(into))
+        self._check_forward_passes()
         parts: dict[Tensor, list[Dense]] = {}
-        for parameter in into:
+        for parameter in self._parameters:
             found: Any = getattr(parameter, "grad_sample", None)
             if found is not None:
                 parts[parameter] = [Dense(found)]
         self._hooks.set_grad_sample_to_none()
         norms = gradient_norms(parts, losses)
-        return add_clipped(parts, norms, losses, self._plan, into=into, scale=scale)
+        return clip_gradients(parts, norms, losses, self._plan).first(kept)
 
-    def _check_forward_passes(self, parameters: list[nn.Parameter]) -> None:
+    def _check_forward_passes(self) -> None:
         """Opacus counts forward passes, and delivers nothing while one has had no backward pass.
 
         Raises:
             RuntimeError: there is such a one.
         """
-        counted: list[Any] = [p for p in parameters if getattr(p, "_forward_counter", 0)]
+        counted: list[Any] = [p for p in self._parameters if getattr(p, "_forward_counter", 0)]
         if not counted:
             return
         for parameter in counted:
@@ -84,10 +83,8 @@ class Opacus:
             "the model under torch.no_grad() for anything but training."
         )
 
-    def weights_changed(self) -> None:
-        pass
-
     def close(self) -> None:
+        """Leave the model as it was."""
         self._hooks.cleanup()
         for module in self._model.modules():
             vars(module).pop("activations", None)  # Opacus leaves its empty lists behind

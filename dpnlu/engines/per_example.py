@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from dpnlu.engines.clipped import Clipped
+from dpnlu.engines.outcome import ClipOutcome, OpenUnit, WrittenOut, buffer_like
 from dpnlu.engines.plain import gradient_of, norm_of, nothing_accumulated
 from dpnlu.mechanism.clipping import CLIPPING_RULES
 from dpnlu.mechanism.plan import PrivacyPlan
@@ -21,48 +18,44 @@ class PerExample:
     cannot tell whom they spoilt, this engine stops at a batch of several where that happened.
     """
 
-    takes_whole_batches = False
     counts_forward_passes = False
 
     def __init__(self, model: nn.Module, plan: PrivacyPlan) -> None:
         self._plan = plan
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
 
-    def expect(self, batch_size: int | None, batch: Any = None) -> None:
-        pass
-
-    def add_clipped(
+    def clip(
         self,
         losses: Tensor,
         *,
-        into: Mapping[nn.Parameter, Tensor],
-        scale: float,
-        closes_unit: bool | None = True,
-    ) -> Clipped:
-        parameters = list(into)
-        rule = CLIPPING_RULES[self._plan.clipping]
-        norms, finite = [], []
-        for loss in losses:
-            with nothing_accumulated(parameters):
-                gradients = gradient_of(loss, parameters, keep_graph=True)
-            norm = norm_of(gradients)
-            norms.append(norm)
-            if len(losses) > 1 and not bool(torch.isfinite(norm)):
-                raise RuntimeError(
-                    "Expected finite gradients: engine 'per_example' cannot tell an infinite one "
-                    "from those it spreads to; use engine='book_keeping', or one example at a time."
-                )
-            finite.append(torch.isfinite(norm) & torch.isfinite(loss))
-            if not bool(finite[-1]):
-                continue
-            coefficient = rule(norm[None], self._plan.max_grad_norm)[0] * scale
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                into[parameter].add_(gradient * coefficient)
-        return (
-            Clipped(torch.stack(norms), torch.stack(finite)) if norms else Clipped.nothing(losses)
-        )
+        kept: int | None = None,
+        unit: OpenUnit | None = None,
+        closes_unit: bool = True,
+    ) -> ClipOutcome:
+        losses = losses[:kept]
+        if not len(losses):
+            return ClipOutcome.nothing(losses)
+        sums = {parameter: buffer_like(parameter).zero_() for parameter in self._parameters}
+        is_alone = len(losses) == 1
+        norms = torch.stack([self._clip_one(loss, sums, is_alone=is_alone) for loss in losses])
+        finite = torch.isfinite(norms) & torch.isfinite(losses)
+        return ClipOutcome(norms, finite, WrittenOut(sums))
 
-    def weights_changed(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+    def _clip_one(
+        self, loss: Tensor, sums: dict[nn.Parameter, Tensor], *, is_alone: bool
+    ) -> Tensor:
+        """Add the clipped gradient of one example to the sums; returned is its norm, ()."""
+        with nothing_accumulated(self._parameters):
+            gradients = gradient_of(loss, self._parameters, keep_graph=True)
+        norm = norm_of(gradients)
+        if not (is_alone or bool(torch.isfinite(norm))):
+            raise RuntimeError(
+                "Expected finite gradients: engine 'per_example' cannot tell an infinite one "
+                "from those it spreads to; use engine='book_keeping', or one example at a time."
+            )
+        if bool(torch.isfinite(norm) & torch.isfinite(loss)):
+            rule = CLIPPING_RULES[self._plan.clipping]
+            coefficient = float(rule(norm[None], self._plan.max_grad_norm))
+            for total, gradient in zip(sums.values(), gradients, strict=True):
+                total.add_(gradient, alpha=coefficient)
+        return norm

@@ -2,7 +2,7 @@
 
 A random weighted sum of all examples' gradients is compared with the gradient of the same weighted
 losses, and the norms of some examples with those of gradients that are written out. This finds our
-own mistakes; it is no matter of the guarantee, as an example's contribution is clipped by its own
+own mistakes. The guarantee does not rest on it, as an example's contribution is clipped by its own
 norm whatever it is. That every use was seen (`dpnlu.engines.coverage`) and that examples are kept
 apart (`dpnlu.engines.separation`) are questions of their own.
 """

@@ -1,4 +1,4 @@
-"""Private training: the handle that a plain loop uses, and a loop of our own on top of it.
+"""Private training: `privatize`, and the handle that a loop of your own uses.
 
 private = privatize(model, optimizer, plan)
 step = private.stepper(per_example_loss)         # batch -> (B,) losses
@@ -9,8 +9,8 @@ print(private.epsilon())
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -23,28 +23,17 @@ from torch.utils.data import Dataset
 
 from dpnlu.engines import ENGINES
 from dpnlu.engines.base import Engine
-from dpnlu.engines.batches import by_example
 from dpnlu.engines.book_keeping import BookKeeping
-from dpnlu.engines.clipped import Clipped
-from dpnlu.engines.independence import Answers, Independence, Run
-from dpnlu.engines.moment import Moments
-from dpnlu.engines.refusals import check_losses, check_shape, check_trainable, check_unchanged
-from dpnlu.gradients.calls import Call
-from dpnlu.gradients.signature import Signature
-from dpnlu.mechanism.ledger import Ledger, LedgerError
+from dpnlu.engines.independence import Independence
+from dpnlu.engines.refusals import check_trainable
+from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.noise import entropy_generators
 from dpnlu.mechanism.plan import PrivacyPlan
-from dpnlu.mechanism.sampling import PhysicalBatch
 from dpnlu.training.loader import PrivateLoader
-from dpnlu.training.logical_batch import NoisySums
-
-
-class NonFiniteBatchError(RuntimeError):
-    """Every gradient of a logical batch was infinite or not a number.
-
-    Nothing of the batch is released. That training stopped there is itself a word about the data,
-    which ε does not cover: it is for whoever holds the data.
-    """
+from dpnlu.training.logical_batch import Mechanism
+from dpnlu.training.logical_batch import NonFiniteBatchError as NonFiniteBatchError
+from dpnlu.training.stepping import Stepping
+from dpnlu.training.steps import Steps
 
 
 def privatize(
@@ -76,9 +65,9 @@ def privatize(
             "system": the operating system's entropy for every draw, cryptographically secure and
             slow; a generator of your own, to repeat an experiment: never for a model that is
             released.
-        sampling_rng: the coins of Poisson sampling; None: fresh entropy.
+        sampling_rng: the random numbers of Poisson sampling; None: fresh entropy.
         verify: check before anything is released that every use of a parameter was recorded, that
-            no example has a part in another's gradient, loss or norm, and that gradients are those
+            no example changes another's gradient, loss or norm, and that gradients are those
             of plain automatic differentiation: the first of every batch, the others as often as
             `dpnlu.engines.checks` says.
 
@@ -96,24 +85,26 @@ def privatize(
     parameters = check_trainable(model, optimizer)
     generators = _generators(noise, parameters[0].device)
     options = {"verify": verify} if name == "book_keeping" else {}
-    made = ENGINES[name](model, plan, **options)
-    try:
+    with ExitStack() as stack:
+        made = stack.enter_context(ENGINES[name](model, plan, **options))
         # Last: a file that holds nothing would still have to be resumed.
         ledger = ledger if isinstance(ledger, Ledger) else Ledger(plan, path=ledger)
-    except (LedgerError, OSError):
-        made.close()
-        raise
-    return PrivateTraining(
-        plan=plan,
-        model=model,
-        parameters=parameters,
-        optimizer=optimizer,
-        engine=made,
-        ledger=ledger,
-        generators=generators,
-        sampling_rng=sampling_rng or np.random.default_rng(),
-        verify=verify,
-    )
+        stack.callback(ledger.close)
+        mechanism = Mechanism(
+            plan=plan,
+            ledger=ledger,
+            model=model,
+            parameters=parameters,
+            optimizer=optimizer,
+            generators=generators,
+        )
+        return PrivateTraining(
+            mechanism,
+            engine=made,
+            attached=stack.pop_all(),
+            sampling_rng=sampling_rng or np.random.default_rng(),
+            verify=verify,
+        )
 
 
 class PrivateTraining:
@@ -126,42 +117,33 @@ class PrivateTraining:
 
     def __init__(
         self,
+        mechanism: Mechanism,
         *,
-        plan: PrivacyPlan,
-        model: nn.Module,
-        parameters: list[nn.Parameter],
-        optimizer: Optimizer,
         engine: Engine,
-        ledger: Ledger,
-        generators: Sequence[torch.Generator],
+        attached: ExitStack,
         sampling_rng: np.random.Generator,
         verify: bool,
     ) -> None:
-        self.plan = plan
-        self.ledger = ledger
-        self.steps_taken = 0
-        self._model = model
-        self._parameters = parameters
-        self._recorder = engine if isinstance(engine, BookKeeping) else None
+        self.plan, self.ledger = mechanism.plan, mechanism.ledger
+        self._engine, self._attached = engine, attached
+        self._sampling_rng = sampling_rng
         # A micro-batch is clipped as a whole: what its members do to each other does not matter.
-        checks = verify and plan.clipping_unit == "example"
-        self._independence = Independence(model) if checks else None
-        self._moments = Moments(model)
-        self._optimizer = optimizer
-        self._engine = engine
-        self._generators = generators
-        self.sampling_rng = sampling_rng
-        #: Of the logical batch that is open: noise, and the gradients clipped so far.
-        self._sums: NoisySums | None = None
-        self._released: Mapping[nn.Parameter, Tensor] = {}
-        self._is_closed = False
-        self._loop: object | None = None
-        self._pending: PhysicalBatch | None = None
-        self._fewer: Callable[[], tuple[Any, int]] | None = None
-        self._warned = False
-        self._units = self._non_finite = 0
-        #: Clipping units left out so far because their gradient was not finite. Private.
-        self.non_finite_units = 0
+        checks = verify and self.plan.clipping_unit == "example"
+        independence = Independence(mechanism.model) if checks else None
+        recorder = engine if isinstance(engine, BookKeeping) else None
+        derived = [one for one in (recorder, independence) if one is not None]
+        self.steps = Steps(mechanism, recorder=recorder, derived=derived)
+        self._stepping = Stepping(engine, self.steps, independence=independence)
+
+    @property
+    def steps_taken(self) -> int:
+        """Releases that this training has made; those of the ledger may be more."""
+        return self.steps.taken
+
+    @property
+    def non_finite_units(self) -> int:
+        """Clipping units left out so far because their gradient was not finite. Private."""
+        return self.steps.non_finite_units
 
     @property
     def remaining_steps(self) -> int:
@@ -170,7 +152,7 @@ class PrivateTraining:
         Guarantee: with them ε does not pass the plan's; see `Ledger.remaining_steps`. Steps outside
         the loader cost more than planned, and leave fewer.
         """
-        return self.ledger.remaining_steps(self.plan)
+        return self.steps.remaining
 
     def epsilon(self, *, accountant: str = "pld") -> float:
         """ε spent so far, at the plan's δ, from the ledger."""
@@ -184,7 +166,7 @@ class PrivateTraining:
 
         Guarantee: nothing is here that the ledger does not hold.
         """
-        return {p: total * self.plan.divisor for p, total in self._released.items()}
+        return {p: total * self.plan.divisor for p, total in self.steps.released.items()}
 
     def loader(
         self,
@@ -214,8 +196,9 @@ class PrivateTraining:
                 and not given.
         """
         return PrivateLoader(
-            self,
+            self.steps,
             dataset,
+            rng=self._sampling_rng,
             collate_fn=collate_fn,
             physical_batch_size=physical_batch_size,
             fixed_size=fixed_size,
@@ -240,30 +223,7 @@ class PrivateTraining:
             over the loader, its examples count as one whole logical batch.
         """
 
-        def step(data: Any) -> bool:
-            batch = self._pending
-            if batch is None:
-                self._check_unsampled()
-            moment = self._moments.now()
-            losses = self._losses(losses_of, data, batch)
-            self._moments.notice(moment)
-
-            def again(other: Any) -> Answers:
-                with moment.repeated():
-                    return self._answers(self._losses_again(losses_of, other, batch), batch)
-
-            def add(sums: NoisySums) -> Clipped | None:
-                clipped = self._add(losses, batch, sums)
-                if clipped is not None and self._is_to_be_exchanged(len(losses)):
-                    norms = [] if self._recorder is None else [clipped.norms]
-                    values = [losses.detach()[: len(clipped.norms)], *norms]
-                    known = Answers(values, self._exact_signature)
-                    self._exchange([Run(again, data, known, self._fewer)], len(losses))
-                return clipped
-
-            return self._advance(batch, add)
-
-        return step
+        return lambda batch: self._stepping.by_function(losses_of, batch)
 
     def step(self, losses: Tensor) -> bool:
         """Clip and add up the gradients of these examples; release at the end of a logical batch.
@@ -287,19 +247,7 @@ class PrivateTraining:
             RuntimeError: the loader's batch was stepped already, all planned steps are taken, the
                 training is closed, or a gradient was left by a call of backward.
         """
-        batch = self._pending
-        check_losses(losses, None if batch is None else len(batch.ids))
-        if batch is None:
-            self._check_unsampled()
-        calls = [] if self._recorder is None else self._recorder.calls
-
-        def add(sums: NoisySums) -> Clipped | None:
-            clipped = self._add(losses, batch, sums)
-            if calls and self._is_to_be_exchanged(len(losses)):
-                self._exchange([self._again(call, len(losses)) for call in calls], len(losses))
-            return clipped
-
-        return self._advance(batch, add)
+        return self._stepping.by_losses(losses)
 
     def compile(
         self, losses_of: Callable[[Any], Tensor], *, backend: str = "inductor"
@@ -333,45 +281,17 @@ class PrivateTraining:
             raise ValueError("Expected engine='book_keeping', the one whose steps can be compiled.")
         from dpnlu.engines.compiled import CompiledClipping  # loads torch's compiler
 
-        clipping = CompiledClipping(
-            self._engine, losses_of, scale=1 / self.plan.divisor, backend=backend
-        )
-
-        def step(data: Any) -> bool:
-            batch = self._pending
-            if batch is None:
-                raise RuntimeError(
-                    "Expected one compiled step for each batch of private.loader, got another: "
-                    "call it inside the loop, with the loop's batch."
-                )
-            count, kept = len(batch.ids), len(batch.ids) - batch.fillers
-            moment = self._moments.now()
-
-            def again(other: Any) -> Answers:
-                with torch.no_grad(), moment.repeated():
-                    return Answers([losses_of(other)[:kept]])
-
-            def add(sums: NoisySums) -> Clipped:
-                clipped = clipping.add_clipped(data, count=count, kept=kept, into=sums).first(kept)
-                if self._is_to_be_exchanged(count):
-                    self._exchange([Run(again, data, fewer=self._fewer)], count)
-                return clipped
-
-            return self._advance(batch, add)
-
-        return step
+        clipping = CompiledClipping(self._engine, losses_of, backend=backend)
+        return lambda batch: self._stepping.by_program(clipping, batch)
 
     def weights_changed(self) -> None:
         """Somebody else than the optimizer has changed weights: what was all zero may not be."""
-        self._engine.weights_changed()
-        if self._independence is not None:
-            self._independence.weights_changed()
+        self.steps.weights_changed()
 
     def close(self) -> None:
         """Detach from the model and close the ledger; `epsilon()` keeps answering."""
-        self._engine.close()
-        self.ledger.close()
-        self._sums, self._is_closed = None, True
+        self.steps.close()
+        self._attached.close()
 
     def __enter__(self) -> PrivateTraining:
         return self
@@ -383,224 +303,6 @@ class PrivateTraining:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    # ---- for the loader ----------------------------------------------------------------------
-
-    def begin_loop(self) -> object:
-        """Begin anew, with a loop that alone may hand out batches; returned is what stands for it.
-
-        What was begun and not completed is forgotten: nothing of it was released.
-        """
-        self._forget()
-        self._loop = object()
-        return self._loop
-
-    def begin(
-        self,
-        batch: PhysicalBatch,
-        data: Any = None,
-        fewer: Callable[[], tuple[Any, int]] | None = None,
-    ) -> None:
-        """A physical batch is about to be computed from its data; `fewer` makes one of fewer
-        examples, and tells how many."""
-        if self._sums is None:
-            self._released = {}  # room for its activations
-        self._pending, self._fewer = batch, fewer
-        self._engine.expect(len(batch.ids), data)
-
-    def check_answered(self, loop: object) -> None:
-        """Refuse to go on with a loop that has been replaced, or whose last batch has no step."""
-        if self._loop is not loop:
-            raise RuntimeError(
-                "Expected the loop over the loader that was begun last, and in which no step "
-                "failed: begin a new one, `for batch in private.loader(...)`."
-            )
-        if self._pending is not None:
-            raise RuntimeError(
-                "Expected private.step(losses) once for every batch of the loader, but the last "
-                "batch was left without."
-            )
-
-    def release_empty(self) -> None:
-        """An empty logical batch: noise alone is released, and accounted."""
-        self._release(self._open(), sampled=True)
-
-    def end_loop(self, loop: object) -> None:
-        """The loop is over, or was broken off."""
-        if self._loop is loop:
-            self._forget()
-
-    # ---- one logical batch -------------------------------------------------------------------
-
-    def _forget(self) -> None:
-        self._loop = self._pending = self._sums = None
-        self._engine.expect(None)
-
-    def _open(self) -> NoisySums:
-        """Begin a logical batch, whose sums start from its noise."""
-        if self._is_closed:
-            raise RuntimeError("Expected an open training, got a closed one: call privatize anew.")
-        if len(self.ledger) >= self.plan.steps:
-            raise RuntimeError(
-                f"All {self.plan.steps} planned steps are taken; to train on, plan more steps."
-            )
-        check_unchanged(self._model, self._parameters)
-        self._check_no_gradients()
-        std = self.plan.noise_std_at(len(self.ledger)) / self.plan.divisor
-        self._released = {}
-        self._sums = NoisySums(self._parameters, std=std, generators=self._generators)
-        self._units = self._non_finite = 0
-        return self._sums
-
-    def _advance(
-        self, batch: PhysicalBatch | None, add: Callable[[NoisySums], Clipped | None]
-    ) -> bool:
-        """Add clipped gradients to the sums, once; release at the end of a logical batch."""
-        sums = self._open() if self._sums is None else self._sums
-        try:
-            clipped = add(sums)
-        except BaseException:
-            self._forget()  # some may be in the sums already: to try again would add them twice
-            raise
-        self._pending = None
-        if clipped is not None:
-            self._units += len(clipped.norms)
-            self._non_finite += clipped.non_finite
-        if batch is not None and not batch.closes_step:
-            return False
-        self._release(sums, sampled=batch is not None)
-        return True
-
-    def _losses(
-        self, losses_of: Callable[[Any], Tensor], data: Any, batch: PhysicalBatch | None
-    ) -> Tensor:
-        """The losses of a batch, computed where the engine sees it if it has to."""
-        count = None if batch is None else len(batch.ids)
-        if self._recorder is not None:
-            return self._recorder.losses(losses_of, data, count)
-        losses = losses_of(data)
-        check_losses(losses, count)
-        return losses
-
-    def _losses_again(
-        self, losses_of: Callable[[Any], Tensor], data: Any, batch: PhysicalBatch | None
-    ) -> Tensor:
-        """The same of a batch in which examples were exchanged, on which no step is made."""
-        if not self._engine.counts_forward_passes:
-            return self._losses(losses_of, data, batch)
-        with torch.no_grad():
-            losses = losses_of(data)
-        check_shape(losses, None if batch is None else len(batch.ids))
-        return losses
-
-    def _answers(self, losses: Tensor, batch: PhysicalBatch | None) -> Answers:
-        """What is compared of a batch, from losses that were computed for it alone."""
-        losses = self._without(losses, 0 if batch is None else batch.fillers)
-        norms = [] if self._recorder is None else [self._recorder.norms(losses)]
-        return Answers([losses.detach(), *norms], self._exact_signature)
-
-    @property
-    def _exact_signature(self) -> Signature | None:
-        """What was done with the last batch, if values had no part in that."""
-        signature = None if self._recorder is None else self._recorder.signature
-        return None if signature is None or signature.may_choose_rows else signature
-
-    def _is_to_be_exchanged(self, count: int) -> bool:
-        """Whether to check of the last batch, of `count` examples, that they are independent."""
-        signature = None if self._recorder is None else self._recorder.signature
-        return self._independence is not None and self._independence.is_due(signature, count)
-
-    def _exchange(self, runs: Sequence[Run], count: int) -> None:
-        """Check it by exchanging examples in the runs that led to the batch's losses."""
-        assert self._independence is not None
-        recorder = self._recorder
-        self._independence.check(
-            runs,
-            count=count,
-            signature=None if recorder is None else recorder.signature,
-            coarsest=torch.finfo(torch.float32).eps if recorder is None else recorder.coarsest,
-        )
-
-    def _again(self, call: Call, count: int) -> Run:
-        """The call of a module, to run once more with other examples."""
-        moment, recorder = self._moments.now(), self._recorder
-        assert recorder is not None
-
-        def again(given: Any) -> Answers:
-            with moment.repeated():
-                outputs, signature = recorder.run(call, given, count)
-            exact = None if signature is None or signature.may_choose_rows else signature
-            return Answers(by_example(outputs, count), exact)
-
-        return Run(again, (call.args, call.kwargs))
-
-    def _add(self, losses: Tensor, batch: PhysicalBatch | None, sums: NoisySums) -> Clipped | None:
-        """Add the clipped gradients of a batch to the sums."""
-        closes_unit, fillers = (None, 0) if batch is None else (batch.closes_unit, batch.fillers)
-        clipped = self._engine.add_clipped(
-            self._without(losses, fillers),
-            into=sums,
-            scale=1 / self.plan.divisor,
-            closes_unit=closes_unit,
-        )
-        if clipped is None or self.plan.clipping_unit != "example":
-            return clipped
-        return clipped.first(len(losses) - fillers)
-
-    def _without(self, losses: Tensor, fillers: int) -> Tensor:
-        """The losses without the last ones, or with constants, whose gradients are zero, in their
-        place."""
-        if not fillers:
-            return losses
-        kept = len(losses) - fillers
-        if not self._engine.takes_whole_batches:
-            return losses[:kept]
-        return torch.where(torch.arange(len(losses), device=losses.device) < kept, losses, 0.0)
-
-    def _release(self, sums: NoisySums, *, sampled: bool) -> None:
-        """Record the release, then let the optimizer act on it."""
-        self._sums = None  # whatever happens now, they are not added to again
-        self.non_finite_units += self._non_finite
-        if self._units > 1 and self._non_finite == self._units:
-            raise NonFiniteBatchError(
-                f"None of the {self._units} gradients of a logical batch is finite: training has "
-                "diverged, or the loss overflows. Lower the learning rate, or compute in float32."
-            )
-        self._check_no_gradients()
-        self.ledger.append(self.plan.event_at(len(self.ledger), sampled=sampled))
-        self._released = sums
-        for parameter, total in sums.items():
-            parameter.grad = total.to(parameter.dtype)
-        try:
-            self._optimizer.step()
-        finally:
-            for parameter in self._parameters:
-                parameter.grad = None
-            self.weights_changed()
-        self.steps_taken += 1
-
-    def _check_no_gradients(self) -> None:
-        """The optimizer must meet no gradient but what is released: it would act on it too."""
-        groups = self._optimizer.param_groups
-        if any(parameter.grad is not None for group in groups for parameter in group["params"]):
-            raise RuntimeError(
-                "Found gradients that the engine did not make: call neither backward() nor a "
-                "scaler on the losses, and optimizer.zero_grad() if they are old."
-            )
-
-    def _check_unsampled(self) -> None:
-        if self._loop is not None:
-            raise RuntimeError(
-                "Expected one private.step(losses) for each batch of the loader, got a second: its "
-                "examples would count twice. Sum up an example's losses, or leave the loop first."
-            )
-        if not self._warned:
-            warnings.warn(
-                "private.step was called outside private.loader: no sampling took place, so these "
-                "releases are accounted without amplification by sampling.",
-                stacklevel=3,
-            )
-            self._warned = True
 
 
 def _generators(

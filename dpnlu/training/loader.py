@@ -4,45 +4,33 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.mechanism.sampling import PhysicalBatch, logical_batches, physical_batches
+from dpnlu.training.steps import Steps
 
 
-class Training(Protocol):
-    """What a loader needs of the training whose batches it hands out."""
+@dataclass(frozen=True)
+class FewerExamples:
+    """Makes a batch like a physical one with another number of examples.
 
-    plan: PrivacyPlan
-    sampling_rng: np.random.Generator
+    Attributes:
+        ids: (b,) of the physical batch.
+    """
 
-    @property
-    def remaining_steps(self) -> int:
-        """Releases that the plan still allows."""
+    dataset: Dataset[Any] | Sequence[Any]
+    collate: Callable[[list[Any]], Any]
+    ids: NDArray[np.int64]
 
-    def begin_loop(self) -> object:
-        """Begin anew, with a loop that alone may hand out batches; returned is what stands for
-        it."""
-
-    def begin(
-        self, batch: PhysicalBatch, data: Any, fewer: Callable[[], tuple[Any, int]] | None
-    ) -> None:
-        """A physical batch is about to be computed from its data; `fewer` makes one of fewer
-        examples, and tells how many."""
-
-    def check_answered(self, loop: object) -> None:
-        """Refuse to go on with a loop that has been replaced, or whose last batch has no step."""
-
-    def release_empty(self) -> None:
-        """An empty logical batch: noise alone is released, and accounted."""
-
-    def end_loop(self, loop: object) -> None:
-        """The loop is over, or was broken off."""
+    def make(self) -> tuple[Any, int]:
+        """A batch of one example less or, if there is but one, of two; and their number."""
+        chosen = self.ids[:-1] if len(self.ids) > 1 else np.resize(self.ids, 2)
+        return self.collate([self.dataset[number] for number in chosen.tolist()]), len(chosen)
 
 
 class PrivateLoader:
@@ -50,18 +38,20 @@ class PrivateLoader:
 
     def __init__(
         self,
-        private: Training,
+        steps: Steps,
         dataset: Dataset[Any] | Sequence[Any],
         *,
+        rng: np.random.Generator,
         collate_fn: Callable[[list[Any]], Any] | None,
         physical_batch_size: int | None,
         fixed_size: bool,
         num_workers: int,
     ) -> None:
         size = len(dataset)  # type: ignore[arg-type]
-        if size != private.plan.num_examples:
+        planned = steps.mechanism.plan.num_examples
+        if size != planned:
             raise ValueError(
-                f"Expected the {private.plan.num_examples} examples of the plan, got a data set of "
+                f"Expected the {planned} examples of the plan, got a data set of "
                 f"{size}: plan for the data set that is trained on."
             )
         if physical_batch_size is not None and physical_batch_size < 1:
@@ -71,19 +61,18 @@ class PrivateLoader:
                 "Expected `physical_batch_size` for batches of a fixed size, got None: say how "
                 "many examples to compute at once."
             )
-        self._private = private
-        self._dataset = dataset
-        self._collate = collate_fn
+        self._steps, self._rng = steps, rng
+        self._dataset, self._collate = dataset, collate_fn or default_collate
         self._size, self._fixed = physical_batch_size or size, fixed_size
         self._workers = num_workers
 
     def __len__(self) -> int:
         """Number of logical batches to come; physical ones are not known beforehand."""
-        return self._private.remaining_steps
+        return self._steps.remaining
 
     def __iter__(self) -> Iterator[Any]:
-        private = self._private
-        loop = private.begin_loop()
+        steps = self._steps
+        loop = steps.begin_loop()
         plan: deque[list[PhysicalBatch]] = deque()
         data = iter(
             DataLoader(
@@ -96,9 +85,9 @@ class PrivateLoader:
         try:
             for batch in self._batches(plan, data):
                 yield batch
-                private.check_answered(loop)
+                steps.check_answered(loop)
         finally:
-            private.end_loop(loop)
+            steps.end_loop(loop)
 
     def _batches(self, plan: deque[list[PhysicalBatch]], data: Iterator[Any]) -> Iterator[Any]:
         """Data in the order in which `plan` announces it, empty logical batches included."""
@@ -107,28 +96,23 @@ class PrivateLoader:
             while not pieces:
                 pieces.extend(self._next(plan))
             piece = pieces.popleft()
-            self._private.begin(piece, batch, partial(self._fewer, piece.ids))
+            smaller = FewerExamples(self._dataset, self._collate, piece.ids)
+            self._steps.announce(piece, batch, smaller)
             yield batch
         while plan:
             self._next(plan)
-
-    def _fewer(self, ids: NDArray[np.int64]) -> tuple[Any, int]:
-        """Another batch, of one example less or, if there is but one, of two."""
-        chosen = ids[:-1] if len(ids) > 1 else np.resize(ids, 2)
-        collate = self._collate or default_collate
-        return collate([self._dataset[number] for number in chosen.tolist()]), len(chosen)
 
     def _next(self, plan: deque[list[PhysicalBatch]]) -> list[PhysicalBatch]:
         """The next logical batch, in pieces; an empty one is released at once."""
         pieces = plan.popleft()
         if not pieces:
-            self._private.release_empty()
+            self._steps.release_empty()
         return pieces
 
     def _ids(self, plan: deque[list[PhysicalBatch]]) -> Iterator[list[int]]:
         """Ids of the physical batches; what they belong to is noted in `plan`."""
-        batches = logical_batches(self._private.plan, rng=self._private.sampling_rng)
-        for _ in range(self._private.remaining_steps):
+        batches = logical_batches(self._steps.mechanism.plan, rng=self._rng)
+        for _ in range(self._steps.remaining):
             pieces = physical_batches(next(batches), size=self._size, fixed_size=self._fixed)
             plan.append(pieces)
             yield from (piece.ids.tolist() for piece in pieces)

@@ -1,50 +1,206 @@
-"""The sums of one logical batch, which begin as its noise."""
+"""One logical batch, from its beginning to its release: noise, clipped sums, ledger, optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from dpnlu.engines.outcome import ClipOutcome, OpenUnit, buffer_like
+from dpnlu.engines.refusals import check_unchanged
+from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.noise import fill_gaussian
+from dpnlu.mechanism.plan import PrivacyPlan
 
-_HALF = (torch.float16, torch.bfloat16)
 
+class NonFiniteBatchError(RuntimeError):
+    """Every gradient of a logical batch was infinite or not a number.
 
-class NoisySums(Mapping[nn.Parameter, Tensor]):
-    """Parameter -> its sum, to which clipped gradients are added in place.
-
-    Memory is taken, and the noise drawn, when a sum is first looked at: by then the activations of
-    the first physical batch are gone.
-
-    Guarantee: every entry starts from an independent draw of N(0, std²), in float32 at least.
+    Nothing of the batch is released. That training stopped there is itself a word about the data,
+    which ε does not cover: it is for whoever holds the data.
     """
 
-    def __init__(
-        self,
-        parameters: Sequence[nn.Parameter],
-        *,
-        std: float,
-        generators: Sequence[torch.Generator],
-    ) -> None:
-        self._parameters, self._std, self._generators = parameters, std, generators
-        self._sums: dict[nn.Parameter, Tensor] = {}
 
-    def __getitem__(self, parameter: nn.Parameter) -> Tensor:
-        if not self._sums:
-            sums = {parameter: _room(parameter) for parameter in self._parameters}
-            fill_gaussian(sums.values(), std=self._std, generators=self._generators)
-            self._sums = sums
-        return self._sums[parameter]
+@dataclass(frozen=True, kw_only=True)
+class Mechanism:
+    """What the logical batches of one training have in common.
 
-    def __iter__(self) -> Iterator[nn.Parameter]:
-        return iter(self._parameters)
+    Attributes:
+        plan: how much noise, and what a sum is divided by.
+        ledger: where every release is recorded.
+        model: whose trainable parameters are `parameters`.
+        optimizer: acts on what is released, and on nothing else.
+        generators: where the noise comes from; none at all stands for the operating system.
+    """
 
-    def __len__(self) -> int:
-        return len(self._parameters)
+    plan: PrivacyPlan
+    ledger: Ledger
+    model: nn.Module
+    parameters: Sequence[nn.Parameter]
+    optimizer: Optimizer
+    generators: Sequence[torch.Generator]
+
+    def check_ready(self) -> None:
+        """Whether another logical batch may begin.
+
+        Raises:
+            RuntimeError: all planned steps are taken, or a gradient was left by a call of backward.
+            ValueError: the trainable parameters are not those with which training began.
+        """
+        if len(self.ledger) >= self.plan.steps:
+            raise RuntimeError(
+                f"All {self.plan.steps} planned steps are taken; to train on, plan more steps."
+            )
+        check_unchanged(self.model, self.parameters)
+        self.check_no_gradients()
+
+    def check_no_gradients(self) -> None:
+        """The optimizer must meet no gradient but what is released: it would act on it too.
+
+        Raises:
+            RuntimeError: there is another.
+        """
+        groups = self.optimizer.param_groups
+        if any(parameter.grad is not None for group in groups for parameter in group["params"]):
+            raise RuntimeError(
+                "Found gradients that the engine did not make: call neither backward() nor a "
+                "scaler on the losses, and optimizer.zero_grad() if they are old."
+            )
 
 
-def _room(parameter: nn.Parameter) -> Tensor:
-    dtype = torch.float32 if parameter.dtype in _HALF else parameter.dtype
-    return torch.empty(parameter.shape, dtype=dtype, device=parameter.device)
+class _State(Enum):
+    OPEN = "open"
+    RELEASED = "released"
+    ABANDONED = "abandoned"
+
+
+class LogicalBatch:
+    """The sum behind one step of the optimizer. It is begun, added to any number of times, and then
+    either released or abandoned; nothing is seen of it unless it is released.
+
+    Guarantee: what is released is the sum of what was added plus noise, drawn independently for
+    every entry, with the standard deviation that the plan states for this release; and the ledger
+    holds the release before the optimizer, or anybody else, sees it.
+
+    Attributes:
+        unit: what there is of the clipping unit that has begun.
+        non_finite: clipping units left out so far because their gradient was not finite. Private.
+    """
+
+    def __init__(self, mechanism: Mechanism) -> None:
+        """Begin; nothing is drawn yet.
+
+        Raises:
+            RuntimeError, ValueError: see `Mechanism.check_ready`.
+        """
+        mechanism.check_ready()
+        self._mechanism = mechanism
+        self._std = mechanism.plan.noise_std_at(len(mechanism.ledger))
+        self._divisor = mechanism.plan.divisor
+        self._state = _State.OPEN
+        self._buffers: dict[nn.Parameter, Tensor] = {}
+        self._units = 0
+        self.unit = OpenUnit()
+        self.non_finite = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is neither released nor abandoned."""
+        return self._state is _State.OPEN
+
+    @property
+    def released(self) -> Mapping[nn.Parameter, Tensor]:
+        """Parameter -> the released sum, divided by the plan's divisor; empty unless released."""
+        return self._buffers if self._state is _State.RELEASED else {}
+
+    def add(self, outcome: ClipOutcome) -> None:
+        """Add the clipped gradients of a physical batch. If that fails, the batch is abandoned:
+        some may be in the sum already, and to try again would add them twice.
+
+        Raises:
+            RuntimeError: the logical batch is not open.
+        """
+        self._check_open()
+        self._units += len(outcome.norms)
+        self.non_finite += outcome.non_finite
+        if outcome.total is None:
+            return
+        try:
+            self._draw_noise()
+            outcome.total.add_to(self._buffers, scale=1 / self._divisor)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def abandon(self) -> None:
+        """End without a release: nothing of the batch is ever seen."""
+        self._state, self._buffers = _State.ABANDONED, {}
+
+    def release(self, *, sampled: bool) -> None:
+        """Record the release, then let the optimizer act on it. If it cannot be recorded, the batch
+        is abandoned.
+
+        Args:
+            sampled: whether the examples were drawn as planned; else the release is accounted
+                without amplification.
+
+        Raises:
+            NonFiniteBatchError: there are several clipping units, and none is finite.
+            RuntimeError: the logical batch is not open, or there are gradients of somebody else.
+            LedgerError, OSError: the ledger cannot hold the release.
+        """
+        self._check_open()
+        ledger, plan = self._mechanism.ledger, self._mechanism.plan
+        try:
+            self._check_finite()
+            self._mechanism.check_no_gradients()
+            self._draw_noise()
+            ledger.append(plan.event_at(len(ledger), sampled=sampled))
+        except BaseException:
+            self.abandon()
+            raise
+        self._state = _State.RELEASED
+        self._step()
+
+    def _draw_noise(self) -> None:
+        """Have the sums begin as noise, once.
+
+        As late as possible: only when the first clipped gradients are there are the activations of
+        their forward pass gone. And into the memory that is added to: a pass less over all
+        parameters.
+        """
+        if self._buffers:
+            return
+        buffers = {parameter: buffer_like(parameter) for parameter in self._mechanism.parameters}
+        std, generators = self._std / self._divisor, self._mechanism.generators
+        fill_gaussian(buffers.values(), std=std, generators=generators)
+        self._buffers = buffers
+
+    def _step(self) -> None:
+        """Let the optimizer act on the sums, which it finds as gradients for as long as that
+        takes."""
+        try:
+            for parameter, total in self._buffers.items():
+                parameter.grad = total.to(parameter.dtype)
+            self._mechanism.optimizer.step()
+        finally:
+            for parameter in self._mechanism.parameters:
+                parameter.grad = None
+
+    def _check_open(self) -> None:
+        if not self.is_open:
+            raise RuntimeError(
+                f"Expected a logical batch that is open, got one that is {self._state.value}: "
+                "begin another."
+            )
+
+    def _check_finite(self) -> None:
+        if self._units > 1 and self.non_finite == self._units:
+            raise NonFiniteBatchError(
+                f"None of the {self._units} gradients of a logical batch is finite: training has "
+                "diverged, or the loss overflows. Lower the learning rate, or compute in float32."
+            )

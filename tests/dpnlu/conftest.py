@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dpnlu.engines import ENGINES
+from dpnlu.engines.outcome import OpenUnit
 from dpnlu.engines.separation import find_layouts
 from dpnlu.gradients.forms import Gradients, GramCache
 from dpnlu.gradients.rules import OPERATIONS
@@ -157,11 +158,12 @@ def clipped_sum() -> Callable[..., Tensor]:
         parameters = [p for p in model.parameters() if p.requires_grad]
         into = {p: torch.zeros_like(p) for p in parameters}
         size = physical_batch_size or max(len(batch[0]), 1)
-        made = ENGINES[engine](model, _plan(**plan))
-        for start in range(0, len(batch[0]), size):
-            piece = tuple(values[start : start + size] for values in batch)
-            made.add_clipped(losses_of(model, *piece), into=into, scale=1.0, closes_unit=True)
-        made.close()
+        with ENGINES[engine](model, _plan(**plan)) as made:
+            for start in range(0, len(batch[0]), size):
+                piece = tuple(values[start : start + size] for values in batch)
+                outcome = made.clip(losses_of(model, *piece), unit=OpenUnit())
+                if outcome.total is not None:
+                    outcome.total.add_to(into, scale=1.0)
         return torch.cat([total.detach().flatten() for total in into.values()])
 
     return compute

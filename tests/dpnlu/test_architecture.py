@@ -17,7 +17,7 @@ PARTS = {
     "nlu": (),
     "mechanism": ("accounting",),
     "engines": ("gradients", "mechanism"),
-    "training": ("gradients", "mechanism", "engines"),
+    "training": ("mechanism", "engines"),
     "runs": ("nlu", "mechanism", "training"),
     "compare": ("accounting", "nlu", "mechanism", "training", "runs"),
     "benchmark": ("gradients", "mechanism", "training", "runs"),

@@ -25,7 +25,7 @@ class Never(random.Random):
 
 def _meet(checks: Checks, signature: object = "a", **options: bool) -> tuple[bool, bool]:
     """A batch that shows whatever is asked of it."""
-    asked = checks.meet(signature, **options)
+    asked = checks.observe(signature, **options)
     if asked[0]:
         checks.show_rows(signature, [Layout(4)])
     if asked[1]:
@@ -48,10 +48,10 @@ def test_every_signature_counts_for_itself(checks):
 
 def test_what_was_not_shown_is_asked_again(checks):
     """A batch whose gradients are not finite shows nothing."""
-    asked = [checks.meet("a") for _ in range(20)]
+    asked = [checks.observe("a") for _ in range(20)]
     assert asked == [(True, True)] * 20
     checks.show_parameters("a")
-    assert checks.meet("a") == (True, False)
+    assert checks.observe("a") == (True, False)
     assert checks.is_shown("a")
 
 
@@ -62,11 +62,11 @@ def test_rows_that_are_chosen_by_their_values_are_checked_every_time(checks):
 
 
 def test_whose_rows_are_depends_on_the_batch_is_checked_every_time(checks):
-    checks.meet("a")
+    checks.observe("a")
     checks.show_rows("a", [Layout(4), Layout(4, owners=torch.tensor([0, 1, 3, 2]))])
     assert checks.layouts("a", 4) is None
     for _ in range(5):
-        assert checks.meet("a")[0]
+        assert checks.observe("a")[0]
 
 
 def test_a_doubt_is_gone_once_a_batch_of_the_same_steps_had_none(checks):
@@ -95,7 +95,7 @@ def test_coins_are_drawn_from_the_operating_system():
 
 
 def test_layouts_hold_for_batches_of_other_sizes(checks):
-    checks.meet("a")
+    checks.observe("a")
     checks.show_rows("a", [Layout(4), Layout(4, 1), Layout(4, interleaved=True)])
     assert checks.layouts("a", 7) == [Layout(7), Layout(7, 1), Layout(7, interleaved=True)]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpnlu.engines.clipped import add_clipped, gradient_norms
+from dpnlu.engines.clipped import clip_gradients, gradient_norms
 from dpnlu.gradients.forms import Dense
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -29,7 +29,8 @@ def test_each_example_adds_its_whole_gradient_clipped(make_plan, spoilt):
     losses = torch.zeros(5)
     norms = gradient_norms(parts, losses)
     plan = make_plan(max_grad_norm=1.5)
-    clipped = add_clipped(parts, norms, losses, plan, into=into, scale=2.0)
+    clipped = clip_gradients(parts, norms, losses, plan)
+    clipped.total.add_to(into, scale=2.0)
     for found, right in zip(into.values(), expected, strict=True):
         assert torch.allclose(found, right, rtol=1e-12)
     assert clipped.non_finite == (spoilt is not None)

@@ -552,7 +552,7 @@ OTHER = torch.tensor([1.0, 2.0, 3.0])
         (_changing_the_batch, "leaves the batch and the model's buffers"),
         (_counting, "leaves the batch and the model's buffers"),
         (_checkpointing, "activation checkpointing"),
-        (_taking_turns, "the same course every time"),
+        (_taking_turns, "the same operations every time"),
         (_mixing, "depend on that example alone"),
         (_looking, "same operations whatever the values"),
         (_sorting, "same operations whatever the values|rows by their values"),

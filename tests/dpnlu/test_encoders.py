@@ -274,11 +274,8 @@ def _support(engine: str, encoder: Encoder, task: str) -> str:
     for name in (engine, "per_example"):
         into = {parameter: torch.zeros_like(parameter) for parameter in parameters}
         try:
-            made = ENGINES[name](model, plan)
-            try:
-                made.add_clipped(model(ids), into=into, scale=1.0, closes_unit=True)
-            finally:
-                made.close()
+            with ENGINES[name](model, plan) as made:
+                made.clip(model(ids)).total.add_to(into, scale=1.0)
         except UnsupportedLayerError:
             return "refused"
         except (RuntimeError, ValueError, AttributeError):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import pytest
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpnlu.engines import ENGINES
+from dpnlu.engines.microbatch import Microbatch
 from dpnlu.engines.opacus import Opacus
+from dpnlu.engines.outcome import OpenUnit
 from dpnlu.gradients.errors import UnsupportedLayerError
 from dpnlu.gradients.forms import SquaredNorms
 
@@ -190,10 +192,8 @@ def test_norms_are_those_before_clipping(make_plan, per_example_gradients, kind,
     model, inputs = kind.make(), kind.inputs(4)
     parameters = list(model.parameters())
     expected = _norms(per_example_gradients(losses_of(model, inputs), parameters))
-    made = ENGINES[engine](model, make_plan())
-    into = {parameter: torch.zeros_like(parameter) for parameter in parameters}
-    clipped = made.add_clipped(losses_of(model, inputs), into=into, scale=1.0, closes_unit=True)
-    made.close()
+    with ENGINES[engine](model, make_plan()) as made:
+        clipped = made.clip(losses_of(model, inputs), unit=OpenUnit())
     torch.testing.assert_close(clipped.norms, expected, rtol=1e-4, atol=1e-5)
     assert clipped.non_finite == 0
 
@@ -204,10 +204,9 @@ def test_sums_are_added_to_the_buffers_and_scaled(make_plan, kind, engine):
     found = []
     for start, scale in ((0.0, 1.0), (5.0, 0.25)):
         into = {p: torch.full_like(p, start) for p in model.parameters()}
-        made = ENGINES[engine](model, make_plan())
-        losses = losses_of(model, inputs, weights)
-        made.add_clipped(losses, into=into, scale=scale, closes_unit=True)
-        made.close()
+        with ENGINES[engine](model, make_plan()) as made:
+            clipped = made.clip(losses_of(model, inputs, weights), unit=OpenUnit())
+        clipped.total.add_to(into, scale=scale)
         found.append(torch.cat([(total - start).flatten() / scale for total in into.values()]))
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
 
@@ -216,10 +215,11 @@ def test_sums_are_added_to_the_buffers_and_scaled(make_plan, kind, engine):
 def test_an_empty_batch_adds_nothing(clipped_sum, make_plan, kind, engine):
     model = kind.make()
     into = {p: torch.zeros_like(p) for p in model.parameters()}
-    made = ENGINES[engine](model, make_plan())
-    losses = losses_of(model, kind.inputs(4))[:0] if engine != "opacus" else torch.zeros(0)
-    clipped = made.add_clipped(losses, into=into, scale=1.0, closes_unit=True)
-    made.close()
+    with ENGINES[engine](model, make_plan()) as made:
+        losses = losses_of(model, kind.inputs(4))[:0] if engine != "opacus" else torch.zeros(0)
+        clipped = made.clip(losses, unit=OpenUnit())
+    if clipped.total is not None:
+        clipped.total.add_to(into, scale=1.0)
     assert clipped.norms.shape == (0,) and clipped.non_finite == 0
     assert not any(total.any() for total in into.values())
 
@@ -268,18 +268,17 @@ def test_an_example_that_is_not_finite_adds_exactly_nothing(
     rows = per_example_gradients(losses_of(model, inputs)[kept], parameters)
     expected = _weighted(rows, (1 / _norms(rows)).clamp(max=1))
 
-    made = ENGINES[engine](model, make_plan())
     into = {p: torch.zeros_like(p) for p in parameters}
-    if not first:
-        made.add_clipped(losses_of(model, inputs), into=into, scale=0.0, closes_unit=True)
-    losses = SPOILT[name](losses_of(model, inputs))
-    try:
-        clipped = made.add_clipped(losses, into=into, scale=1.0, closes_unit=True)
-    except (ValueError, RuntimeError) as error:
-        assert engine == "per_example" and "finite" in str(error)
-        return
-    finally:
-        made.close()
+    with ENGINES[engine](model, make_plan()) as made:
+        if not first:
+            made.clip(losses_of(model, inputs))
+        losses = SPOILT[name](losses_of(model, inputs))
+        try:
+            clipped = made.clip(losses)
+        except (ValueError, RuntimeError) as error:
+            assert engine == "per_example" and "finite" in str(error)
+            return
+    clipped.total.add_to(into, scale=1.0)
     assert clipped.non_finite == 1
     found = torch.cat([total.flatten() for total in into.values()])
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
@@ -313,15 +312,13 @@ MICROBATCH = {"clipping_unit": "microbatch", "microbatches": 3}
 def _unit_sum(make_plan, model, inputs, cuts, weights=1.0) -> Tensor:
     """What one micro-batch adds, given in pieces that end at `cuts`."""
     into = {p: torch.zeros_like(p) for p in model.parameters()}
-    made = ENGINES["microbatch"](model, make_plan(**MICROBATCH))
-    start = 0
+    made, unit, start = Microbatch(model, make_plan(**MICROBATCH)), OpenUnit(), 0
     for end in cuts:
         losses = losses_of(model, inputs[start:end], weights)
-        closes = end == cuts[-1]
-        clipped = made.add_clipped(losses, into=into, scale=1.0, closes_unit=closes)
-        assert (clipped is None) is not closes
+        clipped = made.clip(losses, unit=unit, closes_unit=end == cuts[-1])
+        assert (clipped.total is None) is (end != cuts[-1])
         start = end
-    made.close()
+    clipped.total.add_to(into, scale=1.0)
     return torch.cat([total.flatten() for total in into.values()])
 
 
@@ -359,9 +356,8 @@ def test_one_example_can_move_a_microbatch_by_twice_the_bound(make_plan):
     def adds(slopes: list[float]) -> float:
         into = {model.weight: torch.zeros(1, 1)}
         plan = make_plan(**MICROBATCH, max_grad_norm=0.5)
-        made = ENGINES["microbatch"](model, plan)
         losses = (model(torch.tensor(slopes)[:, None])).flatten()
-        made.add_clipped(losses, into=into, scale=1.0, closes_unit=True)
+        Microbatch(model, plan).clip(losses, unit=OpenUnit()).total.add_to(into, scale=1.0)
         return float(into[model.weight])
 
     assert adds([1e3, -3e3]) == pytest.approx(-0.5)
@@ -373,12 +369,13 @@ def test_one_example_can_move_a_microbatch_by_twice_the_bound(make_plan):
 def test_a_microbatch_that_is_not_finite_adds_exactly_nothing(make_plan, value):
     model, inputs = Feedforward(), _vectors(4)
     into = {p: torch.zeros_like(p) for p in model.parameters()}
-    made = ENGINES["microbatch"](model, make_plan(**MICROBATCH))
+    made, unit = Microbatch(model, make_plan(**MICROBATCH)), OpenUnit()
     weights = torch.tensor([1, value, 1, 1])
-    losses = losses_of(model, inputs, weights)
-    clipped = made.add_clipped(losses, into=into, scale=1.0, closes_unit=True)
-    assert clipped.non_finite == 1 and not any(total.any() for total in into.values())
-    clipped = made.add_clipped(losses_of(model, inputs), into=into, scale=1.0, closes_unit=True)
+    clipped = made.clip(losses_of(model, inputs, weights), unit=unit)
+    assert clipped.non_finite == 1 and clipped.total is None
+    clipped = made.clip(losses_of(model, inputs), unit=unit)
+    clipped.total.add_to(into, scale=1.0)
+    assert any(total.any() for total in into.values())
     assert clipped.non_finite == 0 and all(bool(torch.isfinite(t).all()) for t in into.values())
 
 
@@ -389,9 +386,9 @@ def test_a_whole_batch_is_divided_into_microbatches_at_random(make_plan):
     found = []
     for _ in range(40):
         into = {model.weight: torch.zeros(1, 8)}
-        made = ENGINES["microbatch"](model, make_plan(**MICROBATCH))
         losses = 1e3 * model(torch.eye(8)).flatten()
-        clipped = made.add_clipped(losses, into=into, scale=1.0, closes_unit=None)
+        clipped = Microbatch(model, make_plan(**MICROBATCH)).clip(losses)
+        clipped.total.add_to(into, scale=1.0)
         assert 1 <= len(clipped.norms) <= 3
         shares = into[model.weight][0]
         # An example in a unit of m has 1 / √m: each unit's shares have norm 1.
@@ -434,14 +431,13 @@ def add(make_plan):
     """Gives an engine the losses of one batch after the other; returns the last clipped sum."""
 
     def run(model, batches, *, engine="book_keeping", losses=losses_of, **options) -> Tensor:
-        made = ENGINES[engine](model, make_plan(), **options)
-        try:
+        with ENGINES[engine](model, make_plan(), **options) as made:
             for batch in batches:
                 into = {p: torch.zeros_like(p) for p in model.parameters()}
                 batch = batch if isinstance(batch, tuple) else (batch,)
-                made.add_clipped(losses(model, *batch), into=into, scale=1.0, closes_unit=True)
-        finally:
-            made.close()
+                clipped = made.clip(losses(model, *batch))
+                if len(clipped.norms):
+                    clipped.total.add_to(into, scale=1.0)
         return torch.cat([total.flatten() for total in into.values()])
 
     return run
@@ -629,12 +625,11 @@ def test_a_forward_pass_without_a_step_leaves_nothing_behind(make_plan, add):
     """Somebody evaluates between two batches and forgets torch.no_grad()."""
     model, inputs = Encoder(), _texts(4)
     expected = add(model, [inputs], engine="per_example")
-    made = ENGINES["book_keeping"](model, make_plan())
-    model(_texts(3))
-    made.expect(4)
     into = {p: torch.zeros_like(p) for p in model.parameters()}
-    made.add_clipped(losses_of(model, inputs), into=into, scale=1.0, closes_unit=True)
-    made.close()
+    with ENGINES["book_keeping"](model, make_plan()) as made:
+        model(_texts(3))
+        made.expect(4)
+        made.clip(losses_of(model, inputs)).total.add_to(into, scale=1.0)
     found = torch.cat([total.flatten() for total in into.values()])
     torch.testing.assert_close(found, expected)
 
@@ -651,10 +646,9 @@ def test_sums_of_a_half_precision_model_are_kept_in_full_precision(make_plan, ki
     half.load_state_dict(model.state_dict())
     for name, m, cast in (("full", model, torch.float32), ("half", half, torch.bfloat16)):
         into = {p: torch.zeros_like(p, dtype=torch.float32) for p in m.parameters()}
-        made = ENGINES["book_keeping"](m, make_plan())
         values = inputs.to(cast) if inputs.is_floating_point() else inputs
-        made.add_clipped(losses_of(m, values), into=into, scale=1.0, closes_unit=True)
-        made.close()
+        with ENGINES["book_keeping"](m, make_plan()) as made:
+            made.clip(losses_of(m, values)).total.add_to(into, scale=1.0)
         found[name] = torch.cat([total.flatten() for total in into.values()])
     assert float((found["full"] - found["half"]).norm()) < 0.2 * float(found["full"].norm())
 
@@ -703,10 +697,10 @@ def test_a_comparison_that_overflows_proves_nothing(add):
 def test_closing_an_engine_leaves_the_model_as_it_was(make_plan, kind, engine):
     model, inputs = kind.make(), kind.inputs(4)
     expected, keys = model(inputs), list(model.state_dict())
-    made = ENGINES[engine](model, make_plan())
     into = {p: torch.zeros_like(p) for p in model.parameters()}
-    made.add_clipped(losses_of(model, inputs), into=into, scale=1.0, closes_unit=True)
-    made.close()
+    with ENGINES[engine](model, make_plan()) as made:
+        clipped = made.clip(losses_of(model, inputs), unit=OpenUnit())
+        clipped.total.add_to(into, scale=1.0)
     assert torch.equal(model(inputs), expected) and list(model.state_dict()) == keys
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     for module in model.modules():
@@ -721,15 +715,14 @@ def test_two_engines_work_side_by_side(clipped_sum, make_plan, engine):
     models = [Feedforward(), Feedforward()]
     inputs = [_vectors(4), _vectors(3)]
     expected = [clipped_sum(engine, m, losses_of, x) for m, x in zip(models, inputs, strict=True)]
-    made = [ENGINES[engine](model, make_plan()) for model in models]
-    losses = [losses_of(m, x) for m, x in zip(models, inputs, strict=True)]
-    for index in (1, 0):
-        into = {p: torch.zeros_like(p) for p in models[index].parameters()}
-        made[index].add_clipped(losses[index], into=into, scale=1.0, closes_unit=True)
-        found = torch.cat([total.flatten() for total in into.values()])
-        torch.testing.assert_close(found, expected[index])
-    for each in made:
-        each.close()
+    with ExitStack() as stack:
+        made = [stack.enter_context(ENGINES[engine](m, make_plan())) for m in models]
+        losses = [losses_of(m, x) for m, x in zip(models, inputs, strict=True)]
+        for index in (1, 0):
+            into = {p: torch.zeros_like(p) for p in models[index].parameters()}
+            made[index].clip(losses[index]).total.add_to(into, scale=1.0)
+            found = torch.cat([total.flatten() for total in into.values()])
+            torch.testing.assert_close(found, expected[index])
 
 
 def test_opacus_refuses_what_it_cannot_do(make_plan):

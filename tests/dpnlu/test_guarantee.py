@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpnlu.engines.book_keeping import BookKeeping
-from dpnlu.engines.clipped import add_clipped, gradient_norms
+from dpnlu.engines.clipped import clip_gradients, gradient_norms
 from dpnlu.engines.compiled import CompiledClipping
 from dpnlu.gradients.factors import OuterProducts
 from dpnlu.gradients.forms import Dense
@@ -144,7 +144,7 @@ def _moved(engine: BookKeeping, inputs: Tensor, slopes: Tensor, *, autocast: boo
     for count in (2, 1):
         into = {p: torch.zeros_like(p) for p in engine.model.parameters()}
         losses = _losses(engine.model, inputs[:count], slopes[:count], autocast=autocast)
-        engine.add_clipped(losses, into=into, scale=1.0)
+        engine.clip(losses).total.add_to(into, scale=1.0)
         sums.append(torch.cat([total.flatten().double() for total in into.values()]))
     return float((sums[0] - sums[1]).norm()) / BOUND
 
@@ -185,13 +185,14 @@ def test_compiled_steps_clip_them_as_well(make_plan, monkeypatch, precision):
     def losses_of(batch):
         return _losses(engine.model, *batch, autocast=autocast)
 
-    clipping = CompiledClipping(engine, losses_of, scale=1.0, backend="inductor")
+    clipping = CompiledClipping(engine, losses_of, backend="inductor")
     for size in (1e-6, 1e-4) * 4:
         sums = []
         inputs, slopes = _cancelling(case, dtype, size)
         for kept in (2, 1):
             into = {p: torch.zeros_like(p) for p in engine.model.parameters()}
-            clipping.add_clipped((inputs, slopes), count=2, kept=kept, into=into)
+            outcome = clipping.clip((inputs, slopes), count=2, kept=kept)
+            outcome.total.add_to(into, scale=1.0)
             sums.append(torch.cat([total.flatten().double() for total in into.values()]))
         assert float((sums[0] - sums[1]).norm()) <= BOUND * EXCESS
     engine.close()
@@ -349,7 +350,8 @@ def test_no_form_of_gradients_adds_more_than_the_bound(form, seed, scale, cancel
     parts, losses = {weight: combine(uses), told: [Dense(short)]}, torch.zeros(3)
     norms = gradient_norms(parts, losses)
     into = {parameter: torch.zeros_like(parameter) for parameter in parts}
-    clipped = add_clipped(parts, norms, losses, _plan(clipping), into=into, scale=1.0)
+    clipped = clip_gradients(parts, norms, losses, _plan(clipping))
+    clipped.total.add_to(into, scale=1.0)
     coefficients = into[told].double() / 1e-15
     for example in range(3):
         length, factor = float(exact[example]), float(coefficients[example])

@@ -2,11 +2,12 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from torch.nn import functional as F
 from dpnlu.accounting.accountants import epsilon
 from dpnlu.accounting.events import SampledGaussian
 from dpnlu.engines import clipped
+from dpnlu.engines.independence import Independence
+from dpnlu.engines.outcome import ClippedSum
 from dpnlu.gradients.errors import UnsupportedLayerError
 from dpnlu.gradients.forms import SquaredNorms
 from dpnlu.mechanism.ledger import Ledger, LedgerError
@@ -613,16 +616,24 @@ def test_a_batch_cannot_be_stepped_twice(make, engine):
 def test_a_step_that_failed_cannot_be_repeated(make, data, monkeypatch, engine):
     """Part of it may be in the sum already, say when memory ran out: it would be there twice."""
     model, private = make(sample_rate=1.0, steps=3, noise_multiplier=0.0, lr=0.0, engine=engine)
-    really = private._engine.add_clipped
+    really = private._engine.clip
+
+    @dataclass(frozen=True)
+    class Failing:
+        total: ClippedSum
+
+        def add_to(self, buffers, *, scale):
+            self.total.add_to(buffers, scale=scale)
+            raise MemoryError
 
     def fails(losses, **options):
-        really(losses, **options)
-        raise MemoryError
+        outcome = really(losses, **options)
+        return replace(outcome, total=Failing(outcome.total))
 
     loop = iter(private.loader([100 * row for row in data], physical_batch_size=4))
     batch = next(loop)
     with monkeypatch.context() as broken, pytest.raises(MemoryError):
-        broken.setattr(private._engine, "add_clipped", fails)
+        broken.setattr(private._engine, "clip", fails)
         private.step(losses_of(model, batch))
     with pytest.raises(RuntimeError, match="in which no step failed"):
         next(loop)
@@ -631,6 +642,110 @@ def test_a_step_that_failed_cannot_be_repeated(make, data, monkeypatch, engine):
         break
     assert float(_flat(private.gradients.values()).norm()) <= 8 + 1e-3
     assert len(private.ledger) == 1
+
+
+@pytest.fixture
+def released_of_all(make) -> Callable[..., Tensor]:
+    """What a training that nothing disturbs releases of the whole data as one logical batch."""
+
+    def release(model, data, **fields) -> Tensor:
+        _, private = make(model, sample_rate=1.0, noise_multiplier=0.0, lr=0.0, **fields)
+        for batch in private.loader(data):
+            private.step(losses_of(model, batch))
+            break
+        private.close()
+        return _flat(private.gradients.values())
+
+    return release
+
+
+@pytest.mark.parametrize("engine", ["book_keeping", "per_example"])
+@pytest.mark.parametrize("call", [1, 2], ids=["before the step", "in its check"])
+def test_a_step_inside_another_counts_nobody_twice(make, released_of_all, engine, call):
+    """The function that computes the losses makes a step itself; in the check it is called again,
+    while the batch is being added."""
+    data, model = list(100 * torch.randn(8, 3)), Small()
+    expected = released_of_all(model, data)
+    _, private = make(model, sample_rate=1.0, noise_multiplier=0.0, engine=engine, lr=0.0)
+    refused = []
+
+    def losses(batch):
+        refused.append("")
+        if len(refused) == call:
+            try:
+                private.step(losses_of(model, batch))
+            except (RuntimeError, ValueError) as error:
+                refused[-1] = str(error)
+                raise
+        return losses_of(model, batch)
+
+    step = private.stepper(losses)
+    try:
+        for batch in private.loader(data, physical_batch_size=4):
+            if step(batch):
+                break
+    except (RuntimeError, ValueError) as error:
+        assert call == 1 and re.search("one inside another|this batch alone", str(error))
+        assert len(private.ledger) == 0
+        for batch in private.loader(data):
+            private.step(losses_of(model, batch))
+            break
+    else:
+        assert call == 2 and "one inside another" in refused[1]
+    assert len(private.ledger) == 1
+    torch.testing.assert_close(_flat(private.gradients.values()), expected)
+
+
+@pytest.mark.parametrize("engine", ["book_keeping", "per_example"])
+def test_an_interrupt_in_a_check_abandons_what_was_added(
+    make, released_of_all, monkeypatch, engine
+):
+    """By then the clipped gradients are in the sum: a second try would add them twice."""
+    data, model = list(100 * torch.randn(8, 3)), Small()
+    expected = released_of_all(model, data)
+    _, private = make(model, sample_rate=1.0, noise_multiplier=0.0, engine=engine, lr=0.0)
+    step = private.stepper(lambda batch: losses_of(model, batch))
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    loop = iter(private.loader(data, physical_batch_size=4))
+    batch = next(loop)
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        broken.setattr(Independence, "check", interrupt)
+        step(batch)
+    with pytest.raises(RuntimeError, match="in which no step failed"):
+        next(loop)
+    for batch in private.loader(data):
+        step(batch)
+        break
+    assert len(private.ledger) == 1
+    torch.testing.assert_close(_flat(private.gradients.values()), expected)
+
+
+@pytest.mark.parametrize("stage", ["append", "step"])
+def test_a_loop_goes_on_after_a_release_that_failed(make, released_of_all, monkeypatch, stage):
+    """With the next logical batch: nothing of the failed one is in it."""
+    data, model = list(100 * torch.randn(8, 3)), Small()
+    expected = released_of_all(model, data)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    fields = {"sample_rate": 1.0, "noise_multiplier": 0.0, "optimizer": optimizer}
+    _, private = make(model, **fields)
+    loop = iter(private.loader(data, physical_batch_size=4))
+    assert not private.step(losses_of(model, next(loop)))
+
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    batch = next(loop)
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="No space"):
+        broken.setattr(private.ledger if stage == "append" else optimizer, stage, fails)
+        private.step(losses_of(model, batch))
+    recorded = 0 if stage == "append" else 1
+    assert len(private.ledger) == recorded and bool(private.gradients) == (stage == "step")
+    assert [private.step(losses_of(model, next(loop))) for _ in range(2)] == [False, True]
+    assert len(private.ledger) == recorded + 1 and private.steps_taken == 1
+    torch.testing.assert_close(_flat(private.gradients.values()), expected)
 
 
 def test_a_loop_that_was_replaced_is_over(make, data):

@@ -130,9 +130,11 @@ class _Judge:
         """The sum of clipped gradients, parameter by parameter."""
         into = {p: torch.zeros_like(p) for p in self._twin.parameters() if p.requires_grad}
         losses = self._subject.losses(self._twin, batch)
-        clipped = PerExample(self._twin, _PLAN).add_clipped(losses, into=into, scale=1.0)
+        outcome = PerExample(self._twin, _PLAN).clip(losses)
+        assert outcome.total is not None
+        outcome.total.add_to(into, scale=1.0)
         if self._is_moved:
-            assert bool((clipped.norms > 0).all()), "an example without a gradient proves nothing"
+            assert bool((outcome.norms > 0).all()), "an example without a gradient proves nothing"
         return list(into.values())
 
     def _released(self, private: PrivateTraining, batch: Texts) -> list[Tensor]:

@@ -1,0 +1,114 @@
+"""What clipping a physical batch comes to: norms, and a sum that waits to be added to a buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dpnlu.gradients.forms import Gradients
+from dpnlu.gradients.rounding import full_precision
+
+
+class ClippedSum(Protocol):
+    """A sum of clipped gradients, each at most `max_grad_norm` long."""
+
+    def add_to(self, buffers: Mapping[Any, Tensor], *, scale: float) -> None:
+        """Add scale times the sum, in place.
+
+        Args:
+            buffers: parameter -> what is added to.
+        """
+
+
+@dataclass(frozen=True)
+class ClipOutcome:
+    """What became of the clipping units of one call. Private: never log it.
+
+    Attributes:
+        norms: (U,) gradient norms before clipping.
+        finite: (U,) bool; units that are not were left out.
+        total: the sum of their clipped gradients; None: there are none.
+    """
+
+    norms: Tensor
+    finite: Tensor
+    total: ClippedSum | None
+
+    @classmethod
+    def nothing(cls, losses: Tensor) -> ClipOutcome:
+        """Of a call that completes no clipping unit."""
+        return cls(losses.new_zeros(0), losses.new_zeros(0, dtype=torch.bool), None)
+
+    @property
+    def non_finite(self) -> int:
+        """How many units were left out."""
+        return len(self.finite) - int(self.finite.sum())
+
+    def first(self, count: int | None) -> ClipOutcome:
+        """The same without the units after the first `count`, which add nothing."""
+        return ClipOutcome(self.norms[:count], self.finite[:count], self.total)
+
+
+def buffer_like(parameter: Tensor) -> Tensor:
+    """Memory for a sum of gradients, not filled; contiguous, in float32 at least."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return torch.empty(parameter.shape, dtype=dtype, device=parameter.device)
+
+
+@dataclass(frozen=True)
+class WeightedGradients:
+    """Σ_i coefficients[i] · gradient i, in the form in which the gradients were found.
+
+    Attributes:
+        parts: parameter -> its uses, whose gradients add up; finite where the coefficient is 0.
+        coefficients: (B,).
+    """
+
+    parts: Mapping[Tensor, Sequence[Gradients]]
+    coefficients: Tensor
+
+    def add_to(self, buffers: Mapping[Any, Tensor], *, scale: float) -> None:
+        with full_precision(self.coefficients.device):
+            coefficients = scale * self.coefficients
+            for parameter, uses in self.parts.items():
+                for use in uses:
+                    use.add_weighted_sum(coefficients, buffers[parameter])
+
+
+@dataclass(frozen=True)
+class WrittenOut:
+    """A coefficient times tensors of the parameters' shapes.
+
+    Attributes:
+        values: parameter -> tensor.
+    """
+
+    values: Mapping[Any, Tensor]
+    coefficient: float = 1.0
+
+    def add_to(self, buffers: Mapping[Any, Tensor], *, scale: float) -> None:
+        into = [buffers[parameter] for parameter in self.values]
+        torch._foreach_add_(into, list(self.values.values()), alpha=scale * self.coefficient)
+
+
+@dataclass
+class OpenUnit:
+    """The gradient of a clipping unit that is larger than a physical batch, as far as computed.
+
+    Attributes:
+        sums: of the gradients so far, parameter by parameter; none at all before the first.
+        size: number of examples so far.
+    """
+
+    sums: list[Tensor] = field(default_factory=list)
+    size: int = 0
+
+    def emptied(self) -> tuple[list[Tensor], int]:
+        """Sums and size; the next unit begins with none."""
+        found = self.sums, self.size
+        self.sums, self.size = [], 0
+        return found
