@@ -19,10 +19,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpnlu.mechanism.durable import locked, make_directory, partial_of, remove, remove_partials, write_json
-from dpnlu.nlu.fingerprint import Fingerprint
+from dpnlu.mechanism.durable import (
+    locked,
+    make_directory,
+    partial_of,
+    remove,
+    remove_partials,
+    write_json,
+)
 from dpnlu.mechanism.ledger import Ledger, LedgerError
 from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.nlu.fingerprint import Fingerprint
 from dpnlu.runs.model_directory import CHECKPOINT, LEDGER, RUN, is_model, read_json
 
 # Relative; how far apart two versions may calibrate the noise of one plan.

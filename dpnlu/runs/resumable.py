@@ -15,9 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from dpnlu.runs import recipes as defaults
-from dpnlu.runs.model_card import model_card
-from dpnlu.training.checkpoint import Checkpoints
+from dpnlu.mechanism.ledger import Ledger
+from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.nlu.classifier import Classifier
 from dpnlu.nlu.data import (
     Corpus,
@@ -28,6 +27,9 @@ from dpnlu.nlu.data import (
     read_labels,
     read_word_list,
 )
+from dpnlu.nlu.encoding import Labels
+from dpnlu.nlu.fingerprint import Fingerprint
+from dpnlu.runs import recipes as defaults
 from dpnlu.runs.directory import (
     Run,
     begin,
@@ -38,14 +40,12 @@ from dpnlu.runs.directory import (
     new_ledger,
     tidy,
 )
-from dpnlu.nlu.encoding import Labels
-from dpnlu.runs.train import Experiment, Trained, measure, new_classifier, train
-from dpnlu.nlu.fingerprint import Fingerprint
-from dpnlu.training.loop import ComputeConfig, check_fit
-from dpnlu.mechanism.ledger import Ledger
-from dpnlu.mechanism.plan import PrivacyPlan
-from dpnlu.runs.progress import Told
+from dpnlu.runs.model_card import model_card
 from dpnlu.runs.model_directory import CHECKPOINT, is_model, load, save
+from dpnlu.runs.progress import Told
+from dpnlu.runs.train import Experiment, Trained, measure, new_classifier, train
+from dpnlu.training.checkpoint import Checkpoints
+from dpnlu.training.loop import ComputeConfig, check_fit
 
 
 @dataclass(frozen=True, kw_only=True)

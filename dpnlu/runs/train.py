@@ -10,17 +10,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dpnlu.training.checkpoint import Checkpoints
+from dpnlu.mechanism.ledger import Ledger
+from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.nlu.classifier import Architecture, Classifier, build
 from dpnlu.nlu.data import Example, Vocabulary
 from dpnlu.nlu.encoding import Labels, encode_all
-from dpnlu.nlu.metrics import Metrics, evaluate
-from dpnlu.training.loop import ComputeConfig, FitResult, Progress, Randomness, Recipe, fit
 from dpnlu.nlu.feature_cache import read_once
-from dpnlu.mechanism.ledger import Ledger
+from dpnlu.nlu.metrics import Metrics, evaluate
 from dpnlu.nlu.models import EncoderClassifier
-from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.runs.resources import peak_memory, reset_peak_memory
+from dpnlu.training.checkpoint import Checkpoints
+from dpnlu.training.loop import ComputeConfig, FitResult, Progress, Randomness, Recipe, fit
 
 
 @dataclass(frozen=True, kw_only=True)
