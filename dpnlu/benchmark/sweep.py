@@ -22,7 +22,7 @@ from dpnlu.benchmark.cases import Case
 from dpnlu.benchmark.steps import Step, ordinary, private
 from dpnlu.gradients.factors import OuterProducts
 from dpnlu.gradients.forms import GramCache
-from dpnlu.runs.progress import Told
+from dpnlu.runs.progress import OnProgress
 
 _VOCABULARY, _INTENTS = 2_000, 64
 _AXES = {
@@ -85,13 +85,13 @@ def sizes() -> Iterator[tuple[str, dict[str, int]]]:
             yield axis, _BASE | {axis: value}
 
 
-def measure(told: Told, *, pairs: int) -> list[Point]:
+def measure(on_progress: OnProgress, *, pairs: int) -> list[Point]:
     """All points, in this process."""
     points = []
     places = list(sizes())
     for done, (axis, size) in enumerate(places, start=1):
         points.append(_point(axis, pairs=pairs, **size))
-        told("sweep", done, len(places))
+        on_progress("sweep", done, len(places))
         gc.collect()
     return points
 
