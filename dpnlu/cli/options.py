@@ -13,6 +13,9 @@ from dpnlu.runs.settings import Option
 
 _Settings = TypeVar("_Settings")
 
+# What stands for a number in the help.
+_NUMBERS = {int: "N", float: "X"}
+
 
 def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
     """Add an option for each field of a dataclass whose fields are made by `setting`.
@@ -31,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
             nargs="+" if takes_several else None,
             required=required,
             default=None if required else field.default,
-            metavar=option.metavar,
+            metavar=option.metavar or _NUMBERS.get(kind),
             help=_help(option, field),
         )
 

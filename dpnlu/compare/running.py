@@ -11,7 +11,7 @@ from dpnlu.compare.preparation import prepare_attack, prepare_study
 from dpnlu.compare.reporting import build_report
 from dpnlu.compare.settings import AttackSettings, StudySettings
 from dpnlu.compare.training import TrainedBudget, claimed_study, train_all, train_references
-from dpnlu.runs.model_directory import load
+from dpnlu.runs.model_directory import CONFIG, load, read_json
 from dpnlu.runs.progress import OnProgress, silent
 from dpnlu.runs.results import Results
 
@@ -36,7 +36,7 @@ def compare(
         ValueError: invalid settings or data, or an unusable directory, and nothing was written.
     """
     prepared = prepare_study(settings)
-    with claimed_study(directory, settings):
+    with claimed_study(directory, settings.to_dict()):
         trained = train_all(prepared, directory, on_progress=on_progress)
         attacked = attack_all(prepared, trained)
         report = build_report(prepared, trained, attacked, command=command)
@@ -73,7 +73,9 @@ def attack_model(
     prepared = prepare_attack(saved, settings, name=name)
     (budget,) = prepared.budgets
     target = budget.read(saved.classifier, 0)
-    with claimed_study(directory, prepared.settings):
+    # References are trained like this model, and must not serve another of the same name and ε.
+    study = prepared.settings.to_dict() | {"target": read_json(model / CONFIG)["digest"]}
+    with claimed_study(directory, study):
         trained = TrainedBudget(
             budget=budget,
             target=target,

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from attacks import farm
 from dpnlu.compare.budget import Budget
 from dpnlu.compare.preparation import Prepared
 from dpnlu.compare.reading import Reading
-from dpnlu.compare.settings import StudySettings
 from dpnlu.mechanism.durable import write_json
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.runs.directory import claimed, recognised
@@ -50,21 +50,23 @@ class TrainedBudget:
 
 
 @contextmanager
-def claimed_study(directory: Path, settings: StudySettings) -> Iterator[None]:
+def claimed_study(directory: Path, content: Mapping[str, Any]) -> Iterator[None]:
     """Make the directory this study's, or recognise it as such, and keep others out of it.
+
+    Args:
+        content: all that the study depends on, as JSON.
 
     Raises:
         ValueError: it holds another study or something else, or another process works in it.
     """
-    content = settings.to_dict()
     with claimed(directory):
         existing = recognised(directory, STUDY)
         if existing is None:
-            write_json(directory / STUDY, content)
+            write_json(directory / STUDY, dict(content))
         elif existing != content:
             raise ValueError(
-                f"Expected {directory} to hold this very study, found one with other settings: "
-                "choose another folder, or repeat the settings to resume it."
+                f"Expected {directory} to hold this very study, found one with other settings or "
+                "of another model: choose another folder, or repeat the settings to resume it."
             )
         yield
 

@@ -1,5 +1,6 @@
 """One training at a time has a directory; what is in it tells how far it came."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from dpnlu.runs.directory import (
     claimed,
     interrupted_run,
     new_ledger,
+    recognised,
     record_run,
     resumed_ledger,
     tidy,
@@ -43,6 +45,44 @@ def test_what_was_started_is_read_again_once_something_was_released(
     assert interrupted_run(tmp_path, resume=True) == RUN
     with pytest.raises(ValueError, match="add --resume"):
         interrupted_run(tmp_path, resume=False)
+
+
+NOTHING_YET: dict[str, Callable[[Path], object]] = {
+    "empty": lambda out: None,
+    "a record that was being written": lambda out: (out / "run.json.partial").mkdir(),
+}
+NOT_OURS: dict[str, Callable[[Path], object]] = {
+    "another file": lambda out: (out / "thesis.tex").touch(),
+    "a folder": lambda out: (out / "photos").mkdir(),
+    "a record of another kind": lambda out: (out / "study.json").write_text("{}"),
+    "an empty record": lambda out: (out / "run.json").touch(),
+    "a record that says nothing": lambda out: (out / "run.json").write_text("null"),
+    "a record that is a folder": lambda out: (out / "run.json").mkdir(),
+    "a record that is a dead link": lambda out: (out / "run.json").symlink_to("nowhere"),
+    "no text": lambda out: (out / "run.json").write_bytes(b"\xff\xfe"),
+}
+
+
+@pytest.mark.parametrize("kind", NOTHING_YET)
+def test_where_nothing_is_yet_a_directory_may_be_ours(tmp_path: Path, kind: str) -> None:
+    NOTHING_YET[kind](tmp_path)
+    assert recognised(tmp_path, "run.json") is None
+
+
+@pytest.mark.parametrize("kind", NOT_OURS)
+def test_where_something_else_is_a_directory_is_not_ours(tmp_path: Path, kind: str) -> None:
+    NOT_OURS[kind](tmp_path)
+    with pytest.raises(ValueError, match="found something else"):
+        recognised(tmp_path, "run.json")
+    with pytest.raises(ValueError, match="found something else"):
+        interrupted_run(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("content", [{"a": 1}, [], 0, False, ""])
+def test_a_record_is_what_a_directory_is_recognised_by(tmp_path: Path, content: object) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(content), encoding="utf-8")
+    (tmp_path / "beside it").touch()
+    assert recognised(tmp_path, "run.json") == content
 
 
 def test_a_start_over_removes_the_ledger_that_records_nothing(

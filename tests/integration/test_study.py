@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from dpnlu.nlu.classifier import Architecture, build
 from dpnlu.nlu.data import HashedVocabulary, drop_repeated, synthetic_corpus
 from dpnlu.nlu.encoding import Labels, batches, encode_all
 from dpnlu.nlu.models import Batch
+from dpnlu.runs.directory import claimed
 
 # With `--dist loadgroup`, one worker makes the study for all.
 pytestmark = pytest.mark.xdist_group("study")
@@ -168,6 +170,29 @@ def test_a_trained_model_can_be_attacked(
         assert not out.exists() and not (model / "report").exists()
 
 
+def test_references_serve_one_model_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """… also where another of the same name was trained otherwise; and a model may be "."."""
+    model = tmp_path / "model"
+    train = ["train", "--data", "synthetic:300", "--epsilon", "inf", "--quiet", "--epochs"]
+    attack = ["attack", ".", "--data", "synthetic:300", "--attacks", "loss", "--quiet"]
+    attack += ["--references", "1", "--out", str(tmp_path / "report")]
+    assert main([*train, "1", "--out", str(model)]) == 0
+    monkeypatch.chdir(model)
+    assert main(attack) == 0
+    (run,) = _report(tmp_path / "report")["runs"]
+    assert run["name"] == "model" and run["references"] == 1
+    assert (tmp_path / "report" / "runs" / "model" / "references" / "model-0000.npz").exists()
+    assert main(attack) == 0
+    shutil.rmtree(model)
+    assert main([*train, "2", "--out", str(model)]) == 0
+    monkeypatch.chdir(model)
+    capsys.readouterr()
+    assert main(attack) == 2
+    assert "other settings or of another model" in capsys.readouterr().err
+
+
 def _other_labels(folder: Path) -> Path:
     """Data that the model was not trained for."""
     rows = [{"text": f"say {n}", "intent": f"intent {n % 2}"} for n in range(200)]
@@ -253,12 +278,25 @@ def test_a_study_whose_start_was_killed_can_be_started(tmp_path: Path) -> None:
     (tmp_path / "study.json.partial").write_text('{"data": ', encoding="utf-8")
     settings = StudySettings(data="synthetic:300", model="lstm", epsilons=(8.0,))
     for _ in range(2):
-        with claimed_study(tmp_path, settings):
+        with claimed_study(tmp_path, settings.to_dict()):
             assert json.loads((tmp_path / "study.json").read_text()) == settings.to_dict()
     (tmp_path / "thesis.tex").touch()
     (tmp_path / "study.json").unlink()
-    with pytest.raises(ValueError, match="something else"), claimed_study(tmp_path, settings):
+    with (
+        pytest.raises(ValueError, match="something else"),
+        claimed_study(tmp_path, settings.to_dict()),
+    ):
         pass
+
+
+def test_a_folder_holds_one_study_at_a_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with claimed(tmp_path / "out"):
+        assert main([*COMPARE, "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "another training is going on in it" in line
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.slow
