@@ -53,8 +53,8 @@ class Findings:
 
     Attributes:
         membership: by the name of the attack.
-        canaries: one entry per pattern; empty: there were none, or nobody asked.
-        audit: None: nobody asked, or there were no scores to audit.
+        canaries: one entry per pattern; empty: none, or not asked for.
+        audit: None: not asked for, or no scores to audit.
         warnings: what could not be measured, and what a reader of the numbers must know.
         seconds: wall time of the attacks, the training of references not included.
     """
@@ -77,7 +77,7 @@ class Findings:
 
 @dataclass(frozen=True, kw_only=True)
 class Attacked:
-    """What the attacks found in a study.
+    """What the attacks found in all models of a study.
 
     Attributes:
         findings: one per budget, in their order.
@@ -149,8 +149,11 @@ def attack(names: Sequence[str], models: Sequence[Reading], study: Study, claim:
 
 @contextmanager
 def _left_out_if_impossible(what: str, warnings: list[str]) -> Iterator[None]:
-    """Turn a ValueError into a warning: where a model's signals are no numbers or do not vary, a
-    study whose models took hours keeps all else."""
+    """Turn a ValueError into a warning.
+
+    Where a model's signals are no numbers or do not vary, a study whose models took hours keeps all
+    else.
+    """
     try:
         yield
     except ValueError as error:

@@ -104,8 +104,9 @@ def read_signals(classifier: Classifier, examples: Sequence[Example]) -> Signals
 
 
 def read_canary_losses(classifier: Classifier, canary: CanarySpec) -> NDArray[np.float64]:
-    """By what the classifier ranks every possible secret, in lexicographic order: its loss on the
-    canary with that secret.
+    """The loss on the canary with each possible secret, (C,) in lexicographic order.
+
+    The classifier ranks the secrets by it.
 
     Where the secret is a slot, it is the loss of the tags alone (Parikh et al., 2022): the carrier
     phrase has settled the intent before a secret is read, so that its loss says little of the

@@ -1,4 +1,4 @@
-"""A study from beginning to end, and an attack on one model: train, attack, report."""
+"""A study, or an attack on one model, in three steps: train, attack, report."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 K + 1 models share one recipe. Model 0 is the target, which is attacked; the others are reference
 models, which the attacker trains. Some training examples are *audit* examples: for
-each model, a fair coin of its own decides whether the example is in. All other training examples
+each model, a fair coin of its own decides whether it is a member. All other training examples
 are in every model. Each model may also carry a canary with a secret of its own.
 """
 
@@ -73,7 +73,7 @@ class Study:
         )
 
     def examples(self, model: int) -> tuple[Example, ...]:
-        """What the model trains on."""
+        """The examples that the model trains on."""
         members = (e for e, is_in in zip(self.audit, self.membership[model], strict=True) if is_in)
         return (*self.base, *members, *self._canaries(model))
 

@@ -35,7 +35,7 @@ class TrainedBudget:
     """What the models of one budget say.
 
     Attributes:
-        results: of the target.
+        results: how well the target does, and what its training took.
     """
 
     budget: Budget
@@ -74,8 +74,11 @@ def claimed_study(directory: Path, content: Mapping[str, Any]) -> Iterator[None]
 def train_all(
     prepared: Prepared, directory: Path, *, on_progress: OnProgress
 ) -> list[TrainedBudget]:
-    """Train what is not trained yet: all targets one after the other, so that their times can be
-    compared, then the references side by side."""
+    """Train what is not trained yet.
+
+    All targets come first, one after the other, so that their times can be compared; references are
+    trained side by side.
+    """
     targets = [
         _train_target(budget, directory / "runs" / budget.name, on_progress)
         for budget in prepared.budgets
@@ -95,7 +98,7 @@ def _train_target(budget: Budget, home: Path, on_progress: OnProgress) -> tuple[
     """What the target says and how well it does, trained now or before."""
     target, signals = home / "target", home / "target.npz"
     if not (is_model(target) and signals.exists()):
-        shutil.rmtree(target, ignore_errors=True)  # started and not finished: nobody has seen it
+        shutil.rmtree(target, ignore_errors=True)  # of an interrupted training
         target.mkdir(parents=True)
         trained = budget.train(
             0,

@@ -98,7 +98,10 @@ def recognised(directory: Path, record: str) -> Any:
 
 
 def interrupted_run(directory: Path, *, resume: bool) -> Run | None:
-    """The training that is to be resumed; None: none, and what is left of a start is removed.
+    """The training that is to be resumed, if any; what is left of a mere start is removed.
+
+    Returns:
+        None: training starts anew.
 
     Raises:
         ValueError: a finished model is there, something else, or a training that is not to be

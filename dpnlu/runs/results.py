@@ -61,7 +61,7 @@ class Results:
 def results_of(
     trained: Trained, examples: Sequence[Example], *, plan: PrivacyPlan | None
 ) -> Results:
-    """Measure a trained classifier on examples.
+    """The results of a training, the classifier measured on examples.
 
     Args:
         plan: what it was trained under; None: ordinary training.
@@ -90,7 +90,7 @@ def save_trained(
     results: Results,
     not_covered: Sequence[str],
 ) -> None:
-    """Complete the directory of a training, model card included, to one of a model.
+    """Write what a model directory holds besides the ledger, the model card included.
 
     Args:
         ledger: of the training; its file is in the directory already. None: ordinary training.

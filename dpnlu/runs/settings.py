@@ -17,7 +17,7 @@ class Option:
     """How a setting is written and explained on the command line.
 
     Attributes:
-        help: what it means, without its default unless that is None.
+        help: what it means; its default only where that is None.
         metavar: what stands for its value; None: its name.
         parse: text -> value, raises ValueError; None: the type of the field.
     """

@@ -99,7 +99,7 @@ def train(
 
 
 def measure(classifier: Classifier, examples: Sequence[Example]) -> Metrics:
-    """Accuracy on examples."""
+    """How well a classifier does on examples."""
     encoded = encode_all(classifier.encoding, examples)
     return evaluate(classifier.model, classifier.encoding, encoded, examples)
 
