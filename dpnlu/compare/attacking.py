@@ -91,18 +91,14 @@ class Attacked:
 def attack_all(prepared: Prepared, trained: Sequence[TrainedBudget]) -> Attacked:
     """Attack the target of every budget, with the help of its references."""
     settings, study = prepared.settings, prepared.study
+
+    def claim_of(budget: TrainedBudget) -> Claim:
+        spent = budget.results.epsilon
+        return Claim(epsilon=spent, delta=settings.delta, confidence=settings.confidence)
+
     return Attacked(
         findings=tuple(
-            attack(
-                settings.chosen_attacks,
-                budget.readings,
-                study,
-                Claim(
-                    epsilon=budget.results.epsilon,
-                    delta=settings.delta,
-                    confidence=settings.confidence,
-                ),
-            )
+            attack(settings.chosen_attacks, budget.readings, study, claim_of(budget))
             for budget in trained
         ),
         blind=blind_baseline(
