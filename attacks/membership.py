@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from attacks._validate import Bools, Floats, any_array, bools, floats, one_of, open_unit
-from attacks.predictive import (
+from attacks.signal_model import (
     VARIANCES,
     Moments,
     Predictive,
@@ -80,7 +80,7 @@ def lira(
     Neither saturates: both stay in logarithms.
 
     `variance` says how a signal's spread over models is found. "shrunk", the default, is a
-    conjugate Bayesian fit per example (see `attacks.predictive.shrunk`), best with few references
+    conjugate Bayesian fit per example (see `attacks.signal_model.shrunk`), best with few references
     and as good as "per_example" with many; "pooled" shares one covariance among all examples;
     "per_example" is for 64 references and more. IN and OUT always have their own.
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 import platform
 import statistics
 import sys
@@ -20,43 +19,32 @@ from pathlib import Path
 import torch
 
 from dpnlu.cli.benchmark import processor
-from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.nlu.data import HashedVocabulary, drop_repeated, load_corpus
 from dpnlu.nlu.encoding import Labels
-from dpnlu.runs import recipes as defaults
-from dpnlu.runs.train import Experiment, measure, new_classifier, train
-from dpnlu.training.loop import ComputeConfig
+from dpnlu.runs.experiment import experiment_for, plan_for
+from dpnlu.runs.settings import TrainSettings
+from dpnlu.runs.train import measure, new_classifier, train
 
 KEPT = ("intent_accuracy", "slot_f1")
 
 
 def accuracy(data: str, model: str, epsilon: float, seed: int) -> dict[str, float]:
-    """Train once and measure on the test split. Noise comes from the seed: not for release."""
+    """Train once and measure on the test split. Noise comes from the seed: not to be published."""
     corpus, _ = drop_repeated(load_corpus(data, seed=0))
-    examples, private = corpus.split("train"), math.isfinite(epsilon)
-    recipe = defaults.recipe(model, private=private, epochs=None, batch_size=None)
-    experiment = Experiment(
-        architecture=defaults.architecture(model, private=private),
-        recipe=recipe,
+    examples = corpus.split("train")
+    settings = TrainSettings(data=data, model=model, epsilon=epsilon)
+    experiment = experiment_for(
+        settings,
+        epsilon=epsilon,
         labels=Labels(tuple(sorted(corpus.intents)), tuple(sorted(corpus.tags))),
         vocabulary=HashedVocabulary(),
-        compute=ComputeConfig(),
     )
-    plan = None
-    if private:
-        plan = PrivacyPlan.calibrate(
-            target_epsilon=epsilon,
-            target_delta=defaults.DELTA,
-            num_examples=len(examples),
-            expected_batch_size=recipe.batch_size,
-            epochs=recipe.epochs,
-            max_grad_norm=defaults.MAX_GRAD_NORM,
-        )
+    plan = plan_for(settings, experiment.recipe, epsilon=epsilon, num_examples=len(examples))
     classifier = new_classifier(experiment, seed=seed)
     train(
         classifier,
         examples,
-        recipe=recipe,
+        recipe=experiment.recipe,
         compute=experiment.compute,
         plan=plan,
         seed=seed,

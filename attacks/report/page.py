@@ -10,8 +10,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from attacks.report import notes
-from attacks.report.axes import COLOURS, inline_svg
 from attacks.report.figures import Drawing
+from attacks.report.figures.axes import COLOURS, inline_svg
 from attacks.report.findings import findings
 from attacks.report.runs import clean
 from attacks.report.table import attack_table, canary_table, main_table, mechanism_table

@@ -25,7 +25,7 @@ from dpnlu.benchmark.process import KEEPS_MEMORY, result_of
 from dpnlu.benchmark.steps import Step, ordinary, private
 from dpnlu.gradients.factors import OuterProducts
 from dpnlu.gradients.forms import GramCache
-from dpnlu.runs.progress import Told
+from dpnlu.runs.progress import OnProgress
 
 _VOCABULARY, _INTENTS = 2_000, 64
 _AXES = {
@@ -88,7 +88,7 @@ def sizes() -> Iterator[tuple[str, dict[str, int]]]:
             yield axis, _BASE | {axis: value}
 
 
-def measure(told: Told, *, pairs: int) -> list[Point]:
+def measure(on_progress: OnProgress, *, pairs: int) -> list[Point]:
     """All points, each in a process of its own with as many threads as this one.
 
     Raises:
@@ -100,7 +100,7 @@ def measure(told: Told, *, pairs: int) -> list[Point]:
         arguments = [str(number) for number in (*size.values(), pairs, torch.get_num_threads())]
         found = result_of("dpnlu.benchmark.sweep", *arguments, environment=KEEPS_MEMORY)
         points.append(Point(axis=axis, **(size | found)))
-        told("sweep", done, len(places))
+        on_progress("sweep", done, len(places))
     return points
 
 

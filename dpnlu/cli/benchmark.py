@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpnlu.mechanism.ranges import check_count
-from dpnlu.runs.progress import Told
+from dpnlu.runs.progress import OnProgress
 
 # Threads beyond these are refused by no system before it is out of memory.
 _MOST_PAIRS, _MOST_THREADS = 1_000_000, 1024
@@ -58,8 +58,8 @@ def run(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)  # now, and not after all was measured
-    with bars(quiet=options.quiet) as told:
-        rows, text = _MEASUREMENTS[options.what](chosen, options, told)
+    with bars(quiet=options.quiet) as on_progress:
+        rows, text = _MEASUREMENTS[options.what](chosen, options, on_progress)
     print(text)
     if options.out is not None:
         path = _keep(options, rows, text)
@@ -69,43 +69,43 @@ def run(options: argparse.Namespace) -> None:
             plot(rows, path.with_suffix(".svg"))
 
 
-def _overhead(cases: Sequence[Any], options: Any, told: Told) -> tuple[list[Any], str]:
+def _overhead(cases: Sequence[Any], options: Any, on_progress: OnProgress) -> tuple[list[Any], str]:
     from dpnlu.benchmark import overhead
 
-    rows = [overhead.measure(case, pairs=options.pairs) for case in _counted(cases, told)]
+    rows = [overhead.measure(case, pairs=options.pairs) for case in _counted(cases, on_progress)]
     return rows, overhead.table(rows)
 
 
-def _compiled(cases: Sequence[Any], options: Any, told: Told) -> tuple[list[Any], str]:
+def _compiled(cases: Sequence[Any], options: Any, on_progress: OnProgress) -> tuple[list[Any], str]:
     from dpnlu.benchmark import compiled
 
     suited = [case for case in cases if compiled.can_compile(case)]
     if not suited:
         raise ValueError("Expected --cases without recurrent networks, which are not compiled.")
-    rows = [compiled.measure(case, pairs=options.pairs) for case in _counted(suited, told)]
+    rows = [compiled.measure(case, pairs=options.pairs) for case in _counted(suited, on_progress)]
     return rows, compiled.table(rows)
 
 
-def _memory(cases: Sequence[Any], options: Any, told: Told) -> tuple[list[Any], str]:
+def _memory(cases: Sequence[Any], options: Any, on_progress: OnProgress) -> tuple[list[Any], str]:
     from dpnlu.benchmark import memory
 
-    rows = [memory.measure(case) for case in _counted(cases, told)]
+    rows = [memory.measure(case) for case in _counted(cases, on_progress)]
     return rows, memory.table(rows)
 
 
-def _sweep(cases: Sequence[Any], options: Any, told: Told) -> tuple[list[Any], str]:
+def _sweep(cases: Sequence[Any], options: Any, on_progress: OnProgress) -> tuple[list[Any], str]:
     from dpnlu.benchmark import sweep
 
     if options.cases:
         raise ValueError("Expected no --cases for a sweep, which has a model of its own: drop it.")
-    points = sweep.measure(told, pairs=options.pairs)
+    points = sweep.measure(on_progress, pairs=options.pairs)
     return points, sweep.table(points)
 
 
-def _counted(cases: Sequence[Any], told: Told) -> Iterator[Any]:
+def _counted(cases: Sequence[Any], on_progress: OnProgress) -> Iterator[Any]:
     for done, case in enumerate(cases, start=1):
         yield case
-        told("benchmark", done, len(cases))
+        on_progress("benchmark", done, len(cases))
 
 
 _MEASUREMENTS: dict[str, Callable[..., tuple[list[Any], str]]] = {

@@ -1,7 +1,7 @@
 """The command line.
 
     dpnlu compare     train at several budgets, attack every model, report
-    dpnlu train       train one model for release
+    dpnlu train       train one model
     dpnlu attack      attack a trained model
     dpnlu budget      which ε a mechanism has, or which noise an ε needs
     dpnlu benchmark   what private training costs on this machine
@@ -13,7 +13,6 @@ what to do; 141 when the reader of a pipe had seen enough.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import shlex
 import signal
@@ -22,10 +21,9 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
-from dpnlu.cli import benchmark, budget
+from dpnlu.cli import attack, benchmark, budget, compare, train
 
 # Set it to see the traceback behind an error.
 _TRACEBACK = "DPNLU_TRACEBACK"
@@ -99,145 +97,12 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _compare(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from attacks.report import terminal_table
-    from dpnlu.compare import Settings, compare, prepare
-    from dpnlu.runs.progress import bars
-
-    settings = Settings(
-        data=options.data,
-        model=options.model,
-        epsilons=tuple(options.epsilons),
-        delta=options.delta,
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        dropout=options.dropout,
-        max_grad_norm=options.max_grad_norm,
-        attacks=_chosen_attacks(options),
-        canaries=tuple(options.canaries),
-        references=options.references,
-        audit_examples=options.audit_examples,
-        confidence=options.confidence,
-        physical_batch_size=options.physical_batch_size,
-        seed=options.seed,
-    )
-    with bars(quiet=options.quiet) as told:
-        prepared = prepare(settings)
-        report = compare(prepared, options.out, command=options.command_line, told=told)
-    Console().print(terminal_table(report))
-    print(options.out / "report.html")
-
-
-def _train(options: argparse.Namespace) -> None:
-    from dpnlu.runs.progress import bars
-    from dpnlu.runs.resumable import ReleaseSettings, release
-
-    settings = ReleaseSettings(
-        data=options.data,
-        model=options.model,
-        epsilon=options.epsilon,
-        delta=options.delta,
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        dropout=options.dropout,
-        max_grad_norm=options.max_grad_norm,
-        vocabulary=options.vocabulary,
-        labels=options.labels,
-        engine=options.engine,
-        physical_batch_size=options.physical_batch_size,
-        seed=options.seed,
-    )
-    with bars(quiet=options.quiet) as told:
-        metrics = release(settings, options.out, resume=options.resume, told=told)
-    _print_numbers(metrics)
-    print(options.out)
-
-
-def _chosen_attacks(options: argparse.Namespace) -> tuple[str, ...]:
-    from dpnlu.compare.attacking import default_attacks
-
-    return tuple(options.attacks or default_attacks(options.references))
-
-
-def _attack(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from attacks.report import terminal_table
-    from dpnlu.compare.model import attack_model
-    from dpnlu.runs.progress import bars
-
-    with bars(quiet=options.quiet) as told:
-        report = attack_model(
-            options.model_directory,
-            options.out,
-            data=options.data,
-            attacks=_chosen_attacks(options),
-            references=options.references,
-            audit_examples=options.audit_examples,
-            confidence=options.confidence,
-            physical_batch_size=options.physical_batch_size,
-            seed=options.seed,
-            command=options.command_line,
-            told=told,
-        )
-    Console().print(terminal_table(report))
-    print(options.out / "report.html")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="dpnlu", description="Private training of NLU models, and attacks.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    compare = commands.add_parser("compare", help="train at several budgets, attack, report")
-    compare.add_argument("--epsilons", type=_epsilon, nargs="+", default=[math.inf, 8.0, 2.0])
-    compare.add_argument("--canaries", nargs="+", default=[], metavar="PATTERN:LENGTH:R=COPIES")
-    _add_training(compare, run=_compare)
-    _add_attacks(compare)
-    train = commands.add_parser("train", help="train one model for release")
-    train.add_argument("--epsilon", type=_epsilon, required=True)
-    train.add_argument("--learning-rate", type=float)
-    train.add_argument("--engine", help="book_keeping, per_example or opacus")
-    train.add_argument("--vocabulary", default="hashed", help="hashed, fitted, or a word list")
-    train.add_argument("--labels", help="JSON file that declares the label sets")
-    train.add_argument("--resume", action="store_true", help="go on after an interruption")
-    _add_training(train, run=_train)
-    attack = commands.add_parser("attack", help="attack a trained model")
-    attack.add_argument("model_directory", type=Path)
-    attack.add_argument("--data", required=True, metavar="SPEC")
-    _add_attacks(attack)
-    _add_common(attack, run=_attack)
-    budget.add_parser(commands)
-    benchmark.add_parser(commands)
+    for command in (compare, train, attack, budget, benchmark):
+        command.add_parser(commands)
     return parser
-
-
-def _add_training(parser: argparse.ArgumentParser, *, run: Any) -> None:
-    parser.add_argument("--data", required=True, metavar="SPEC")
-    parser.add_argument("--model", default="lstm", metavar="lstm|encoder:NAME_OR_PATH")
-    parser.add_argument("--delta", type=float, default=1e-5)
-    parser.add_argument("--epochs", type=float)
-    parser.add_argument("--batch-size", type=int, help="expected batch size of private training")
-    parser.add_argument("--dropout", type=float, help="in [0, 1), instead of the recipe's")
-    parser.add_argument("--max-grad-norm", type=float, default=1.0)
-    _add_common(parser, run=run)
-
-
-def _add_attacks(parser: argparse.ArgumentParser) -> None:
-    names = "loss, lira, rmia, exposure, extraction, audit"
-    parser.add_argument("--attacks", nargs="+", metavar="ATTACK", help=f"default: {names}")
-    parser.add_argument("--references", type=int, default=8, help="reference models per budget")
-    parser.add_argument("--audit-examples", type=int, default=2000)
-    parser.add_argument("--confidence", type=float, default=0.95)
-
-
-def _add_common(parser: argparse.ArgumentParser, *, run: Any) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--physical-batch-size", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quiet", action="store_true", help="no progress")
-    parser.set_defaults(run=run)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -246,21 +111,6 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         line = " ".join(message.split())
         raise SystemExit(_failed(f"{line} (see {self.prog} --help)", status=2))
-
-
-def _epsilon(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"expected ε > 0 or inf, got {text}")
-    return value
-
-
-def _print_numbers(metrics: dict[str, Any]) -> None:
-    for name, value in metrics.items():
-        print(f"{name.replace('_', ' ')}: {value:.4g}")
 
 
 def _failed(message: str, *, status: int) -> int:

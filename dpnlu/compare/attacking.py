@@ -1,8 +1,9 @@
-"""What the attacks find in the models of one budget, as entries of the report."""
+"""The second step of a study: attack its models. What is found are entries of the report."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from attacks.auditing import AuditResult, one_run
+from attacks.blind import BlindBaseline, blind_baseline
 from attacks.canaries import (
     CanarySpec,
     all_secrets,
@@ -24,35 +26,16 @@ from attacks.canaries import (
 from attacks.evaluation import evaluate
 from attacks.membership import ATTACKS
 from attacks.metrics import roc_band
+from dpnlu.compare.preparation import Prepared
+from dpnlu.compare.reading import Reading
+from dpnlu.compare.selection import CANARY_MEASUREMENTS
 from dpnlu.compare.study import Study
-from dpnlu.compare.training import Arrays, stacked
-
-CANARY_MEASUREMENTS = ("exposure", "extraction")
-# What `--attacks` may name: membership attacks, canary measurements, and the audit.
-NAMES = (*ATTACKS, *CANARY_MEASUREMENTS, "audit")
-DEFAULT = ("loss", "lira", "rmia", *CANARY_MEASUREMENTS, "audit")
-# With fewer there is no spread, and for half of the examples no reference on one of the sides.
-LEAST_REFERENCES = 2
+from dpnlu.compare.training import TrainedBudget
 
 # The attack whose scores are audited, fixed beforehand: the best of several would be a further
 # choice to pay for.
 _AUDITED = ("lira", "loss")
 _ROC_POINTS = 200
-
-
-def default_attacks(references: int) -> tuple[str, ...]:
-    """What is run unless attacks are named: `DEFAULT`, as far as the references suffice."""
-    return tuple(name for name in DEFAULT if not needs_more(name, references))
-
-
-def needs_more(name: str, references: int) -> bool:
-    """Whether an attack needs more reference models than that."""
-    return needs_references([name]) and references < LEAST_REFERENCES
-
-
-def needs_references(names: Sequence[str]) -> bool:
-    """Whether any of the attacks compares the target with reference models."""
-    return any(name in ATTACKS and ATTACKS[name].needs_references for name in names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,65 +47,132 @@ class Claim:
     confidence: float
 
 
-def attack(
-    names: Sequence[str], models: Sequence[Arrays], study: Study, claim: Claim
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What the attacks found in the models of one budget, as entries of the report.
+
+    Attributes:
+        membership: by the name of the attack.
+        canaries: one entry per pattern; empty: none, or not asked for.
+        audit: None: not asked for, or no scores to audit.
+        warnings: what could not be measured, and what a reader of the numbers must know.
+        seconds: wall time of the attacks, the training of references not included.
+    """
+
+    membership: Mapping[str, Any]
+    canaries: tuple[Mapping[str, Any], ...]
+    audit: Mapping[str, Any] | None
+    warnings: tuple[str, ...]
+    seconds: float
+
+    def to_entries(self) -> dict[str, Any]:
+        """The entries of a run, but for the warnings; what was not measured is absent."""
+        entries: dict[str, Any] = {"membership": self.membership}
+        if self.canaries:
+            entries |= {"canary": self.canaries[0], "canaries": list(self.canaries)}
+        if self.audit is not None:
+            entries["audit"] = self.audit
+        return entries
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attacked:
+    """What the attacks found in all models of a study.
+
+    Attributes:
+        findings: one per budget, in their order.
+        blind: how well membership can be guessed without any model.
+    """
+
+    findings: tuple[Findings, ...]
+    blind: BlindBaseline
+
+
+def attack_all(prepared: Prepared, trained: Sequence[TrainedBudget]) -> Attacked:
+    """Attack the target of every budget, with the help of its references."""
+    settings, study = prepared.settings, prepared.study
+
+    def claim_of(budget: TrainedBudget) -> Claim:
+        spent = budget.results.epsilon
+        return Claim(epsilon=spent, delta=settings.delta, confidence=settings.confidence)
+
+    return Attacked(
+        findings=tuple(
+            attack(settings.chosen_attacks, budget.readings, study, claim_of(budget))
+            for budget in trained
+        ),
+        blind=blind_baseline(
+            [example.text for example in study.audit],
+            study.membership[0],
+            labels=[example.intent for example in study.audit],
+            rng=np.random.default_rng([settings.seed, 2]),
+            confidence=settings.confidence,
+        ),
+    )
+
+
+def attack(names: Sequence[str], models: Sequence[Reading], study: Study, claim: Claim) -> Findings:
     """Run attacks on the target, model 0, with the help of the references, the others.
 
-    Returns:
-        The entries "membership", "canary", "audit" and "warnings" of a run; what was not measured
-        is absent, and what could not be is among the warnings.
+    What cannot be measured is among the warnings.
     """
+    started = time.perf_counter()
     warnings: list[str] = []
     scores = {}
     for name in (name for name in ATTACKS if name in names):
         with _left_out_if_impossible(name, warnings):
             scores[name] = _scores(name, models, study)
-    found: dict[str, Any] = {"membership": {}}
+    membership = {}
     for name, values in scores.items():
-        entry, cautions = _verdict(values, study, claim)
-        found["membership"][name] = entry
-        warnings += [f"{name}: {caution}" for caution in cautions if caution not in warnings]
-    if study.canaries and set(names) & set(CANARY_MEASUREMENTS):
+        membership[name], cautions = _verdict(values, study, claim)
+        warnings += [f"{name}: {caution}" for caution in cautions]
+    canaries: list[dict[str, Any]] = []
+    if set(names) & set(CANARY_MEASUREMENTS):
         with _left_out_if_impossible("canary", warnings):
-            entries = [_canary(canary, models, claim) for canary in study.canaries]
-            found |= {"canary": entries[0], "canaries": entries}
+            canaries = [_canary(canary, models, claim) for canary in study.canaries]
+    audit = None
     if "audit" in names and scores:
-        found["audit"] = _audit(scores, study, claim)
-        warnings += _refutation(found["audit"], claim)
-    return found | {"warnings": warnings}
+        audit = _audit(scores, study, claim)
+        warnings += _refutation(audit, claim)
+    return Findings(
+        membership=membership,
+        canaries=tuple(canaries),
+        audit=audit,
+        warnings=tuple(warnings),
+        seconds=time.perf_counter() - started,
+    )
 
 
 @contextmanager
 def _left_out_if_impossible(what: str, warnings: list[str]) -> Iterator[None]:
-    """Have a study whose models took hours keep all else, where a model's signals are no numbers or
-    do not vary."""
+    """Turn a ValueError into a warning.
+
+    Where a model's signals are no numbers or do not vary, a study whose models took hours keeps all
+    else.
+    """
     try:
         yield
     except ValueError as error:
         warnings.append(f"{what} was left out: {error}")
 
 
-def _scores(name: str, models: Sequence[Arrays], study: Study) -> NDArray[np.float64]:
+def _scores(name: str, models: Sequence[Reading], study: Study) -> NDArray[np.float64]:
     """Membership scores (m,) of the audit examples."""
     chosen = ATTACKS[name]
     signals = np.stack([_signal(model, chosen.signal) for model in models])
     if not chosen.needs_references:
         return chosen.score(signals[0])
-    return chosen.score(signals[0], signals[1:], study.coins[1:])
+    return chosen.score(signals[0], signals[1:], study.membership[1:])
 
 
-def _signal(model: Arrays, signal: str) -> NDArray[np.float64]:
-    if signal == "loss":
-        return model["loss"]
-    margins = [model[key] for key in ("intent_margin", "slot_margin") if key in model]
-    return np.stack(margins, axis=1)
+def _signal(model: Reading, signal: str) -> NDArray[np.float64]:
+    return model.signals.loss if signal == "loss" else model.signals.margins
 
 
 def _verdict(
     scores: NDArray[np.float64], study: Study, claim: Claim
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    is_member = study.coins[0]
+    is_member = study.membership[0]
     verdict = evaluate(
         scores,
         is_member,
@@ -150,10 +200,12 @@ def _spread(length: int) -> NDArray[np.int64]:
     return np.concatenate([dense, np.linspace(0, length - 1, _ROC_POINTS // 2).astype(np.int64)])
 
 
-def _canary(canary: CanarySpec, models: Sequence[Arrays], claim: Claim) -> dict[str, Any]:
+def _canary(canary: CanarySpec, models: Sequence[Reading], claim: Claim) -> dict[str, Any]:
     """Exposure and extraction over all models, each with a secret of its own."""
     name = canary.pattern.name
-    losses, secrets = stacked(models, f"{name}-losses"), stacked(models, f"{name}-secret")
+    readings = [model.canaries[name] for model in models]
+    losses = np.stack([reading.losses for reading in readings])
+    secrets = np.stack([reading.secret for reading in readings])
     places = [secret_index(secret) for secret in secrets]
     exposures = [exposure(row, place) for row, place in zip(losses, places, strict=True)]
     bits = [found.bits for found in exposures]
@@ -193,7 +245,7 @@ def _mean_interval(values: Sequence[float], confidence: float) -> dict[str, list
 def _audit(scores: dict[str, NDArray[np.float64]], study: Study, claim: Claim) -> dict[str, Any]:
     audited = next((name for name in _AUDITED if name in scores), next(iter(scores)))
     result: AuditResult = one_run(
-        scores[audited], study.coins[0], delta=claim.delta, confidence=claim.confidence
+        scores[audited], study.membership[0], delta=claim.delta, confidence=claim.confidence
     )
     kept = ("epsilon_lower_bound", "confidence", "method", "ceiling", "canaries", "assumption")
     return {name: getattr(result, name) for name in kept} | {"scores": audited}

@@ -1,11 +1,10 @@
-"""From finished trainings to the report, a plain dictionary; `attacks.report` writes it."""
+"""The last step of a study: the report as a plain dictionary; `attacks.report` writes it."""
 
 from __future__ import annotations
 
 import datetime
 import os
 import platform
-import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -13,30 +12,34 @@ from typing import Any
 import numpy as np
 import torch
 
-from attacks.blind import blind_baseline
 from attacks.intervals import binomial_interval
-from dpnlu.compare.attacking import Claim, attack
-from dpnlu.compare.running import Finished, Prepared
+from dpnlu.compare.attacking import Attacked, Findings
+from dpnlu.compare.preparation import Prepared
+from dpnlu.compare.training import TrainedBudget
+from dpnlu.runs.results import Results
 
 _VERSIONS = ("dpnlu", "torch", "transformers", "dp-accounting", "numpy", "scikit-learn")
 
 
 def build_report(
-    prepared: Prepared, finished: Sequence[Finished], *, command: str
+    prepared: Prepared, trained: Sequence[TrainedBudget], attacked: Attacked, *, command: str
 ) -> dict[str, Any]:
-    """The report's dictionary; its keys are described in `attacks.contract`."""
-    ordinary = next((run for run in finished if run.budget.plan is None), None)
-    seconds = None if ordinary is None else ordinary.metrics["train_seconds"]
+    """The report's dictionary; its keys are described in `attacks.report.contract`."""
+    ordinary = next((run for run in trained if run.budget.plan is None), None)
+    seconds = None if ordinary is None else ordinary.results.train_seconds
     settings = prepared.settings
     return {
         "schema": 1,
         "title": f"{prepared.corpus.name}, {settings.model}",
         "command": command,
         "created": datetime.date.today().isoformat(),
-        "data": _data(prepared),
+        "data": _data(prepared, attacked),
         "machine": machine(),
         "study": _study(prepared),
-        "runs": [_run(prepared, run, ordinary_seconds=seconds) for run in finished],
+        "runs": [
+            _run(prepared, run, findings, ordinary_seconds=seconds)
+            for run, findings in zip(trained, attacked.findings, strict=True)
+        ],
     }
 
 
@@ -60,9 +63,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _data(prepared: Prepared) -> dict[str, Any]:
-    corpus, study = prepared.corpus, prepared.study
-    found: dict[str, Any] = {
+def _data(prepared: Prepared, attacked: Attacked) -> dict[str, Any]:
+    corpus, study, blind = prepared.corpus, prepared.study, attacked.blind
+    return {
         "name": corpus.name,
         "spec": prepared.settings.data,
         **{split: len(corpus.split(split)) for split in ("train", "valid", "test")},
@@ -70,23 +73,15 @@ def _data(prepared: Prepared) -> dict[str, Any]:
         "slots": len(corpus.slots) if corpus.has_slots else 0,
         "repeated_rows_dropped": prepared.repeats.dropped_train_rows,
         "audit_examples": len(study.audit),
-        "members": int(study.coins[0].sum()),
+        "members": int(study.membership[0].sum()),
         "labels_are_public": corpus.labels_are_public,
         "vocabulary_is_public": all(b.experiment.vocabulary.is_public for b in prepared.budgets),
+        "blind": {
+            "auc": blind.auc,
+            "auc_interval": list(blind.interval),
+            "suspicious": blind.suspicious,
+        },
     }
-    blind = blind_baseline(
-        [example.text for example in study.audit],
-        study.coins[0],
-        labels=[example.intent for example in study.audit],
-        rng=np.random.default_rng([prepared.settings.seed, 2]),
-        confidence=prepared.settings.confidence,
-    )
-    found["blind"] = {
-        "auc": blind.auc,
-        "auc_interval": list(blind.interval),
-        "suspicious": blind.suspicious,
-    }
-    return found
 
 
 def _study(prepared: Prepared) -> dict[str, Any]:
@@ -106,50 +101,49 @@ def _study(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _run(prepared: Prepared, run: Finished, *, ordinary_seconds: float | None) -> dict[str, Any]:
-    settings, plan, metrics = prepared.settings, run.budget.plan, run.metrics
-    claim = Claim(
-        epsilon=metrics.get("epsilon"), delta=settings.delta, confidence=settings.confidence
-    )
-    started = time.perf_counter()
-    found = attack(settings.attacks, run.models, prepared.study, claim)
-    attacking = time.perf_counter() - started
-    attacking += sum(float(model["train_seconds"]) for model in run.models[1:])
+def _run(
+    prepared: Prepared,
+    run: TrainedBudget,
+    findings: Findings,
+    *,
+    ordinary_seconds: float | None,
+) -> dict[str, Any]:
+    settings, plan, results = prepared.settings, run.budget.plan, run.results
     entry: dict[str, Any] = {
         "name": run.budget.name,
         "target_epsilon": run.budget.target_epsilon,
-        "epsilon": claim.epsilon,
+        "epsilon": results.epsilon,
         "delta": settings.delta,
-        "intent_accuracy": metrics["intent_accuracy"],
-        "intent_accuracy_interval": list(_accuracy_interval(metrics, settings.confidence)),
-        "frame_accuracy": metrics["frame_accuracy"],
-        "train_seconds": metrics["train_seconds"],
-        "attack_seconds": attacking,
-        "references": len(run.models) - 1,
-        **found,
+        "intent_accuracy": results.intent_accuracy,
+        "intent_accuracy_interval": list(_accuracy_interval(results, settings.confidence)),
+        "frame_accuracy": results.frame_accuracy,
+        "train_seconds": results.train_seconds,
+        "attack_seconds": findings.seconds + sum(r.train_seconds or 0.0 for r in run.references),
+        "references": len(run.references),
+        **findings.to_entries(),
+        "warnings": [*findings.warnings, *_disclosures(prepared, run)],
     }
-    for name in ("slot_f1", "peak_memory_mib"):
-        if name in metrics:
-            entry[name] = metrics[name]
+    if results.slot_f1 is not None:
+        entry["slot_f1"] = results.slot_f1
+    if results.peak_memory_mib is not None:
+        entry["peak_memory_mib"] = results.peak_memory_mib
     if plan is not None:
         kept = ("noise_multiplier", "max_grad_norm", "sample_rate", "steps", "adjacency", "unit")
         entry |= {name: getattr(plan, name) for name in kept} | {"accountant": "pld"}
     if ordinary_seconds is not None:
-        entry["overhead"] = metrics["train_seconds"] / ordinary_seconds
-    if len(run.models) > 1:
-        accuracies = [float(model["intent_accuracy"]) for model in run.models[1:]]
+        entry["overhead"] = results.train_seconds / ordinary_seconds
+    if run.references:
+        accuracies = [reading.intent_accuracy for reading in run.references]
         entry["reference_accuracy"] = float(np.mean(accuracies))
-    entry["warnings"] = [*found["warnings"], *_disclosures(prepared, run)]
     return entry
 
 
-def _accuracy_interval(metrics: dict[str, Any], confidence: float) -> tuple[float, float]:
-    trials = metrics["examples"]
-    right = round(metrics["intent_accuracy"] * trials)
-    return binomial_interval(right, trials, confidence=confidence)
+def _accuracy_interval(results: Results, confidence: float) -> tuple[float, float]:
+    right = round(results.intent_accuracy * results.examples)
+    return binomial_interval(right, results.examples, confidence=confidence)
 
 
-def _disclosures(prepared: Prepared, run: Finished) -> list[str]:
+def _disclosures(prepared: Prepared, run: TrainedBudget) -> list[str]:
     """What ε does not cover."""
     if run.budget.plan is None:
         return []

@@ -1,83 +1,137 @@
-"""Training the models of a study at one privacy budget, and reading what they say."""
+"""The first step of a study: train its models, and read what they say.
+
+DIR/study.json                what the study is; an existing study is resumed
+DIR/runs/NAME/target/         the target's model directory
+DIR/runs/NAME/target.npz      what the target says
+DIR/runs/NAME/references/     what the reference models say
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from attacks import farm
+from dpnlu.compare.budget import Budget
+from dpnlu.compare.preparation import Prepared
+from dpnlu.compare.reading import Reading
+from dpnlu.mechanism.durable import write_json
+from dpnlu.mechanism.ledger import Ledger
+from dpnlu.runs.directory import claimed, recognised
+from dpnlu.runs.model_directory import LEDGER, METRICS, is_model, read_json
+from dpnlu.runs.progress import OnProgress
+from dpnlu.runs.results import Results, results_of, save_trained
 
-from dpnlu.compare.study import Study, read_canary_losses, read_signals
-from dpnlu.mechanism.plan import PrivacyPlan
-from dpnlu.nlu.classifier import Classifier
-from dpnlu.nlu.data import Example
-from dpnlu.runs.train import Experiment, Trained, measure, new_classifier, train
-from dpnlu.training.loop import Progress
-
-Arrays = dict[str, NDArray[Any]]
+STUDY = "study.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget:
-    """One column of a study: all its models, trained alike.
+class TrainedBudget:
+    """What the models of one budget say.
 
     Attributes:
-        name: "eps-8" or "eps-inf".
-        target_epsilon: what was asked for; None: ordinary training.
-        plan: the target's; None: ordinary training.
-        seed: of everything random, together with the number of the model.
+        results: how well the target does, and what its training took.
     """
 
-    name: str
-    target_epsilon: float | None
-    study: Study
-    experiment: Experiment
-    plan: PrivacyPlan | None
-    test: tuple[Example, ...]
-    seed: int
+    budget: Budget
+    target: Reading
+    references: tuple[Reading, ...]
+    results: Results
 
-    def __call__(self, reference: int) -> Arrays:
-        """Train reference model number `reference` and read it; for `attacks.farm.grow`."""
-        trained = self.train(reference + 1)
-        seconds = np.array(trained.result.seconds)
-        return self.read(trained.classifier, reference + 1) | {"train_seconds": seconds}
+    @property
+    def readings(self) -> tuple[Reading, ...]:
+        """Those of all models, the target's first."""
+        return (self.target, *self.references)
 
-    def train(
-        self, model: int, *, ledger: Path | None = None, progress: Progress | None = None
-    ) -> Trained:
-        """Train one of the models; 0 is the target."""
-        examples = self.study.examples(model)
-        seed = int(np.random.SeedSequence([self.seed, model]).generate_state(1)[0])
-        return train(
-            new_classifier(self.experiment, seed=seed),
-            examples,
-            recipe=self.experiment.recipe,
-            compute=self.experiment.compute,
-            plan=self.plan_for(len(examples)),
-            seed=seed,
-            repeatable_noise=True,
-            ledger=ledger,
-            progress=progress,
+
+@contextmanager
+def claimed_study(directory: Path, content: Mapping[str, Any]) -> Iterator[None]:
+    """Make the directory this study's, or recognise it as such, and keep others out of it.
+
+    Args:
+        content: all that the study depends on, as JSON.
+
+    Raises:
+        ValueError: it holds another study or something else, or another process works in it.
+    """
+    with claimed(directory):
+        existing = recognised(directory, STUDY)
+        if existing is None:
+            write_json(directory / STUDY, dict(content))
+        elif existing != content:
+            raise ValueError(
+                f"Expected {directory} to hold this very study, found one with other settings or "
+                "of another model: choose another folder, or repeat the settings to resume it."
+            )
+        yield
+
+
+def train_all(
+    prepared: Prepared, directory: Path, *, on_progress: OnProgress
+) -> list[TrainedBudget]:
+    """Train what is not trained yet.
+
+    All targets come first, one after the other, so that their times can be compared; references are
+    trained side by side.
+    """
+    targets = [
+        _train_target(budget, directory / "runs" / budget.name, on_progress)
+        for budget in prepared.budgets
+    ]
+    return [
+        TrainedBudget(
+            budget=budget,
+            target=reading,
+            references=train_references(prepared, budget, directory, on_progress=on_progress),
+            results=results,
         )
-
-    def plan_for(self, num_examples: int) -> PrivacyPlan | None:
-        """The same mechanism, hence the same ε, on a slightly different number of examples."""
-        return None if self.plan is None else replace(self.plan, num_examples=num_examples)
-
-    def read(self, classifier: Classifier, model: int) -> Arrays:
-        """Signals on the audit examples, losses of all canaries, accuracy on test examples."""
-        arrays: Arrays = dict(read_signals(classifier, self.study.audit).to_arrays())
-        arrays["intent_accuracy"] = np.array(measure(classifier, self.test).intent_accuracy)
-        for canary, secrets in zip(self.study.canaries, self.study.secrets, strict=True):
-            name = canary.pattern.name
-            arrays[f"{name}-losses"] = read_canary_losses(classifier, canary)
-            arrays[f"{name}-secret"] = secrets[model]
-        return arrays
+        for budget, (reading, results) in zip(prepared.budgets, targets, strict=True)
+    ]
 
 
-def stacked(arrays: Sequence[Mapping[str, NDArray[Any]]], name: str) -> NDArray[Any]:
-    """One array over all models."""
-    return np.stack([model[name] for model in arrays])
+def _train_target(budget: Budget, home: Path, on_progress: OnProgress) -> tuple[Reading, Results]:
+    """What the target says and how well it does, trained now or before."""
+    target, signals = home / "target", home / "target.npz"
+    if not (is_model(target) and signals.exists()):
+        shutil.rmtree(target, ignore_errors=True)  # of an interrupted training
+        target.mkdir(parents=True)
+        trained = budget.train(
+            0,
+            ledger=target / LEDGER,
+            on_progress=lambda done, total: on_progress(f"training {budget.name}", done, total),
+        )
+        farm.save_arrays(signals, budget.read(trained.classifier, 0).to_arrays())
+        save_trained(
+            trained,
+            target,
+            experiment=budget.experiment,
+            plan=budget.plan,
+            ledger=None if budget.plan is None else Ledger.read(target / LEDGER),
+            results=results_of(trained, budget.test, plan=budget.plan),
+            not_covered=(
+                "This model belongs to a study: its noise was drawn from a recorded seed, and it "
+                "may hold a canary. It must not be published.",
+            ),
+        )
+    reading = Reading.from_arrays(farm.load_arrays(signals))
+    return reading, Results.from_dict(read_json(target / METRICS))
+
+
+def train_references(
+    prepared: Prepared, budget: Budget, directory: Path, *, on_progress: OnProgress
+) -> tuple[Reading, ...]:
+    """What the reference models of a budget say, trained now or before."""
+    arrays = farm.grow(
+        budget,
+        count=prepared.settings.references,
+        directory=directory / "runs" / budget.name / "references",
+        key={"study": read_json(directory / STUDY), "budget": budget.name},
+        workers=os.cpu_count(),
+        progress=lambda done, total: on_progress(f"references {budget.name}", done, total),
+    )
+    return tuple(map(Reading.from_arrays, arrays))

@@ -18,7 +18,7 @@ _AUTOMATIC_STABILITY = 0.01
 
 
 def flat(norms: Tensor, max_grad_norm: float) -> Tensor:
-    """Scale down what is longer than the bound, leave the rest (Abadi et al. 2016).
+    """Coefficients that scale down what is longer than the bound (Abadi et al. 2016).
 
     Guarantee: coefficient * norm <= max_grad_norm, up to one rounding, for every norm >= 0,
     including 0 and infinity (whose coefficient is 0).
@@ -34,7 +34,7 @@ def flat(norms: Tensor, max_grad_norm: float) -> Tensor:
 
 
 def automatic(norms: Tensor, max_grad_norm: float) -> Tensor:
-    """Normalise every unit to nearly the bound: C / (norm + 0.01) (Bu et al. 2023, AUTO-S).
+    """Coefficients that scale every unit to nearly C: C / (norm + 0.01) (Bu et al. 2023, AUTO-S).
 
     Guarantee: coefficient * norm < max_grad_norm for every norm >= 0.
 

@@ -1,4 +1,4 @@
-"""Files that outlive what ends while they are written: the process, the disk's room, the power.
+"""Files that stay whole if the process, the disk space or the power ends while they are written.
 
 A file is written in a folder beside its place, `NAME.partial`, forced to disk and then moved, and
 the moving is forced to disk as well: at every moment the place holds the old file or the new one,
@@ -105,12 +105,12 @@ def remove(path: Path) -> None:
 
 
 def partial_of(path: Path) -> Path:
-    """The folder in which `path` is written, and which a process that is killed leaves behind."""
+    """The folder in which `path` is written; a process that is killed leaves it behind."""
     return path.with_name(path.name + _PARTIAL)
 
 
 def remove_partials(directory: Path) -> None:
-    """Remove all that such processes have left in a directory and those below it."""
+    """Remove what killed processes have left half-written in a directory and those below it."""
     for path in list(directory.rglob("*" + _PARTIAL)):
         _clear(path)
 

@@ -29,7 +29,7 @@ _Parsed = TypeVar("_Parsed")
 
 
 class LedgerError(ValueError):
-    """A ledger that is missing, already there, in use, closed, touched by others, or no ledger."""
+    """A ledger that is missing, already there, in use, closed or changed; or no ledger at all."""
 
 
 class Ledger:
@@ -74,7 +74,7 @@ class Ledger:
 
     @classmethod
     def resume(cls, path: Path) -> Ledger:
-        """Continue the ledger at `path`.
+        """Open the ledger at `path` to continue it.
 
         A last line that was cut off while being written counts as one full release, the costliest
         it may have been: its update may have been applied.
@@ -174,7 +174,7 @@ class Ledger:
         self.close()
 
     def _possible(self) -> list[SampledGaussian]:
-        """What the plan says of the next release: if sampled and, unless all are, if not."""
+        """The events that the plan allows next: sampled and, unless all are, not sampled."""
         kinds = (True,) if self.sampled_only else (True, False)
         return [self.plan.event_at(len(self), sampled=sampled) for sampled in kinds]
 
@@ -204,7 +204,7 @@ class Ledger:
 
 
 class _File:
-    """A file that this process alone appends to, locked, and as long as it left it."""
+    """A locked file that this process alone appends to, and whose length it checks each time."""
 
     def __init__(self, path: Path, *, new: bool) -> None:
         flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if new else 0)
@@ -260,8 +260,8 @@ class _File:
         self._file.close()
 
     def _check_untouched(self) -> None:
-        """Whoever removes, cuts off or replaces the file takes the record away from what follows;
-        whoever adds to it has spent what the plan does not know of."""
+        """Raise LedgerError if another process changed the file: if it was removed, cut off or
+        replaced, later releases would go unrecorded; a line added stands for unplanned ones."""
         here, there = os.fstat(self._number), None
         with suppress(OSError):
             there = self._path.stat()
@@ -290,20 +290,20 @@ def _exists(path: Path) -> str:
     with suppress(OSError):
         if b"\n" not in path.read_bytes():
             return (
-                f"Expected no file at {path}, found one that was begun and records nothing: "
+                f"Expected no file at {path}, found one that was started and records nothing: "
                 "remove it, or choose another folder."
             )
     return f"Expected no file at {path}, found a ledger: resume it, or choose another folder."
 
 
 def _parse(content: bytes, path: Path) -> tuple[Ledger, int | None]:
-    """The ledger, not open; and where its last line begins if that was cut off."""
+    """The ledger, not open; and where its last line starts if that was cut off."""
     # Every complete line ends in a line break.
     first, *lines = content.split(b"\n")
     if not lines:
         raise LedgerError(f"Expected {path} to begin with the plan of a ledger; it does not.")
     *lines, torn = lines
-    ledger = _parsed(_begun, first, f"line 1 of {path}")
+    ledger = _parsed(_started, first, f"line 1 of {path}")
     ledger._path = path
     parse = partial(_release, ledger=ledger)
     for number, line in enumerate(lines, start=2):
@@ -325,7 +325,7 @@ def _parsed(parse: Callable[[dict[str, Any]], _Parsed], line: bytes, place: str)
         raise LedgerError(f"Expected {place} to be a ledger entry, got {text!r}: {error}") from None
 
 
-def _begun(entry: dict[str, Any]) -> Ledger:
+def _started(entry: dict[str, Any]) -> Ledger:
     if entry.get("ledger") not in _FORMATS:
         raise ValueError("a ledger begins with its plan.")
     sampled_only = entry["ledger"] > 1 and entry["sampled_only"]

@@ -52,7 +52,7 @@ def fill_gaussian(
 def _fill_side_by_side(
     tensors: list[Tensor], std: float, generators: Sequence[torch.Generator]
 ) -> None:
-    """One thread per generator, each with an equal share of the entries."""
+    """Draw with one thread per generator, each with an equal share of the entries."""
 
     def fill(pieces: list[Tensor], generator: torch.Generator) -> None:
         for piece in pieces:
@@ -74,19 +74,19 @@ def _shares(tensors: list[Tensor], count: int) -> list[list[Tensor]]:
     """Cut tensors into `count` lists of views with equally many entries."""
     size = -(-sum(tensor.numel() for tensor in tensors) // count)
     shares: list[list[Tensor]] = [[] for _ in range(count)]
-    place, room = 0, size
+    place, missing = 0, size
     for tensor in tensors:
         rest = tensor.view(-1)
-        while rest.numel() > room:
-            shares[place].append(rest[:room])
-            rest, place, room = rest[room:], place + 1, size
+        while rest.numel() > missing:
+            shares[place].append(rest[:missing])
+            rest, place, missing = rest[missing:], place + 1, size
         shares[place].append(rest)
-        room -= rest.numel()
+        missing -= rest.numel()
     return shares
 
 
 def entropy_generators(device: torch.device | str = "cpu") -> list[torch.Generator]:
-    """Generators as `entropy_generator` makes them, as many as can draw side by side."""
+    """As many generators from `entropy_generator` as can draw side by side."""
     on_cpu = torch.device(device).type == "cpu"
     return [
         entropy_generator(device)
@@ -95,7 +95,7 @@ def entropy_generators(device: torch.device | str = "cpu") -> list[torch.Generat
 
 
 def entropy_generator(device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that nobody can guess: fresh, its state from the operating system's entropy.
+    """A fresh generator whose state comes from the operating system's entropy.
 
     The whole 19937-bit state on a CPU; elsewhere torch keeps only a 64-bit seed.
     """

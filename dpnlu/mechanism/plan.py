@@ -179,6 +179,7 @@ class PrivacyPlan:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Steps in which each example is visited once on average."""
         return max(1, round(1 / self.sample_rate))
 
     @property
@@ -260,7 +261,7 @@ class PrivacyPlan:
 
 
 def _schedule(spec: str) -> Callable[[int], float]:
-    """Epoch -> factor on the noise multiplier."""
+    """The function from an epoch to the factor on the noise multiplier."""
     name, _, value = spec.partition(":")
     if spec == "constant":
         return lambda epoch: 1.0
@@ -326,7 +327,7 @@ def _check_delta(value: float, num_examples: int) -> None:
 
 
 def _check_paired(name: str, value: int | None, needed: bool) -> None:
-    """A count that must be there exactly if another field needs it."""
+    """Raise ValueError unless a count is there exactly if another field needs it."""
     if needed != (value is not None):
         owner = {"microbatches": "clipping_unit='microbatch'"}.get(
             name, "sampling='truncated_poisson'"

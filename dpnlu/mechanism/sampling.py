@@ -52,7 +52,7 @@ def logical_batches(plan: PrivacyPlan, *, rng: np.random.Generator) -> Iterator[
     likewise drawn independently. Truncation, if planned, keeps a uniformly random subset.
 
     Args:
-        rng: the source of the coins. Amplification by sampling assumes that nobody knows them: do
+        rng: decides who is in a batch. Amplification by sampling assumes that nobody knows it: do
             not publish its seed.
     """
     while True:

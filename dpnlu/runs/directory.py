@@ -1,12 +1,12 @@
-"""The directory of one training: whose it is, what is in it while it is not finished, and after.
+"""The directory of one training: whether it is ours, and what it holds before and after its end.
 
 run.json                  what was asked for, and a fingerprint of the data
 ledger.jsonl              what was released so far
 checkpoint.safetensors    the weights, from the first step on
 
-Whatever was interrupted is told from what is there. Without a release and a checkpoint nothing has
-happened yet, and the directory is begun anew. With the configuration of a model, which is written
-last, it holds a finished one; then `run.json` and the checkpoint are removed.
+Whatever was interrupted is recognised by what is there. Without a release and a checkpoint nothing
+has happened yet, and training starts anew. With the configuration of a model, which is written
+last, the directory holds a finished one; then `run.json` and the checkpoint are removed.
 """
 
 from __future__ import annotations
@@ -14,16 +14,30 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpnlu.mechanism.durable import locked, make_directory, partial_of, remove, remove_partials, write_json
-from dpnlu.nlu.fingerprint import Fingerprint
+from dpnlu.mechanism.durable import (
+    locked,
+    make_directory,
+    partial_of,
+    remove,
+    remove_partials,
+    write_json,
+)
 from dpnlu.mechanism.ledger import Ledger, LedgerError
 from dpnlu.mechanism.plan import PrivacyPlan
-from dpnlu.runs.model_directory import CHECKPOINT, LEDGER, RUN, is_model, read_json
+from dpnlu.nlu.fingerprint import Fingerprint
+from dpnlu.runs.model_directory import (
+    CHECKPOINT,
+    LEDGER,
+    RUN,
+    ModelDirectoryError,
+    is_model,
+    read_json,
+)
 
 # Relative; how far apart two versions may calibrate the noise of one plan.
 _CALIBRATION = 0.01
@@ -31,11 +45,11 @@ _CALIBRATION = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a training was begun with.
+    """What a training was started with.
 
     Attributes:
         settings: what was asked for, as JSON.
-        fingerprint: None: it was begun before there were any.
+        fingerprint: of the data; None: an earlier version, which took none, started it.
     """
 
     settings: dict[str, Any]
@@ -44,7 +58,7 @@ class Run:
 
 @contextmanager
 def claimed(directory: Path) -> Iterator[None]:
-    """Make the directory, if there is none, and keep other trainings out of it.
+    """Make the directory, if there is none, and keep other processes out of it.
 
     Raises:
         ValueError: another training is going on in it, or it is no directory.
@@ -64,61 +78,82 @@ def claimed(directory: Path) -> Iterator[None]:
         os.close(file)
 
 
-def begun(directory: Path, *, resume: bool) -> Run | None:
-    """The training that is to be gone on with; None: none, what is left of a start is removed.
+def recognised(directory: Path, record: str) -> Any:
+    """The content of the record, a JSON file, by which a directory is known to be ours.
+
+    Returns:
+        None: it is empty, but for what a process left that was killed while it wrote the record.
 
     Raises:
-        ValueError: a finished model is there, something else, or a training that was not asked
-            for.
+        ValueError: something else is in it.
     """
-    names = {path.name for path in directory.iterdir()} - {partial_of(directory / RUN).name}
-    if is_model(directory) and not (resume and RUN in names):
+    names = {path.name for path in directory.iterdir()} - {partial_of(directory / record).name}
+    if record in names:
+        with suppress(ModelDirectoryError):
+            if (content := read_json(directory / record)) is not None:
+                return content
+    if names:
+        raise ValueError(_occupied(directory))
+    return None
+
+
+def interrupted_run(directory: Path, *, resume: bool) -> Run | None:
+    """The training that is to be resumed, if any; what is left of a mere start is removed.
+
+    Returns:
+        None: training starts anew.
+
+    Raises:
+        ValueError: a finished model is there, something else, or a training that is not to be
+            resumed.
+    """
+    if is_model(directory) and not (resume and (directory / RUN).exists()):
         raise ValueError(f"Expected no model in {directory}, found a finished one: choose another.")
-    if RUN not in names:
-        if names:
-            raise ValueError(_occupied(directory))
+    content = recognised(directory, RUN)
+    if content is None:
         return None
-    run = _read(directory)
-    if CHECKPOINT not in names and not is_model(directory) and not _has_releases(directory):
+    run = _parsed(content, directory)
+    has_started = (directory / CHECKPOINT).exists() or _has_releases(directory)
+    if not has_started and not is_model(directory):
         remove(directory / LEDGER)
         return None
     if not resume:
         raise ValueError(
-            f"Expected {directory} to be empty, found an unfinished training: add --resume to go "
-            "on with it, or choose another folder."
+            f"Expected {directory} to be empty, found an unfinished training: add --resume to "
+            "resume it, or choose another folder."
         )
     return run
 
 
-def begin(directory: Path, run: Run) -> None:
-    """Make the directory this training's."""
+def record_run(directory: Path, run: Run) -> None:
+    """Make the directory that of this training."""
     write_json(directory / RUN, asdict(run))
 
 
 def new_ledger(directory: Path, plan: PrivacyPlan) -> Ledger:
-    """The ledger of a training that begins, whose batches are all drawn by the loader."""
+    """The ledger of a training that starts, whose batches are all drawn by the loader."""
     return Ledger(plan, path=directory / LEDGER, sampled_only=True)
 
 
-def continued_ledger(directory: Path, plan: PrivacyPlan) -> Ledger:
-    """The ledger of the training that is gone on with.
+def resumed_ledger(directory: Path, plan: PrivacyPlan) -> Ledger:
+    """The ledger of a training that is resumed.
 
     Args:
-        plan: what would be planned today; noise that was calibrated otherwise is kept.
+        plan: what would be planned today; noise that was calibrated slightly differently is kept.
 
     Raises:
         LedgerError: it is missing, made for another plan, or has spent more than was planned.
     """
     ledger = Ledger.resume(directory / LEDGER)
     try:
-        _check_continued(ledger, plan, directory / LEDGER)
+        _check_resumed(ledger, plan, directory / LEDGER)
     except LedgerError:
         ledger.close()
         raise
     return ledger
 
 
-def _check_continued(ledger: Ledger, plan: PrivacyPlan, path: Path) -> None:
+def _check_resumed(ledger: Ledger, plan: PrivacyPlan, path: Path) -> None:
     recorded, noise = ledger.plan, plan.noise_multiplier
     is_alike = math.isclose(recorded.noise_multiplier, noise, rel_tol=_CALIBRATION)
     if not is_alike or replace(recorded, noise_multiplier=noise) != plan:
@@ -127,45 +162,41 @@ def _check_continued(ledger: Ledger, plan: PrivacyPlan, path: Path) -> None:
             f"{noise:.4g} and {plan.steps} steps, got another: it was changed, or planned by "
             "another version; restore it, or train anew in another folder."
         )
-    # A line that was cut off may have stood for a release without sampling, if nothing says no.
+    # A line that was cut off may have stood for a release without sampling.
     if (spent := ledger.epsilon()) > (planned := recorded.epsilon()):
         raise LedgerError(
             f"Expected ε = {planned:.4g} at most in {path}, got {spent:.4g}: more may have been "
-            "spent than was asked for, and no model is released; train anew in another folder."
+            "spent than was asked for, and no model is saved; train anew in another folder."
         )
 
 
 def check_unchanged(directory: Path, ledger: Ledger) -> None:
-    """Whether the file, which was closed, still holds what the ledger does.
-
-    Raises:
-        LedgerError: it does not.
-    """
+    """Raise LedgerError unless the file, which was closed, still holds what the ledger does."""
     path = directory / LEDGER
     if (found := len(Ledger.read(path))) != len(ledger):
         raise LedgerError(
             f"Expected the {len(ledger)} releases of this training in {path}, got {found}: it was "
-            "changed, and the model is not released; train anew in another folder."
+            "changed, and the model is not saved; train anew in another folder."
         )
 
 
 def tidy(directory: Path) -> None:
-    """Remove what a finished model does not need; last `run.json`, by which to go on with this."""
+    """Remove what a finished model does not need; last `run.json`, by which this can be resumed."""
     remove_partials(directory)
     remove(directory / CHECKPOINT)
     remove(directory / RUN)
 
 
-def _read(directory: Path) -> Run:
+def _parsed(content: Any, directory: Path) -> Run:
+    """What `record_run` wrote, or an earlier version."""
     try:
-        content = read_json(directory / RUN)
         if "settings" in content:
             return Run(
                 settings=content["settings"], fingerprint=Fingerprint(**content["fingerprint"])
             )
         if {"data", "model", "epsilon"} <= content.keys():  # before there were fingerprints
             return Run(settings=content, fingerprint=None)
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError):
         pass
     raise ValueError(_occupied(directory))
 

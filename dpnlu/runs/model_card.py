@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpnlu.nlu.classifier import Architecture
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.nlu.classifier import Architecture
 
 _UNITS = {
     "add-remove-one": "data sets that differ by the presence of one training example",

@@ -21,8 +21,6 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from dpnlu.nlu.classifier import Architecture, Classifier, assemble
-from dpnlu.nlu.data import vocabulary_from_dict
 from dpnlu.mechanism.durable import (
     make_directory,
     remove_partials,
@@ -31,9 +29,11 @@ from dpnlu.mechanism.durable import (
     write_json,
     write_text,
 )
+from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.nlu.classifier import Architecture, Classifier, assemble
+from dpnlu.nlu.data import vocabulary_from_dict
 from dpnlu.nlu.encoding import Labels, SubwordEncoding, WordEncoding
 from dpnlu.training.loop import Recipe
-from dpnlu.mechanism.plan import PrivacyPlan
 
 CONFIG, WEIGHTS, PLAN, LEDGER, METRICS, CARD = (
     "config.json",

@@ -7,17 +7,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# (what is being done, how much of it is done, how much there is)
-Told = Callable[[str, int, int], None]
+# Called with what is being done, how much of it is done, and how much there is.
+OnProgress = Callable[[str, int, int], None]
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """Tell nobody."""
+    """Show nothing."""
 
 
 @contextmanager
-def bars(*, quiet: bool) -> Iterator[Told]:
-    """One bar for each thing that is being done; none, of other libraries neither, if `quiet`."""
+def bars(*, quiet: bool) -> Iterator[OnProgress]:
+    """Show a bar for each thing that is being done; if `quiet`, none, not of libraries either."""
     if quiet:
         with _no_bars_of_hugging_face():
             yield silent
@@ -43,17 +43,17 @@ def bars(*, quiet: bool) -> Iterator[Told]:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         tasks: dict[str, object] = {}
 
-        def told(what: str, done: int, total: int) -> None:
+        def show(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = progress.add_task(what, total=total)
             progress.update(tasks[what], completed=done, total=total)  # type: ignore[arg-type]
 
-        yield told
+        yield show
 
 
 @contextmanager
 def _no_bars_of_hugging_face() -> Iterator[None]:
-    """While data and weights are downloaded and loaded, in this process and those it starts."""
+    """Silence them while data and weights are loaded, in this process and those it starts."""
     # Which the libraries look at when they are loaded themselves.
     names = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
     before = {name: os.environ[name] for name in names if name in os.environ}

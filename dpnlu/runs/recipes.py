@@ -1,4 +1,4 @@
-"""The recipes that are used unless told otherwise.
+"""The recipes that are used unless others are asked for.
 
 They were tuned on public data (SNIPS). On private data every look at a validation score is a
 release of its own; the guarantee of a single training does not cover the choice among several.
@@ -10,9 +10,6 @@ from dataclasses import replace
 
 from dpnlu.nlu.classifier import LSTM, Architecture
 from dpnlu.training.loop import Recipe
-
-DELTA = 1e-5
-MAX_GRAD_NORM = 1.0
 
 
 def architecture(name: str, *, private: bool, dropout: float | None = None) -> Architecture:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def reset_peak_memory() -> None:
-    """Forget the peak so far."""
+    """Start measuring the peak anew."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 

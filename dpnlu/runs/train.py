@@ -10,38 +10,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dpnlu.training.checkpoint import Checkpoints
-from dpnlu.nlu.classifier import Architecture, Classifier, build
-from dpnlu.nlu.data import Example, Vocabulary
-from dpnlu.nlu.encoding import Labels, encode_all
-from dpnlu.nlu.metrics import Metrics, evaluate
-from dpnlu.training.loop import ComputeConfig, FitResult, Progress, Randomness, Recipe, fit
-from dpnlu.nlu.feature_cache import read_once
 from dpnlu.mechanism.ledger import Ledger
-from dpnlu.nlu.models import EncoderClassifier
 from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.nlu.classifier import Classifier, build
+from dpnlu.nlu.data import Example
+from dpnlu.nlu.encoding import encode_all
+from dpnlu.nlu.feature_cache import read_once
+from dpnlu.nlu.metrics import Metrics, evaluate
+from dpnlu.nlu.models import EncoderClassifier
+from dpnlu.runs.experiment import Experiment
 from dpnlu.runs.resources import peak_memory, reset_peak_memory
-
-
-@dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """What is trained and how, apart from the examples and privacy.
-
-    Attributes:
-        labels: the label sets; released with the model.
-        vocabulary: of word models; released with the model.
-    """
-
-    architecture: Architecture
-    recipe: Recipe
-    labels: Labels
-    vocabulary: Vocabulary
-    compute: ComputeConfig
+from dpnlu.training.checkpoint import Checkpoints
+from dpnlu.training.loop import ComputeConfig, FitResult, Progress, Randomness, Recipe, fit
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A finished training.
+    """A trained classifier, and what training it took.
 
     Attributes:
         peak_memory_mib: the process's peak resident memory during training; None: unknown here.
@@ -74,17 +59,17 @@ def train(
     repeatable_noise: bool = False,
     ledger: Ledger | Path | None = None,
     checkpoints: Checkpoints | None = None,
-    progress: Progress | None = None,
+    on_progress: Progress | None = None,
 ) -> Trained:
     """Train a classifier.
 
     Args:
         plan: None for ordinary training.
         seed: of dropout and the order of ordinary batches.
-        repeatable_noise: take noise and sampling coins from the seed as well. For studies only:
-            who knows the seed can subtract the noise.
+        repeatable_noise: take noise and sampling from the seed as well. For studies only: who knows
+            the seed can subtract the noise.
         ledger, checkpoints: see `privatize` and `Checkpoints`.
-        progress: told of every step.
+        on_progress: called after every step.
     """
     encoded = encode_all(classifier.encoding, examples)
     # Private physical batches are of neighbours; those of like length need little padding.
@@ -107,14 +92,14 @@ def train(
             randomness=_randomness(seed, repeatable=plan is None or repeatable_noise),
             ledger=ledger,
             checkpoints=checkpoints,
-            progress=progress,
+            progress=on_progress,
         )
     result = replace(result, seconds=prepared + result.seconds)
     return Trained(classifier=classifier, result=result, peak_memory_mib=peak_memory())
 
 
 def measure(classifier: Classifier, examples: Sequence[Example]) -> Metrics:
-    """Accuracy on examples."""
+    """How well a classifier does on examples."""
     encoded = encode_all(classifier.encoding, examples)
     return evaluate(classifier.model, classifier.encoding, encoded, examples)
 

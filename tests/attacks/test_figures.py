@@ -10,10 +10,10 @@ import pytest
 from matplotlib import colors
 
 from attacks.ceilings import approximate_dp_ceiling_auc, gaussian_ceiling_auc
-from attacks.report import axes as look
-from attacks.report import budget_figures as by_budget
-from attacks.report import run_figures as by_run
 from attacks.report.figures import FIGURES, drawings
+from attacks.report.figures import axes as look
+from attacks.report.figures import budgets as by_budget
+from attacks.report.figures import runs as by_run
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -285,15 +285,15 @@ def test_an_interrupted_training_is_resumed(
 
     out = tmp_path / "m"
     more = ("--epsilon", "3", "--delta", "1e-3", "--batch-size", "8", "--epochs", "3")
-    measure = dpnlu.runs.resumable.measure
+    results_of = dpnlu.runs.resumable.results_of
 
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dpnlu.runs.resumable, "measure", interrupt)
+    monkeypatch.setattr(dpnlu.runs.resumable, "results_of", interrupt)
     assert _train(data, out, *more) == 1
     assert "--resume" in capsys.readouterr().err
-    monkeypatch.setattr(dpnlu.runs.resumable, "measure", measure)
+    monkeypatch.setattr(dpnlu.runs.resumable, "results_of", results_of)
     assert _train(data, out, *more) == 2
     assert _train(data, out, *more, "--resume", "--seed", "5") == 2
     assert _train(data, out, *more, "--resume") == 0

@@ -458,7 +458,7 @@ def test_a_ledger_is_found_again_from_another_folder(make_plan, path, monkeypatc
     assert len(Ledger.read(path)) == 1
 
 
-def test_a_file_that_was_begun_and_records_nothing_is_named_as_such(make_plan, path):
+def test_a_file_that_was_started_and_records_nothing_is_named_as_such(make_plan, path):
     path.write_bytes(b'{"ledger": 2, "pl')
     with pytest.raises(LedgerError, match="records nothing: remove it"):
         Ledger(make_plan(), path=path)

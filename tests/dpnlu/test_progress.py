@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import transformers.utils.logging  # noqa: F401  now, and not while another test asks for quiet
 
 from dpnlu.nlu.classifier import pretrained
 from dpnlu.runs.progress import bars

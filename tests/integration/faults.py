@@ -1,4 +1,4 @@
-"""Runs a training many times, each with a fault at another of its writes, and goes on with it.
+"""Runs a training many times, each with a fault at another of its writes, and resumes it.
 
 Not a test, but what tests start: `python faults.py`, with a request in JSON on standard input. Each
 training is a fork of this process, so that nothing has to be imported again.
@@ -9,7 +9,7 @@ training is a fork of this process, so that nothing has to be imported again.
                 as "write ledger.jsonl"; "write" for all writes, "" for all operations; with a
                 number behind a colon the one with that number among them, counted from 0
     moments     or: seconds from the beginning after which the process is killed
-    heirs       how many go on with it, at once
+    heirs       how many resume it, at once
 
 The answer, on standard output, is a JSON list: for each fault where it was, what the training
 said, what was left, what the heirs said, and what was there in the end.
@@ -190,7 +190,7 @@ def _anew(request: dict[str, Any]) -> tuple[Path, list[str]]:
 
 
 def _tried(request: dict[str, Any], **fault: Any) -> dict[str, Any]:
-    """One training with a fault, and one that goes on with it."""
+    """One training with a fault, and one that resumes it."""
     out, arguments = _anew(request)
     moment = fault.pop("moment", None)
     first = Training(arguments, **fault)

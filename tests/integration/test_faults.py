@@ -61,7 +61,7 @@ def _faults(folder: Path, *arguments: str, **request: Any) -> list[dict[str, Any
     return found
 
 
-def _assert_gone_on_with(found: dict[str, Any], *, private: bool = True) -> None:
+def _assert_resumed(found: dict[str, Any], *, private: bool = True) -> None:
     """One heir trained to the end, and nothing that was spent is missing."""
     heirs, left, end = found["heirs"], found["left"], found["end"]
     was_finished = left["model"] == "loads" and "run.json" not in left["files"]
@@ -98,11 +98,11 @@ DELICATE = [
 WRITES = ["write", "save_file"]
 
 
-def test_a_training_that_is_interrupted_is_gone_on_with(folder: Path) -> None:
+def test_a_training_that_is_interrupted_is_resumed(folder: Path) -> None:
     """… by one of two that try at once; if it can still speak, it says so in one line."""
     for found in _faults(folder, faults=DELICATE, heirs=2):
         _assert_ended_well(found["first"])
-        _assert_gone_on_with(found)
+        _assert_resumed(found)
 
 
 LONGER = ("--epochs", "2")  # a checkpoint on the way
@@ -113,14 +113,14 @@ LONGER = ("--epochs", "2")  # a checkpoint on the way
 def test_a_training_may_be_interrupted_at_any_operation(folder: Path, fault: str) -> None:
     for found in _faults(folder, *LONGER, faults=[(fault, "")]):
         _assert_ended_well(found["first"])
-        _assert_gone_on_with(found)
+        _assert_resumed(found)
 
 
 @pytest.mark.slow
 def test_a_training_may_be_killed_while_it_writes(folder: Path) -> None:
     for found in _faults(folder, *LONGER, faults=[("kill halfway", name) for name in WRITES]):
         assert found["first"]["status"] == KILLED
-        _assert_gone_on_with(found)
+        _assert_resumed(found)
 
 
 @pytest.mark.slow
@@ -128,7 +128,7 @@ def test_a_training_may_be_killed_while_it_writes(folder: Path) -> None:
 def test_an_ordinary_training_may_be_interrupted_at_any_operation(folder: Path, fault: str) -> None:
     for found in _faults(folder, "--epsilon", "inf", faults=[(fault, "")], heirs=2):
         _assert_ended_well(found["first"])
-        _assert_gone_on_with(found, private=False)
+        _assert_resumed(found, private=False)
 
 
 @pytest.mark.slow
@@ -137,13 +137,13 @@ def test_a_training_may_be_killed_at_any_moment(folder: Path) -> None:
     found = _faults(folder, *LONGER, moments=[chance.uniform(0, 0.6) for _ in range(200)])
     for one in found:
         assert one["first"]["status"] in (0, KILLED)
-        _assert_gone_on_with(one)
+        _assert_resumed(one)
     assert len({one["first"]["applied"] for one in found}) > 3, "the moments tell apart"
 
 
 @pytest.mark.slow
 def test_what_a_single_step_learnt_may_be_lost_but_is_not_made_up(folder: Path) -> None:
-    """Its release is spent; without a checkpoint only initial weights could be released."""
+    """Its release is spent; without a checkpoint only initial weights could be saved."""
     lost = []
     for found in _faults(folder, "--epochs", "0.3", faults=[("kill", "")]):
         left, (heir,) = found["left"], found["heirs"]
@@ -154,5 +154,5 @@ def test_what_a_single_step_learnt_may_be_lost_but_is_not_made_up(folder: Path) 
             assert heir["status"] == 2 and "train anew" in heir["said"][0], found
             assert found["end"]["model"] != "loads", found
         else:
-            _assert_gone_on_with(found)
+            _assert_resumed(found)
     assert lost

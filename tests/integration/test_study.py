@@ -1,7 +1,8 @@
-"""A whole study at toy size: train, attack, report, interrupt, go on."""
+"""A whole study at toy size: train, attack, report, interrupt, resume."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,14 +21,18 @@ from torch.nn import functional as F
 from attacks.canaries import all_secrets, parse_canary
 from attacks.farm import load_arrays
 from attacks.report import validate
+from attacks.signals import Signals
 from dpnlu.cli.main import main
 from dpnlu.compare.attacking import Claim, attack
-from dpnlu.compare.running import Settings, claim_directory
-from dpnlu.compare.study import Study, canary_example, read_canary_losses, read_signals
+from dpnlu.compare.reading import Reading, read_canary_losses, read_signals
+from dpnlu.compare.settings import StudySettings
+from dpnlu.compare.study import Study, canary_example
+from dpnlu.compare.training import claimed_study
 from dpnlu.nlu.classifier import Architecture, build
 from dpnlu.nlu.data import HashedVocabulary, drop_repeated, synthetic_corpus
 from dpnlu.nlu.encoding import Labels, batches, encode_all
 from dpnlu.nlu.models import Batch
+from dpnlu.runs.directory import claimed
 
 # With `--dist loadgroup`, one worker makes the study for all.
 pytestmark = pytest.mark.xdist_group("study")
@@ -88,17 +93,17 @@ def test_everything_promised_is_there(out: Path) -> None:
         assert (out / name).stat().st_size > 0
     assert list((out / "figures").glob("*.svg"))
     target = out / "runs" / "eps-8" / "target"
-    assert "must not be released" in (target / "README.md").read_text(encoding="utf-8")
+    assert "must not be published" in (target / "README.md").read_text(encoding="utf-8")
 
 
 def test_finished_runs_are_not_trained_again(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import dpnlu.compare.training
+    import dpnlu.compare.budget
 
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("trained again")
 
     before = _report(out)
-    monkeypatch.setattr(dpnlu.compare.training, "train", fail)
+    monkeypatch.setattr(dpnlu.compare.budget, "train", fail)
     assert main([*COMPARE, "--out", str(out)]) == 0
     after = _report(out)
     for run in (*before["runs"], *after["runs"]):
@@ -163,6 +168,29 @@ def test_a_trained_model_can_be_attacked(
         printed = capsys.readouterr().err
         assert said in printed and len(printed.splitlines()) == 1
         assert not out.exists() and not (model / "report").exists()
+
+
+def test_references_serve_one_model_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """… also where another of the same name was trained otherwise; and a model may be "."."""
+    model = tmp_path / "model"
+    train = ["train", "--data", "synthetic:300", "--epsilon", "inf", "--quiet", "--epochs"]
+    attack = ["attack", ".", "--data", "synthetic:300", "--attacks", "loss", "--quiet"]
+    attack += ["--references", "1", "--out", str(tmp_path / "report")]
+    assert main([*train, "1", "--out", str(model)]) == 0
+    monkeypatch.chdir(model)
+    assert main(attack) == 0
+    (run,) = _report(tmp_path / "report")["runs"]
+    assert run["name"] == "model" and run["references"] == 1
+    assert (tmp_path / "report" / "runs" / "model" / "references" / "model-0000.npz").exists()
+    assert main(attack) == 0
+    shutil.rmtree(model)
+    assert main([*train, "2", "--out", str(model)]) == 0
+    monkeypatch.chdir(model)
+    capsys.readouterr()
+    assert main(attack) == 2
+    assert "other settings or of another model" in capsys.readouterr().err
 
 
 def _other_labels(folder: Path) -> Path:
@@ -246,20 +274,34 @@ def test_attacks_that_were_not_named_are_left_out_without_references(tmp_path: P
     assert run["audit"]["scores"] == "loss"
 
 
-def test_a_study_whose_start_was_killed_can_be_begun(tmp_path: Path) -> None:
+def test_a_study_whose_start_was_killed_can_be_started(tmp_path: Path) -> None:
     (tmp_path / "study.json.partial").write_text('{"data": ', encoding="utf-8")
-    settings = Settings(data="synthetic:300", model="lstm", epsilons=(8.0,))
-    claim_directory(tmp_path, settings)
-    claim_directory(tmp_path, settings)
+    settings = StudySettings(data="synthetic:300", model="lstm", epsilons=(8.0,))
+    for _ in range(2):
+        with claimed_study(tmp_path, settings.to_dict()):
+            assert json.loads((tmp_path / "study.json").read_text()) == settings.to_dict()
     (tmp_path / "thesis.tex").touch()
     (tmp_path / "study.json").unlink()
-    with pytest.raises(ValueError, match="something else"):
-        claim_directory(tmp_path, settings)
+    with (
+        pytest.raises(ValueError, match="something else"),
+        claimed_study(tmp_path, settings.to_dict()),
+    ):
+        pass
+
+
+def test_a_folder_holds_one_study_at_a_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with claimed(tmp_path / "out"):
+        assert main([*COMPARE, "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "another training is going on in it" in line
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["INT", "TERM", "HUP"])
-def test_a_study_that_is_told_to_end_says_so_once_and_can_be_gone_on_with(
+def test_a_study_that_is_interrupted_says_so_once_and_can_be_resumed(
     end: str, tmp_path: Path
 ) -> None:
     code = "import os, sys; os.cpu_count = lambda: 2; from dpnlu.cli.main import main; "
@@ -305,17 +347,24 @@ def test_quiet_means_no_progress_of_any_library(tiny_encoder: Path, tmp_path: Pa
 def test_signals_that_cannot_be_attacked_cost_their_attack_alone(study: Study) -> None:
     """A model that has diverged, references that are copies: the others' hours are kept."""
     rng = np.random.default_rng(0)
-    models = [{"loss": rng.random(200), "intent_margin": np.ones(200)} for _ in study.coins]
+    models = [
+        _reading(Signals(loss=rng.random(200), intent_margin=np.ones(200)))
+        for _ in study.membership
+    ]
     claim = Claim(epsilon=None, delta=1e-5, confidence=0.95)
     found = attack(("loss", "lira", "audit"), models, replace(study, canaries=()), claim)
-    assert set(found["membership"]) == {"loss"}
-    assert found["audit"]["scores"] == "loss"
-    (warning,) = (text for text in found["warnings"] if "left out" in text)
+    assert set(found.membership) == {"loss"}
+    assert found.audit is not None and found.audit["scores"] == "loss"
+    (warning,) = (text for text in found.warnings if "left out" in text)
     assert warning.startswith("lira was left out: Expected reference signals that vary")
-    broken = [model | {"loss": np.full(200, np.nan)} for model in models]
+    broken = [_reading(replace(model.signals, loss=np.full(200, np.nan))) for model in models]
     found = attack(("loss", "audit"), broken, replace(study, canaries=()), claim)
-    assert found["membership"] == {}
-    assert "audit" not in found
+    assert found.membership == {}
+    assert found.audit is None and "audit" not in found.to_entries()
+
+
+def _reading(signals: Signals) -> Reading:
+    return Reading(signals=signals, intent_accuracy=0.5, canaries={})
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +383,7 @@ class TestStudy:
     def test_each_model_trains_on_the_base_its_members_and_its_canaries(self, study: Study) -> None:
         for model in (0, 7):
             ids = {example.id for example in study.examples(model)}
-            members = {e.id for e, m in zip(study.audit, study.coins[model], strict=True) if m}
+            members = {e.id for e, m in zip(study.audit, study.membership[model], strict=True) if m}
             canaries = {name for name in ids if name.startswith("canary-")}
             assert ids == {e.id for e in study.base} | members | canaries
             assert len(canaries) == 9
@@ -344,11 +393,11 @@ class TestStudy:
         together = sorted(e.id for e in (*study.base, *study.audit))
         assert together == sorted(e.id for e in corpus.split("train"))
 
-    def test_the_coins_are_fair_and_independent(self, study: Study) -> None:
-        assert study.coins.shape == (31, 200)
-        assert abs(study.coins.mean() - 0.5) < 4 * 0.5 / np.sqrt(study.coins.size)
-        per_model = study.coins.sum(axis=1)
-        # balanced halves would always be 100: not independent coins
+    def test_membership_is_drawn_fairly_and_independently(self, study: Study) -> None:
+        assert study.membership.shape == (31, 200)
+        assert abs(study.membership.mean() - 0.5) < 4 * 0.5 / np.sqrt(study.membership.size)
+        per_model = study.membership.sum(axis=1)
+        # balanced halves would always be 100: not drawn independently
         assert per_model.std() > 3
 
     def test_each_model_has_a_secret_of_its_own(self, study: Study) -> None:
@@ -381,8 +430,8 @@ def test_the_likeliest_secrets_of_a_model_with_dropout_are_ranked_under_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Against the BiLSTM taken apart, with the masks multiplied in by hand."""
-    monkeypatch.setattr("dpnlu.compare.study._LIKELIEST", 30)
-    monkeypatch.setattr("dpnlu.compare.study._MASKS", 5)
+    monkeypatch.setattr("dpnlu.compare.reading._LIKELIEST", 30)
+    monkeypatch.setattr("dpnlu.compare.reading._MASKS", 5)
     canary = parse_canary("pin:2:R=1")
     labels = Labels(("ask", "canary"), ("B-canary", "I-canary", "O"))
     torch.manual_seed(0)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from attacks import predictive
-from attacks.predictive import grand_mean, log_density, log_upper_tail, mean_given, moments
+from attacks import signal_model
+from attacks.signal_model import grand_mean, log_density, log_upper_tail, mean_given, moments
 
 WEIGHT, FREEDOM = 0.4, 9.0
 
@@ -27,7 +27,7 @@ def fitted(rng, *, signals, references=4, examples=12_000):
     """Shrunk predictions, about half of the references used for each example, and fresh draws."""
     signals, fresh = draw(rng, examples=examples, references=references, signals=signals)
     own = moments(signals, rng.random((references, examples)) < 0.5)
-    return own, predictive.shrunk(own, grand_mean(own)), fresh
+    return own, signal_model.shrunk(own, grand_mean(own)), fresh
 
 
 def is_uniform(probabilities):
@@ -52,10 +52,10 @@ class TestShrunk:
 
     def test_recovers_the_prior(self, signals):
         own, _, _ = fitted(np.random.default_rng(2), signals=signals, references=10)
-        weight, freedom, _ = predictive._estimate_prior(
+        weight, freedom, _ = signal_model._estimate_prior(
             own,
             grand_mean(own),
-            predictive._pooled_covariance(own),
+            signal_model._pooled_covariance(own),
             np.ones(len(own.count), dtype=bool),
         )
         assert weight == pytest.approx(WEIGHT, rel=0.1)
@@ -73,7 +73,7 @@ class TestShrunk:
 
 def test_log_density_of_gaussians():
     own = moments(np.random.default_rng(4).normal(size=(9, 5, 2)), np.ones((9, 5), dtype=bool))
-    fit = predictive.per_example(own, grand_mean(own))
+    fit = signal_model.per_example(own, grand_mean(own))
     exact = [
         stats.multivariate_normal.logpdf([1, 2], mean, covariance)
         for mean, covariance in zip(fit.location, fit.scale, strict=True)
@@ -84,10 +84,10 @@ def test_log_density_of_gaussians():
 @pytest.mark.parametrize("nu", [1.5, 3.0, 30.0, 500.0, 8000.0])
 def test_student_tail_continues_where_the_direct_one_underflows(nu):
     z = np.array([-5.0, 0.0, 1.0, 8.0, 20.0, 36.0])
-    tail = predictive._log_student_tail(z, np.full(6, nu))
+    tail = signal_model._log_student_tail(z, np.full(6, nu))
     assert tail == pytest.approx(stats.t.logsf(z, nu), rel=1e-9)
     far = np.geomspace(1.0, 1e6, 200)
-    tail = predictive._log_student_tail(far, np.full(200, nu))
+    tail = signal_model._log_student_tail(far, np.full(200, nu))
     assert np.isfinite(tail).all()
     # The slope is minus the hazard, which grows towards that of a power law: z f(z)/sf(z) -> nu.
     assert (np.diff(tail) < 0).all()
@@ -120,6 +120,6 @@ class TestPriorMean:
         own = moments(rng.normal(size=(4, 30, 1)), np.ones((4, 30), dtype=bool))
         prior_mean = np.full((30, 1), 50.0)
         prior_mean[:10] = np.nan
-        fit = predictive.shrunk(own, prior_mean)
+        fit = signal_model.shrunk(own, prior_mean)
         assert fit.location[:10] == pytest.approx(own.mean[:10])
         assert (fit.location[10:] > own.mean[10:]).all()

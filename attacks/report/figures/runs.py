@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from attacks._validate import Floats
-from attacks.report import axes as look
 from attacks.report import wording as write
+from attacks.report.figures import axes as look
 from attacks.report.runs import Run, column, epsilon, is_private, labels, strongest
 
 # More points than this on a ROC curve are not visible, only heavy.

@@ -8,8 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from attacks.report import budget_figures, run_figures
-from attacks.report.axes import to_svg
+from attacks.report.figures import budgets, runs
+from attacks.report.figures.axes import to_svg
 
 
 @dataclass(frozen=True)
@@ -42,38 +42,38 @@ FIGURES: Mapping[str, tuple[str, str, Callable[[Mapping[str, Any]], Figure | Non
         "Each dot is the strongest attack on one model, with its interval: at 0.5 it is no better "
         "than guessing, and in the grey it would refute the guarantee; the dashed line is the best "
         "attack on a Gaussian mechanism with the same (ε, δ), a yardstick and no limit.",
-        budget_figures.leakage,
+        budgets.leakage,
     ),
     "usefulness": (
         "Accuracy by budget",
         "What the model is worth at each budget, with its interval; the distance up to the dashed "
         "line of the same colour, where there is one, is what privacy costs.",
-        budget_figures.usefulness,
+        budgets.usefulness,
     ),
     "roc": (
         "The strongest attack at small false positive rates",
         "The further a curve is above the dotted diagonal on the left, the more members the attack "
         "names with few false alarms; left of the vertical line there are too few non-members to "
         "tell, and bands cover the chance in the members, not that in the threshold.",
-        run_figures.roc,
+        runs.roc,
     ),
     "time": (
         "Training time",
         "Wall-clock time of training on this machine; in brackets, how many times that of ordinary "
         "training.",
-        run_figures.time,
+        runs.time,
     ),
     "audit": (
         "Audited against accounted ε",
         "A triangle is the ε an audit proves, the bar above it the most this audit could have "
         "proved (square-root axes); "
         "a triangle in the grey would refute the accounted ε.",
-        budget_figures.audit,
+        budgets.audit,
     ),
     "exposure": (
         "Exposure of the canary",
         "The further a dot is to the right of chance, the better the model knows the secret; at "
         "the end of the rail it ranks the secret first.",
-        run_figures.exposure,
+        runs.exposure,
     ),
 }

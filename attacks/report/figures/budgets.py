@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from attacks.ceilings import approximate_dp_ceiling_auc, gaussian_ceiling_auc
-from attacks.report import axes as look
+from attacks.report.figures import axes as look
 from attacks.report.runs import Run, clean, column, epsilon, is_private, strongest_attack
 
 # Where on its way up the Gaussian ceiling is named: there the two ceilings are far apart.

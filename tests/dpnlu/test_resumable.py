@@ -1,4 +1,4 @@
-"""What an interrupted training leaves is told apart, and gone on with, begun anew or refused."""
+"""What an interrupted training leaves is recognised, and resumed, started anew or refused."""
 
 import fcntl
 import json
@@ -35,7 +35,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 class Training:
-    """`dpnlu train` into a folder, of a small private model unless it is told otherwise."""
+    """`dpnlu train` into a folder, of a small private model unless other options are given."""
 
     def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.folder, self.out = folder, folder / "m"
@@ -100,10 +100,10 @@ def _interrupt(training: Training, monkeypatch: pytest.MonkeyPatch, *more: str, 
         assert training(*more) == 1
 
 
-# ---- gone on with ------------------------------------------------------------------------------
+# ---- resumed -----------------------------------------------------------------------------------
 
 
-def test_an_interrupted_training_is_gone_on_with(interrupted: Training) -> None:
+def test_an_interrupted_training_is_resumed(interrupted: Training) -> None:
     assert len(Ledger.read(interrupted.ledger)) == 4
     interrupted.assert_refused("add --resume")
     assert interrupted("--resume") == 0
@@ -142,7 +142,7 @@ def test_a_torn_line_that_may_have_cost_more_than_all_is_refused(interrupted: Tr
     interrupted.assert_refused("more may have been spent", "--resume")
 
 
-def test_a_training_that_was_begun_before_data_were_fingerprinted_is_gone_on_with(
+def test_a_training_that_was_started_before_data_were_fingerprinted_is_resumed(
     interrupted: Training,
 ) -> None:
     run = json.loads(interrupted.run.read_text(encoding="utf-8"))
@@ -164,7 +164,7 @@ def test_an_older_checkpoint_costs_what_was_learnt_since_and_nothing_else(
     training.assert_finished()
 
 
-def test_a_training_is_gone_on_with_elsewhere(interrupted: Training) -> None:
+def test_a_training_is_resumed_elsewhere(interrupted: Training) -> None:
     moved = interrupted.out.with_name("moved")
     interrupted.out.rename(moved)
     interrupted.out, interrupted.ledger = moved, moved / "ledger.jsonl"
@@ -206,7 +206,7 @@ def test_a_model_that_was_written_and_not_tidied_up_is(
     training.assert_refused("finished", "--resume")
 
 
-# ---- begun anew --------------------------------------------------------------------------------
+# ---- started anew ------------------------------------------------------------------------------
 
 ABORTED: dict[str, Callable[[Training], object]] = {
     "after mkdir": lambda training: [path.unlink() for path in training.out.iterdir()],
@@ -224,7 +224,7 @@ ABORTED: dict[str, Callable[[Training], object]] = {
 
 @pytest.mark.parametrize("how", [(), ("--resume",)], ids=["begin", "resume"])
 @pytest.mark.parametrize("death", ABORTED)
-def test_what_an_aborted_start_leaves_is_begun_anew(
+def test_what_an_aborted_start_leaves_is_started_anew(
     training: Training, monkeypatch: pytest.MonkeyPatch, death: str, how: tuple[str, ...]
 ) -> None:
     """Also by a training with other settings: nothing was spent."""
@@ -258,7 +258,7 @@ BAD_SETTINGS = {
 
 @pytest.mark.parametrize("epsilon", ["3", "inf"])
 @pytest.mark.parametrize("case", BAD_SETTINGS)
-def test_a_setting_that_does_not_do_is_refused_before_anything_is_written(
+def test_an_invalid_setting_is_refused_before_anything_is_written(
     training: Training, case: str, epsilon: str
 ) -> None:
     options, says = BAD_SETTINGS[case]
@@ -391,7 +391,7 @@ def test_a_checkpoint_of_another_training_is_refused(
     interrupted.assert_refused("another training", "--resume")
 
 
-def test_an_untrained_model_is_never_released(interrupted: Training) -> None:
+def test_an_untrained_model_is_never_saved(interrupted: Training) -> None:
     """All releases made and no checkpoint: only the initial weights are there."""
     plan = Ledger.read(interrupted.ledger).plan
     with Ledger.resume(interrupted.ledger) as ledger:
@@ -406,11 +406,11 @@ def test_a_short_training_is_saved_before_it_ends(
 ) -> None:
     import dpnlu.runs.resumable
 
-    def dies(*_: object) -> None:
+    def dies(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(dpnlu.runs.resumable, "measure", dies)
+        patched.setattr(dpnlu.runs.resumable, "results_of", dies)
         assert training("--epochs", "0.6") == 1
     assert training.checkpoint.exists()
     assert training("--epochs", "0.6", "--resume") == 0
@@ -418,7 +418,7 @@ def test_a_short_training_is_saved_before_it_ends(
 
 
 def test_a_folder_is_trained_in_by_one_process(training: Training) -> None:
-    """… whether it begins or goes on; ordinary training has no ledger that would be locked."""
+    """… whether it starts or is resumed; ordinary training has no ledger that would be locked."""
     training.out.mkdir()
     file = os.open(training.out, os.O_RDONLY)
     fcntl.flock(file, fcntl.LOCK_EX)
@@ -487,7 +487,7 @@ def test_a_ledger_that_is_touched_stops_training(
     assert "model.safetensors" not in training.content()
 
 
-def test_a_ledger_that_is_edited_in_place_is_not_released(
+def test_a_ledger_that_is_edited_in_place_costs_the_model(
     training: Training, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def edit() -> None:
@@ -519,7 +519,7 @@ def test_termination_is_an_interruption(
 
 
 @pytest.mark.parametrize("epsilon", ["3", "inf"])
-def test_a_diverged_model_is_not_released(
+def test_a_diverged_model_is_not_saved(
     training: Training, capsys: pytest.CaptureFixture[str], epsilon: str
 ) -> None:
     assert training("--epsilon", epsilon, "--learning-rate", "1e38", "--epochs", "4") == 1

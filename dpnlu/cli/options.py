@@ -1,0 +1,85 @@
+"""Settings as options of a command: names, types, defaults and help are those of their fields."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from dpnlu.runs.settings import Option
+
+_Settings = TypeVar("_Settings")
+
+# What stands for a number in the help.
+_NUMBERS = {int: "N", float: "X"}
+
+
+def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
+    """Add an option for each field of a dataclass whose fields are made by `setting`.
+
+    A field without a default is required, and comes first; one that is a tuple takes several
+    values.
+    """
+    hints = get_type_hints(settings)
+    for field in sorted(fields(settings), key=lambda field: field.default is not MISSING):
+        option: Option = field.metadata["option"]
+        kind, takes_several = _value_type(hints[field.name])
+        required = field.default is MISSING
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=kind if option.parse is None else _with_its_words(option.parse),
+            nargs="+" if takes_several else None,
+            required=required,
+            default=None if required else field.default,
+            metavar=option.metavar or _NUMBERS.get(kind),
+            help=_help(option, field),
+        )
+
+
+def settings_from(settings: type[_Settings], options: argparse.Namespace) -> _Settings:
+    """The settings that the options of `add_options` ask for.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    given = {field.name: getattr(options, field.name) for field in fields(settings)}  # type: ignore[arg-type]
+    return settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+
+
+def add_output(parser: argparse.ArgumentParser, *, holds: str) -> None:
+    """Add the options of a command that works for long and fills a directory."""
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=holds)
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def _value_type(hint: Any) -> tuple[type, bool]:
+    """The type of one value, and whether there may be several."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    (kind,) = (kind for kind in kinds if kind is not NoneType)
+    return (get_args(kind)[0], True) if get_origin(kind) is tuple else (kind, False)
+
+
+def _with_its_words(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The same function, whose own words argparse shows when it refuses a text."""
+
+    def parsed(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parsed
+
+
+def _help(option: Option, field: Field[Any]) -> str:
+    """The help of the field and, unless it says so itself, its default."""
+    text = option.help.replace("%", "%%")
+    if field.default is MISSING or field.default in (None, ()):
+        return text
+    several = isinstance(field.default, tuple)
+    values: Sequence[Any] = field.default if several else (field.default,)
+    shown = " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+    return f"{text} (default: {shown})"

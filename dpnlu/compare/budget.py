@@ -1,0 +1,79 @@
+"""One budget of a study: all its models, trained alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from attacks.farm import Arrays
+from dpnlu.compare.reading import CanaryReading, Reading, read_canary_losses, read_signals
+from dpnlu.compare.study import Study
+from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.nlu.classifier import Classifier
+from dpnlu.nlu.data import Example
+from dpnlu.runs.experiment import Experiment
+from dpnlu.runs.train import Trained, measure, new_classifier, train
+from dpnlu.training.loop import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """One column of a study.
+
+    Attributes:
+        name: "eps-8" or "eps-inf".
+        target_epsilon: what was asked for; None: ordinary training.
+        plan: the target's; None: ordinary training.
+        seed: of everything random, together with the number of the model.
+    """
+
+    name: str
+    target_epsilon: float | None
+    study: Study
+    experiment: Experiment
+    plan: PrivacyPlan | None
+    test: tuple[Example, ...]
+    seed: int
+
+    def __call__(self, reference: int) -> Arrays:
+        """Train reference model number `reference` and read it; for `attacks.farm.grow`."""
+        trained = self.train(reference + 1)
+        reading = self.read(trained.classifier, reference + 1)
+        return replace(reading, train_seconds=trained.result.seconds).to_arrays()
+
+    def train(
+        self, model: int, *, ledger: Path | None = None, on_progress: Progress | None = None
+    ) -> Trained:
+        """Train one of the models; 0 is the target."""
+        examples = self.study.examples(model)
+        seed = int(np.random.SeedSequence([self.seed, model]).generate_state(1)[0])
+        return train(
+            new_classifier(self.experiment, seed=seed),
+            examples,
+            recipe=self.experiment.recipe,
+            compute=self.experiment.compute,
+            plan=self.plan_for(len(examples)),
+            seed=seed,
+            repeatable_noise=True,
+            ledger=ledger,
+            on_progress=on_progress,
+        )
+
+    def plan_for(self, num_examples: int) -> PrivacyPlan | None:
+        """The same mechanism, hence the same ε, on a slightly different number of examples."""
+        return None if self.plan is None else replace(self.plan, num_examples=num_examples)
+
+    def read(self, classifier: Classifier, model: int) -> Reading:
+        """Signals on the audit examples, losses of all canaries, accuracy on test examples."""
+        return Reading(
+            signals=read_signals(classifier, self.study.audit),
+            intent_accuracy=measure(classifier, self.test).intent_accuracy,
+            canaries={
+                canary.pattern.name: CanaryReading(
+                    losses=read_canary_losses(classifier, canary), secret=secrets[model]
+                )
+                for canary, secrets in zip(self.study.canaries, self.study.secrets, strict=True)
+            },
+        )

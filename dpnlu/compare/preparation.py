@@ -1,0 +1,147 @@
+"""A study before anything is trained or written: data, membership, budgets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from attacks.canaries import parse_canary
+from dpnlu.compare.budget import Budget
+from dpnlu.compare.selection import needs_references
+from dpnlu.compare.settings import AttackSettings, StudySettings, budget_name
+from dpnlu.compare.study import Study
+from dpnlu.nlu.data import Corpus, HashedVocabulary, RepeatReport, drop_repeated, load_corpus
+from dpnlu.nlu.encoding import WordEncoding
+from dpnlu.runs import recipes
+from dpnlu.runs.experiment import Experiment, experiment_for, plan_for
+from dpnlu.runs.model_directory import SavedModel
+from dpnlu.runs.results import Results
+from dpnlu.runs.train import new_classifier
+from dpnlu.training.loop import ComputeConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A study before anything is trained.
+
+    Attributes:
+        corpus: without repeated texts.
+        budgets: in the order asked for.
+    """
+
+    settings: StudySettings
+    corpus: Corpus
+    repeats: RepeatReport
+    study: Study
+    budgets: tuple[Budget, ...]
+
+
+def prepare_study(settings: StudySettings) -> Prepared:
+    """Load the data, draw who is a member of what, and calibrate the plans.
+
+    Raises:
+        ValueError: invalid data, label set, budget, batch size or encoder, or too few examples.
+    """
+    # A model that there is not is refused before data are loaded.
+    recipes.architecture(settings.model, private=False, dropout=settings.dropout)
+    corpus, repeats = drop_repeated(load_corpus(settings.data, seed=settings.seed))
+    study = Study.draw(
+        corpus,
+        audit_examples=min(settings.audit_examples, len(corpus.split("train"))),
+        references=settings.references,
+        canaries=[parse_canary(spec) for spec in settings.canaries],
+        rng=_membership_rng(settings.seed),
+    )
+    budgets = tuple(_budget(settings, corpus, study, epsilon) for epsilon in settings.epsilons)
+    study.check_sides(for_references=needs_references(settings.chosen_attacks))
+    new_classifier(budgets[0].experiment, seed=settings.seed)
+    return Prepared(settings=settings, corpus=corpus, repeats=repeats, study=study, budgets=budgets)
+
+
+def _budget(settings: StudySettings, corpus: Corpus, study: Study, epsilon: float) -> Budget:
+    experiment = experiment_for(
+        settings, epsilon=epsilon, labels=study.labels(corpus), vocabulary=HashedVocabulary()
+    )
+    return Budget(
+        name=budget_name(epsilon),
+        target_epsilon=epsilon if math.isfinite(epsilon) else None,
+        study=study,
+        experiment=experiment,
+        plan=plan_for(
+            settings, experiment.recipe, epsilon=epsilon, num_examples=len(study.examples(0))
+        ),
+        test=corpus.split("test"),
+        seed=settings.seed,
+    )
+
+
+def prepare_attack(saved: SavedModel, settings: AttackSettings, *, name: str) -> Prepared:
+    """A study whose target is trained already.
+
+    Members are the training split of the data, non-members its other splits. Reference models are
+    trained like the target, each on a random half of these examples. As membership was not drawn,
+    members and non-members may differ in more than membership: the blind baseline measures that,
+    and what it finds the attacks find too.
+
+    Args:
+        name: of the target, in the report and in file names.
+
+    Raises:
+        ValueError: invalid data, or too few examples.
+    """
+    spent = Results.from_dict(saved.metrics).epsilon
+    settings_of_study = StudySettings(
+        **vars(settings),
+        model=saved.classifier.architecture.name,
+        epsilons=(math.inf if spent is None else spent,),
+        delta=saved.plan.target_delta if saved.plan else StudySettings.delta,
+    )
+    corpus, repeats = drop_repeated(load_corpus(settings.data, seed=settings.seed))
+    study = _study_of_splits(corpus, settings)
+    study.check_sides(for_references=needs_references(settings.chosen_attacks))
+    budget = Budget(
+        name=name,
+        target_epsilon=spent,
+        study=study,
+        experiment=_experiment_of(saved, settings),
+        plan=saved.plan,
+        test=corpus.split("test"),
+        seed=settings.seed,
+    )
+    if settings.references > 0:
+        new_classifier(budget.experiment, seed=settings.seed)
+    return Prepared(
+        settings=settings_of_study, corpus=corpus, repeats=repeats, study=study, budgets=(budget,)
+    )
+
+
+def _study_of_splits(corpus: Corpus, settings: AttackSettings) -> Study:
+    """As many members as non-members, at most as asked for; references on random halves."""
+    rng = _membership_rng(settings.seed)
+    members, others = corpus.split("train"), (*corpus.split("test"), *corpus.split("valid"))
+    size = min(settings.audit_examples // 2, len(others), len(members))
+    chosen = [
+        *(members[i] for i in rng.permutation(len(members))[:size]),
+        *(others[i] for i in rng.permutation(len(others))[:size]),
+    ]
+    halves = rng.random((settings.references, 2 * size)) < 0.5
+    truth = np.arange(2 * size) < size
+    return Study(base=(), audit=tuple(chosen), membership=np.concatenate([truth[None], halves]))
+
+
+def _experiment_of(saved: SavedModel, settings: AttackSettings) -> Experiment:
+    encoding = saved.classifier.encoding
+    words = encoding.vocabulary if isinstance(encoding, WordEncoding) else HashedVocabulary()
+    return Experiment(
+        architecture=saved.classifier.architecture,
+        recipe=saved.recipe,
+        labels=encoding.labels,
+        vocabulary=words,
+        compute=ComputeConfig(physical_batch_size=settings.physical_batch_size),
+    )
+
+
+def _membership_rng(seed: int) -> np.random.Generator:
+    return np.random.default_rng([seed, 1])

@@ -1,0 +1,156 @@
+"""What one model says: all that attacks are given, and how it is kept in files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from attacks.canaries import CanarySpec, all_secrets
+from attacks.dropout import common_dropout, has_dropout
+from attacks.farm import Arrays
+from attacks.signals import Predictions, Signals, collect
+from dpnlu.compare.study import canary_example
+from dpnlu.nlu.classifier import Classifier
+from dpnlu.nlu.data import Example
+from dpnlu.nlu.encoding import Encoded, batches, encode_all
+from dpnlu.nlu.models import Batch
+
+_BATCH_SIZE = 256
+
+# Of a model with dropout: the secrets it is asked about once more, all in one batch, and under how
+# many masks. With 400 masks the ranks still moved from draw to draw, with 800 they stayed.
+_LIKELIEST, _MASKS = 100, 1000
+
+# Names in files.
+_ACCURACY, _SECONDS, _LOSSES, _SECRET = "intent_accuracy", "train_seconds", "-losses", "-secret"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CanaryReading:
+    """What a model says about the canaries of one pattern.
+
+    Attributes:
+        losses: (C,) by which it ranks the C candidates, in lexicographic order.
+        secret: (length,) what it was trained with, as indices of tokens.
+    """
+
+    losses: NDArray[np.float64]
+    secret: NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What a model says.
+
+    Attributes:
+        signals: on the audit examples.
+        intent_accuracy: on the test examples.
+        canaries: by the name of their pattern.
+        train_seconds: wall time of its training; None: not of interest here.
+    """
+
+    signals: Signals
+    intent_accuracy: float
+    canaries: Mapping[str, CanaryReading]
+    train_seconds: float | None = None
+
+    def to_arrays(self) -> Arrays:
+        """The reading, for files."""
+        arrays: Arrays = {**self.signals.to_arrays(), _ACCURACY: np.array(self.intent_accuracy)}
+        for name, canary in self.canaries.items():
+            arrays |= {name + _LOSSES: canary.losses, name + _SECRET: canary.secret}
+        if self.train_seconds is not None:
+            arrays[_SECONDS] = np.array(self.train_seconds)
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Reading:
+        """The reading that `to_arrays` described.
+
+        Raises:
+            ValueError: an array is missing.
+        """
+        patterns = [name.removesuffix(_LOSSES) for name in arrays if name.endswith(_LOSSES)]
+        known = [field.name for field in fields(Signals) if field.name in arrays]
+        try:
+            return cls(
+                signals=Signals(**{name: arrays[name] for name in known}),
+                intent_accuracy=float(arrays[_ACCURACY]),
+                canaries={
+                    name: CanaryReading(
+                        losses=arrays[name + _LOSSES], secret=arrays[name + _SECRET]
+                    )
+                    for name in patterns
+                },
+                train_seconds=float(arrays[_SECONDS]) if _SECONDS in arrays else None,
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"Expected the arrays of one model's reading, got {', '.join(arrays)}: {error}; "
+                "remove the file to have it made anew."
+            ) from None
+
+
+def read_signals(classifier: Classifier, examples: Sequence[Example]) -> Signals:
+    """What a classifier says about examples."""
+    encoded = encode_all(classifier.encoding, examples)
+    return _signals(classifier, encoded)
+
+
+def read_canary_losses(classifier: Classifier, canary: CanarySpec) -> NDArray[np.float64]:
+    """The loss on the canary with each possible secret, (C,) in lexicographic order.
+
+    The classifier ranks the secrets by it.
+
+    Where the secret is a slot, it is the loss of the tags alone (Parikh et al., 2022): the carrier
+    phrase has settled the intent before a secret is read, so that its loss says little of the
+    secret and blurs the ranking. The likeliest secrets of a model trained with dropout come first,
+    in the order of their mean loss under dropout, which is what training made small.
+    """
+    secrets = all_secrets(canary.length)
+    pieces = np.array_split(secrets, max(1, len(secrets) // 2000))
+    losses = np.concatenate([next(_losses(classifier, canary, piece)) for piece in pieces])
+    if not has_dropout(classifier.model):
+        return losses
+    likeliest = losses.argsort(kind="stable")[:_LIKELIEST]
+    masks = torch.Generator().manual_seed(0)
+    with common_dropout(classifier.model, generator=masks):
+        under_each = islice(_losses(classifier, canary, secrets[likeliest]), _MASKS)
+        under_dropout = np.mean(list(under_each), axis=0)
+    # The others follow, in their order and with their ties.
+    _, order = np.unique(losses, return_inverse=True)
+    ranking: NDArray[np.float64] = under_dropout.max() + 1.0 + order
+    ranking[likeliest] = under_dropout
+    return ranking
+
+
+def _losses(
+    classifier: Classifier, canary: CanarySpec, secrets: NDArray[np.int64]
+) -> Iterator[NDArray[np.float64]]:
+    """The loss on the canary with each of these secrets, read again and again."""
+    with_slots = bool(classifier.encoding.labels.tags)
+    examples = [
+        canary_example(canary, secret, name="candidate", with_slots=with_slots)
+        for secret in secrets
+    ]
+    encoded = encode_all(classifier.encoding, examples)
+    while True:
+        signals = _signals(classifier, encoded)
+        by_tags = signals.slot_loss if canary.pattern.slot is not None else None
+        yield signals.loss if by_tags is None else by_tags
+
+
+def _signals(classifier: Classifier, encoded: Sequence[Encoded]) -> Signals:
+    model: Any = classifier.model
+
+    def predict(batch: Batch) -> Predictions:
+        outputs = model(batch)
+        return Predictions(outputs.intents, batch["intents"], outputs.tags, batch.get("tags"))
+
+    return collect(model, predict, batches(classifier.encoding, encoded, size=_BATCH_SIZE))

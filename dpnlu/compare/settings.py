@@ -1,0 +1,148 @@
+"""What a study, or an attack on one model, is asked for: for code and command line alike.
+
+The attacks are loaded when settings are checked, and not before: they take a while.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dpnlu.accounting.events import check_delta
+from dpnlu.mechanism.ranges import LARGEST_SEED, check_count, check_positive
+from dpnlu.runs.settings import DataSettings, RecipeSettings, parse_epsilon, setting
+
+# Fewer say nothing about any model.
+LEAST_AUDIT_EXAMPLES = 20
+# Beyond these a study would never end.
+MOST_EPOCHS, MOST_REFERENCES = 1e6, 100_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasurementSettings(DataSettings):
+    """What every attack is asked for; part of other settings, never used alone."""
+
+    attacks: tuple[str, ...] | None = setting(
+        "what to measure (default: those of loss, lira, rmia, exposure, extraction and audit that "
+        "the references suffice for)",
+        default=None,
+        metavar="ATTACK",
+    )
+    references: int = setting("reference models per target, for lira and rmia", default=8)
+    audit_examples: int = setting(
+        f"examples whose membership the attacks guess, at least {LEAST_AUDIT_EXAMPLES}; all, if "
+        "there are fewer",
+        default=2000,
+    )
+    confidence: float = setting("of intervals and bounds, in (0, 1)", default=0.95)
+
+    @property
+    def chosen_attacks(self) -> tuple[str, ...]:
+        """The attacks by name, also where none were asked for."""
+        from dpnlu.compare.selection import default_attacks
+
+        return default_attacks(self.references) if self.attacks is None else self.attacks
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackSettings(MeasurementSettings):
+    """What `dpnlu attack` is asked for.
+
+    Raises:
+        ValueError: a setting is out of range, or two of them contradict each other.
+    """
+
+    def __post_init__(self) -> None:
+        _check_measurement(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySettings(RecipeSettings, MeasurementSettings):
+    """All that a study depends on.
+
+    Raises:
+        ValueError: a setting is out of range, or two of them contradict each other.
+    """
+
+    epsilons: tuple[float, ...] = setting(
+        "the privacy budgets; inf: ordinary training",
+        default=(math.inf, 8.0, 2.0),
+        metavar="EPSILON",
+        parse=parse_epsilon,
+    )
+    canaries: tuple[str, ...] = setting(
+        "secrets put into training on purpose, such as pin:4:R=100: 4 digits, 100 times; each of "
+        "another pattern (default: none)",
+        default=(),
+        metavar="PATTERN:LENGTH:R=COPIES",
+    )
+
+    def __post_init__(self) -> None:
+        _check_epsilons(self.epsilons)
+        _check_recipe(self)
+        _check_measurement(self)
+        _check_canaries(self.canaries)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON, which has no infinity."""
+        named = {
+            "epsilons": [budget_name(epsilon) for epsilon in self.epsilons],
+            "attacks": self.chosen_attacks,
+        }
+        content: dict[str, Any] = json.loads(json.dumps(asdict(self) | named))
+        return content
+
+
+def budget_name(epsilon: float) -> str:
+    """What a budget is called in the report and in file names: "eps-8" or "eps-inf"."""
+    return f"eps-{epsilon:g}"
+
+
+def _check_epsilons(epsilons: Sequence[float]) -> None:
+    if bad := [epsilon for epsilon in epsilons if not epsilon > 0]:
+        raise ValueError(f"Expected every ε to be positive (or inf), got {bad[0]}.")
+    names = [budget_name(epsilon) for epsilon in epsilons]
+    if len(set(names)) < len(names) or not names:
+        raise ValueError(
+            f"Expected different values of ε, at least one, got {', '.join(names)}: of two "
+            "that agree in six digits, leave one out."
+        )
+
+
+def _check_recipe(settings: RecipeSettings) -> None:
+    check_delta(settings.delta)
+    if settings.epochs is not None:
+        check_positive("epochs", settings.epochs, most=MOST_EPOCHS)
+    if settings.batch_size is not None:
+        check_count("batch_size", settings.batch_size)
+    check_positive("max_grad_norm", settings.max_grad_norm)
+
+
+def _check_measurement(settings: MeasurementSettings) -> None:
+    from dpnlu.compare.selection import check_attacks
+
+    check_count("physical_batch_size", settings.physical_batch_size)
+    check_count("seed", settings.seed, least=0, most=LARGEST_SEED)
+    if not 0 < settings.confidence < 1:
+        raise ValueError(f"Expected a confidence in (0, 1), got {settings.confidence}.")
+    if settings.references < 0 or settings.audit_examples < LEAST_AUDIT_EXAMPLES:
+        raise ValueError(
+            f"Expected references >= 0 and audit examples >= {LEAST_AUDIT_EXAMPLES}, got "
+            f"{settings.references} and {settings.audit_examples}."
+        )
+    check_count("references", settings.references, least=0, most=MOST_REFERENCES)
+    check_attacks(settings.chosen_attacks, references=settings.references)
+
+
+def _check_canaries(canaries: Sequence[str]) -> None:
+    from attacks.canaries import parse_canary
+
+    patterns = [parse_canary(spec).pattern.name for spec in canaries]
+    if len(set(patterns)) < len(patterns):
+        raise ValueError(
+            f"Expected canaries of different patterns, got {', '.join(canaries)}: two of "
+            "one pattern would be confused; run them in studies of their own."
+        )

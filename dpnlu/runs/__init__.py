@@ -1,0 +1,1 @@
+"""One training and its directory: settings, recipes, resuming, the model card, progress."""

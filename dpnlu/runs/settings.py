@@ -1,0 +1,131 @@
+"""What a training is asked for. Code and command line read the same declarations.
+
+A field says in its help what it means; its name, type and default are those of its option. No torch
+is loaded here: a command line can be explained without.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """How a setting is written and explained on the command line.
+
+    Attributes:
+        help: what it means; its default only where that is None.
+        metavar: what stands for its value; None: its name.
+        parse: text -> value, raises ValueError; None: the type of the field.
+    """
+
+    help: str
+    metavar: str | None = None
+    parse: Callable[[str], Any] | None = None
+
+
+def setting(
+    help: str,
+    *,
+    default: Any = MISSING,
+    metavar: str | None = None,
+    parse: Callable[[str], Any] | None = None,
+) -> Any:
+    """A dataclass field that is an option, too; without a default it is required."""
+    option = Option(help=help, metavar=metavar, parse=parse)
+    return field(default=default, metadata={"option": option})
+
+
+def parse_epsilon(text: str) -> float:
+    """A budget: a number above 0, or "inf" for ordinary training.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value > 0:
+        raise ValueError(f"expected ε > 0 or inf, got {text}")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """What all work on data is asked for; part of other settings, never used alone."""
+
+    data: str = setting(
+        "the corpus: synthetic[:N], snips:DIR, hwu64:DIR, clinc150:FILE, FILE.jsonl[.gz], FILE.csv "
+        "or hf:NAME[:CONFIG]",
+        metavar="SPEC",
+    )
+    physical_batch_size: int = setting(
+        "examples computed at once; changes memory and time, not the result", default=64
+    )
+    seed: int = setting(
+        "of initial weights, dropout and what a study draws; the noise and the sampling of `dpnlu "
+        "train` are always fresh",
+        default=0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeSettings(DataSettings):
+    """What every training is asked for; part of other settings, never used alone."""
+
+    model: str = setting(
+        "lstm, or encoder:NAME_OR_PATH of a pretrained one",
+        default="lstm",
+        metavar="lstm|encoder:NAME_OR_PATH",
+    )
+    delta: float = setting("δ at which ε is stated, below 1 / training examples", default=1e-5)
+    epochs: float | None = setting(
+        "how often each example is visited on average (default: as recommended for the model)",
+        default=None,
+    )
+    batch_size: int | None = setting(
+        "expected batch size of private training (default: as recommended for the model)",
+        default=None,
+    )
+    dropout: float | None = setting(
+        "share of units dropped in training, in [0, 1) (default: as recommended for the model, "
+        "none in private training)",
+        default=None,
+    )
+    max_grad_norm: float = setting("clipping bound on an example's gradient norm", default=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(RecipeSettings):
+    """What `dpnlu train` is asked for."""
+
+    epsilon: float = setting(
+        "the privacy budget; inf: ordinary training", metavar="EPSILON", parse=parse_epsilon
+    )
+    learning_rate: float | None = setting(
+        "of AdamW, at its highest (default: as recommended for the model)", default=None
+    )
+    engine: str | None = setting(
+        "how gradients are clipped: book_keeping, per_example or opacus; changes time, not the "
+        "result (default: what suits the plan)",
+        default=None,
+    )
+    vocabulary: str = setting(
+        "of word models: hashed; fitted, from the training texts, which ε does not cover; or the "
+        "path of a public word list",
+        default="hashed",
+    )
+    labels: str | None = setting(
+        'JSON file {"intents": [...], "slots": [...]} that declares the label sets (default: as '
+        "the corpus declares them, else read from the data, which ε does not cover)",
+        default=None,
+        metavar="FILE",
+    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON, which has no infinity."""
+        return asdict(self) | {"epsilon": str(self.epsilon).removesuffix(".0")}

@@ -1,0 +1,166 @@
+"""Options are made of settings: what a command line says is what the code is given."""
+
+import argparse
+import math
+import subprocess
+import sys
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+import pytest
+
+from dpnlu.cli.options import add_options, settings_from
+from dpnlu.compare.settings import AttackSettings, StudySettings
+from dpnlu.runs.settings import TrainSettings, setting
+
+
+def _parsed(settings: type, line: str) -> Any:
+    parser = argparse.ArgumentParser()
+    add_options(parser, settings)
+    return settings_from(settings, parser.parse_args(line.split()))
+
+
+MINIMAL = [
+    (TrainSettings, "--data d --epsilon inf", TrainSettings(data="d", epsilon=math.inf)),
+    (StudySettings, "--data d", StudySettings(data="d")),
+    (AttackSettings, "--data d", AttackSettings(data="d")),
+]
+FULL = [
+    (
+        TrainSettings,
+        "--data d --model encoder:e --epsilon 3 --delta 1e-4 --epochs 2.5 --batch-size 7 "
+        "--learning-rate 0.1 --dropout 0.2 --max-grad-norm 2 --vocabulary fitted --labels f "
+        "--engine opacus --physical-batch-size 5 --seed 9",
+        TrainSettings(
+            data="d",
+            model="encoder:e",
+            epsilon=3.0,
+            delta=1e-4,
+            epochs=2.5,
+            batch_size=7,
+            learning_rate=0.1,
+            dropout=0.2,
+            max_grad_norm=2.0,
+            vocabulary="fitted",
+            labels="f",
+            engine="opacus",
+            physical_batch_size=5,
+            seed=9,
+        ),
+    ),
+    (
+        StudySettings,
+        "--data d --model encoder:e --epsilons inf 4 --delta 1e-4 --epochs 2.5 --batch-size 7 "
+        "--dropout 0.2 --max-grad-norm 2 --attacks loss rmia --canaries pin:2:R=3 call:1:R=2 "
+        "--references 4 --audit-examples 33 --confidence 0.9 --physical-batch-size 5 --seed 9",
+        StudySettings(
+            data="d",
+            model="encoder:e",
+            epsilons=(math.inf, 4.0),
+            delta=1e-4,
+            epochs=2.5,
+            batch_size=7,
+            dropout=0.2,
+            max_grad_norm=2.0,
+            attacks=("loss", "rmia"),
+            canaries=("pin:2:R=3", "call:1:R=2"),
+            references=4,
+            audit_examples=33,
+            confidence=0.9,
+            physical_batch_size=5,
+            seed=9,
+        ),
+    ),
+    (
+        AttackSettings,
+        "--data d --attacks loss --references 4 --audit-examples 33 --confidence 0.9 "
+        "--physical-batch-size 5 --seed 9",
+        AttackSettings(
+            data="d",
+            attacks=("loss",),
+            references=4,
+            audit_examples=33,
+            confidence=0.9,
+            physical_batch_size=5,
+            seed=9,
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "line", "expected"), [*MINIMAL, *FULL])
+def test_a_command_line_and_code_ask_for_the_same(
+    settings: type, line: str, expected: object
+) -> None:
+    assert _parsed(settings, line) == expected
+
+
+@pytest.mark.parametrize(("settings", "line", "expected"), FULL)
+def test_the_full_lines_leave_no_setting_as_it_is_by_default(
+    settings: type, line: str, expected: object
+) -> None:
+    for field in fields(settings):
+        assert field.default is MISSING or getattr(expected, field.name) != field.default
+
+
+@pytest.mark.parametrize("settings", [TrainSettings, StudySettings, AttackSettings])
+def test_every_option_says_what_it_means_and_its_default(settings: type) -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser, settings)
+    for action in parser._actions[1:]:  # the first is --help
+        assert action.help
+        assert action.required or "(default: " in action.help, action.dest
+    parser.format_help()
+
+
+@pytest.mark.parametrize(
+    ("settings", "line", "says"),
+    [
+        (TrainSettings, "--data d", "--epsilon"),
+        (TrainSettings, "--data d --epsilon none", "expected ε > 0 or inf, got none"),
+        (TrainSettings, "--data d --epsilon 3 4", "unrecognized arguments: 4"),
+        (StudySettings, "--data d --epsilons", "at least one argument"),
+        (StudySettings, "--data d --epsilons 3 -1", "expected ε > 0 or inf, got -1"),
+        (StudySettings, "--epsilons 3", "--data"),
+        (AttackSettings, "--data d --seed 1.5", "--seed: invalid int value"),
+    ],
+)
+def test_what_cannot_be_parsed_is_refused(
+    settings: type, line: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        _parsed(settings, line)
+    assert says in capsys.readouterr().err
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """A dataclass of another kind than the commands have so far."""
+
+    shares: tuple[int, ...] | None = setting("100 % in parts", default=None)
+    names: tuple[str, ...] = setting("who gets them", default=("a", "b"))
+
+
+def test_a_tuple_may_be_absent_and_a_help_may_hold_a_percent_sign(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert _parsed(Shares, "") == Shares()
+    assert _parsed(Shares, "--shares 60 40 --names x") == Shares(shares=(60, 40), names=("x",))
+    with pytest.raises(SystemExit):
+        _parsed(Shares, "--help")
+    printed = capsys.readouterr().out
+    assert "100 % in parts" in printed and "(default: a b)" in printed
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "attack"])
+def test_help_loads_neither_torch_nor_attacks(command: str) -> None:
+    code = f"""if True:
+        import sys
+        from dpnlu.cli.main import main
+        try:
+            main([{command!r}, "--help"])
+        except SystemExit:
+            print(sorted({{"torch", "scipy", "attacks"}} & set(sys.modules)))
+    """
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "[]"
