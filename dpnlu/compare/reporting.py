@@ -66,8 +66,8 @@ def _data(prepared: Prepared) -> dict[str, Any]:
         "name": corpus.name,
         "spec": prepared.settings.data,
         **{split: len(corpus.split(split)) for split in ("train", "valid", "test")},
-        "intents": len(corpus.intents),
-        "slots": len(corpus.slots) if corpus.has_slots else 0,
+        **({"intents": len(corpus.intents)} if corpus.has_intents else {}),
+        **({"slots": len(corpus.slots)} if corpus.has_slots else {}),
         "repeated_rows_dropped": prepared.repeats.dropped_train_rows,
         "audit_examples": len(study.audit),
         "members": int(study.coins[0].sum()),
@@ -77,7 +77,7 @@ def _data(prepared: Prepared) -> dict[str, Any]:
     blind = blind_baseline(
         [example.text for example in study.audit],
         study.coins[0],
-        labels=[example.intent for example in study.audit],
+        labels=[e.intent for e in study.audit if e.intent is not None] or None,
         rng=np.random.default_rng([prepared.settings.seed, 2]),
         confidence=prepared.settings.confidence,
     )
@@ -120,23 +120,24 @@ def _run(prepared: Prepared, run: Finished, *, ordinary_seconds: float | None) -
         "target_epsilon": run.budget.target_epsilon,
         "epsilon": claim.epsilon,
         "delta": settings.delta,
-        "intent_accuracy": metrics["intent_accuracy"],
-        "intent_accuracy_interval": list(_accuracy_interval(metrics, settings.confidence)),
         "frame_accuracy": metrics["frame_accuracy"],
         "train_seconds": metrics["train_seconds"],
         "attack_seconds": attacking,
         "references": len(run.models) - 1,
         **found,
     }
-    for name in ("slot_f1", "peak_memory_mib"):
+    for name in ("intent_accuracy", "slot_f1", "peak_memory_mib"):
         if name in metrics:
             entry[name] = metrics[name]
+    if "intent_accuracy" in metrics:
+        interval = _accuracy_interval(metrics, settings.confidence)
+        entry["intent_accuracy_interval"] = list(interval)
     if plan is not None:
         kept = ("noise_multiplier", "max_grad_norm", "sample_rate", "steps", "adjacency", "unit")
         entry |= {name: getattr(plan, name) for name in kept} | {"accountant": "pld"}
     if ordinary_seconds is not None:
         entry["overhead"] = metrics["train_seconds"] / ordinary_seconds
-    if len(run.models) > 1:
+    if len(run.models) > 1 and "intent_accuracy" in metrics:
         accuracies = [float(model["intent_accuracy"]) for model in run.models[1:]]
         entry["reference_accuracy"] = float(np.mean(accuracies))
     entry["warnings"] = [*found["warnings"], *_disclosures(prepared, run)]

@@ -23,7 +23,7 @@ from attacks.signals import Predictions, Signals, collect
 from dpnlu.nlu.classifier import Classifier
 from dpnlu.nlu.data import Corpus, Example
 from dpnlu.nlu.encoding import Encoded, Labels, batches, encode_all
-from dpnlu.nlu.models import Batch
+from dpnlu.nlu.models import Batch, device_of, moved
 
 _BATCH_SIZE = 256
 
@@ -130,7 +130,8 @@ class Study:
         """The corpus' labels, and those of the canary."""
         intents, tags = set(corpus.intents), set(corpus.tags)
         for canary in self.canaries:
-            intents.add(canary.pattern.intent)
+            if corpus.has_intents:
+                intents.add(canary.pattern.intent)
             if corpus.has_slots:
                 tags |= set(canary_tags(canary.pattern, canary.length))
         return Labels(tuple(sorted(intents)), tuple(sorted(tags)))
@@ -216,7 +217,7 @@ def _signals(classifier: Classifier, encoded: Sequence[Encoded]) -> Signals:
     model: Any = classifier.model
 
     def predict(batch: Batch) -> Predictions:
-        outputs = model(batch)
-        return Predictions(outputs.intents, batch["intents"], outputs.tags, batch.get("tags"))
+        outputs = model(moved(batch, device_of(model)))
+        return Predictions(outputs.intents, batch.get("intents"), outputs.tags, batch.get("tags"))
 
     return collect(model, predict, batches(classifier.encoding, encoded, size=_BATCH_SIZE))

@@ -70,7 +70,9 @@ class Budget:
     def read(self, classifier: Classifier, model: int) -> Arrays:
         """Signals on the audit examples, losses of all canaries, accuracy on test examples."""
         arrays: Arrays = dict(read_signals(classifier, self.study.audit).to_arrays())
-        arrays["intent_accuracy"] = np.array(measure(classifier, self.test).intent_accuracy)
+        accuracy = measure(classifier, self.test).intent_accuracy
+        if accuracy is not None:
+            arrays["intent_accuracy"] = np.array(accuracy)
         for canary, secrets in zip(self.study.canaries, self.study.secrets, strict=True):
             name = canary.pattern.name
             arrays[f"{name}-losses"] = read_canary_losses(classifier, canary)
