@@ -48,16 +48,17 @@ class Overhead:
     target: float | None
 
 
-def measure(case: Case, *, pairs: int) -> Overhead:
+def measure(case: Case, *, pairs: int, device: str = "cpu") -> Overhead:
     """Time a case in a fresh process with as many threads as this one.
 
     Raises:
         RuntimeError: the process failed.
     """
-    ours = _result(case, pairs=pairs, environment=KEEPS_MEMORY)
+    ours = _result(case, pairs=pairs, device=device, environment=KEEPS_MEMORY)
     equal = ours
-    if not are_those_of_torch():
-        equal = _result(case, pairs=pairs, environment=KEEPS_MEMORY | EQUAL_KERNELS)
+    if not (are_those_of_torch() or device != "cpu"):
+        environment = KEEPS_MEMORY | EQUAL_KERNELS
+        equal = _result(case, pairs=pairs, device=device, environment=environment)
     return Overhead(
         case=case.name,
         **ours | {"ratios": tuple(ours["ratios"])},
@@ -66,19 +67,24 @@ def measure(case: Case, *, pairs: int) -> Overhead:
     )
 
 
-def _result(case: Case, *, pairs: int, environment: Mapping[str, str]) -> dict[str, Any]:
-    arguments = (case.name, str(pairs), str(torch.get_num_threads()))
+def _result(
+    case: Case, *, pairs: int, device: str, environment: Mapping[str, str]
+) -> dict[str, Any]:
+    arguments = (case.name, str(pairs), str(torch.get_num_threads()), device)
     found: dict[str, Any] = result_of(
         "dpnlu.benchmark.overhead", *arguments, environment=environment
     )
     return found
 
 
-def _times(case: Case, *, pairs: int) -> dict[str, Any]:
+def _times(case: Case, *, pairs: int, device: str) -> dict[str, Any]:
     """The fields of `Overhead` that are times or ratios, of ordinary and private steps in turn."""
     torch.manual_seed(0)
     model = case.build().train()
-    with ordinary(case, copy.deepcopy(model)) as one, private(case, model) as other:
+    with (
+        ordinary(case, copy.deepcopy(model), device=device) as one,
+        private(case, model, device=device) as other,
+    ):
         for step in (one, other) * _WARM_UP:
             step()
         times = [(seconds(one), seconds(other)) for _ in range(pairs)]
@@ -115,6 +121,6 @@ def seconds(step: Step) -> float:
 
 
 if __name__ == "__main__":
-    name, pairs, threads = sys.argv[1:]
+    name, pairs, threads, device = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    print(json.dumps(_times(named(name), pairs=int(pairs))))
+    print(json.dumps(_times(named(name), pairs=int(pairs), device=device)))

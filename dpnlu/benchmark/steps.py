@@ -17,16 +17,20 @@ from torch.utils.data import default_collate
 from dpnlu.benchmark.cases import Case, Inputs
 from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.mechanism.sampling import PhysicalBatch
+from dpnlu.training.device import synchronize
 from dpnlu.training.handle import PrivateTraining, privatize
 
 Step = Callable[[], None]
 
 
 @contextmanager
-def ordinary(case: Case, model: nn.Module, *, compiles: bool = False) -> Iterator[Step]:
-    """Backward pass per physical batch, then the optimizer."""
-    optimizer = _optimizer(model)
-    logical_batches = _shuffled(case) if case.sampled else itertools.repeat(case.inputs())
+def ordinary(
+    case: Case, model: nn.Module, *, compiles: bool = False, device: str = "cpu"
+) -> Iterator[Step]:
+    """Backward pass per physical batch, then the optimizer; the model goes to the device."""
+    optimizer = _optimizer(model.to(device))
+    same = [_moved(inputs, device) for inputs in case.inputs()]
+    logical_batches = _shuffled(case, device) if case.sampled else itertools.repeat(same)
     losses_of: Callable[[Inputs], Tensor] = partial(case.losses_of, model)
     if compiles:
         losses_of = torch.compile(losses_of)
@@ -36,13 +40,19 @@ def ordinary(case: Case, model: nn.Module, *, compiles: bool = False) -> Iterato
             (losses_of(inputs).sum() / case.logical).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
+        synchronize(device)
 
     yield step
 
 
 @contextmanager
 def private(
-    case: Case, model: nn.Module, *, engine: str = "book_keeping", compiles: bool = False
+    case: Case,
+    model: nn.Module,
+    *,
+    engine: str = "book_keeping",
+    compiles: bool = False,
+    device: str = "cpu",
 ) -> Iterator[Step]:
     """The same with clipping, noise, and a ledger on disk."""
     plan = PrivacyPlan(
@@ -53,6 +63,7 @@ def private(
         target_delta=1e-6,
         num_examples=10 * case.logical,
     )
+    model.to(device)
     with tempfile.TemporaryDirectory(prefix="dpnlu-benchmark-") as folder:
         ledger = Path(folder) / "ledger"
         with privatize(model, _optimizer(model), plan, engine=engine, ledger=ledger) as handle:
@@ -60,14 +71,16 @@ def private(
             step_on = handle.compile(losses_of) if compiles else handle.stepper(losses_of)
 
             if case.sampled:
-                yield _through_loader(case, handle, step_on)
+                yield _through_loader(case, handle, step_on, device)
             else:
-                yield _through_begin(case, handle, step_on)
+                yield _repeated(case, handle, step_on, device)
 
 
-def _through_begin(case: Case, handle: PrivateTraining, step_on: Callable[[Inputs], bool]) -> Step:
+def _repeated(
+    case: Case, handle: PrivateTraining, step_on: Callable[[Inputs], bool], device: str
+) -> Step:
     """The same physical batches in every step."""
-    batches = case.inputs()
+    batches = [_moved(inputs, device) for inputs in case.inputs()]
 
     def step() -> None:
         for number, inputs in enumerate(batches, start=1):
@@ -75,32 +88,44 @@ def _through_begin(case: Case, handle: PrivateTraining, step_on: Callable[[Input
             batch = PhysicalBatch(_ids(inputs), closes_unit=last, closes_step=last)
             handle.steps.announce(batch)
             step_on(inputs)
+        synchronize(device)
 
     return step
 
 
-def _through_loader(case: Case, handle: PrivateTraining, step_on: Callable[[Inputs], bool]) -> Step:
+def _through_loader(
+    case: Case, handle: PrivateTraining, step_on: Callable[[Inputs], bool], device: str
+) -> Step:
     """Poisson batches, drawn and put together anew in every step."""
     loader = handle.loader(case.examples(), physical_batch_size=case.physical)
-    answers = (step_on(tuple(inputs)) for inputs in loader)
+    answers = (step_on(_moved(inputs, device)) for inputs in loader)
 
     def step() -> None:
         while not next(answers):
             pass
+        synchronize(device)
 
     return step
 
 
-def _shuffled(case: Case) -> Iterator[Iterator[Inputs]]:
+def _shuffled(case: Case, device: str) -> Iterator[Iterator[Inputs]]:
     """Logical batches of `case.logical` examples as physical ones, all examples once an epoch."""
     examples = case.examples()
     while True:
         order = torch.randperm(len(examples)).tolist()
         for start in range(0, len(order), case.logical):
             yield (
-                tuple(default_collate([examples[one] for one in order[first:][: case.physical]]))
+                _moved(
+                    default_collate([examples[one] for one in order[first:][: case.physical]]),
+                    device,
+                )
                 for first in range(start, start + case.logical, case.physical)
             )
+
+
+def _moved(inputs: Inputs, device: str) -> Inputs:
+    ids, intents = inputs
+    return ids.to(device), intents.to(device)
 
 
 def _ids(inputs: Inputs) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -3,6 +3,7 @@
     dpnlu compare     train at several budgets, attack every model, report
     dpnlu train       train one model
     dpnlu attack      attack a trained model
+    dpnlu predict     intents and slots of texts, by a trained model
     dpnlu budget      which ε a mechanism has, or which noise an ε needs
     dpnlu benchmark   what private training costs on this machine
 
@@ -23,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from dpnlu.cli import attack, benchmark, budget, compare, train
+from dpnlu.cli import attack, benchmark, budget, compare, predict, train
 
 # Set it to see the traceback behind an error.
 _TRACEBACK = "DPNLU_TRACEBACK"
@@ -100,7 +101,7 @@ def _interruptible() -> Iterator[None]:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="dpnlu", description="Private training of NLU models, and attacks.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (compare, train, attack, budget, benchmark):
+    for command in (compare, train, attack, predict, budget, benchmark):
         command.add_parser(commands)
     return parser
 

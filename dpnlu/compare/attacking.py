@@ -104,7 +104,7 @@ def attack_all(prepared: Prepared, trained: Sequence[TrainedBudget]) -> Attacked
         blind=blind_baseline(
             [example.text for example in study.audit],
             study.membership[0],
-            labels=[example.intent for example in study.audit],
+            labels=[e.intent for e in study.audit if e.intent is not None] or None,
             rng=np.random.default_rng([settings.seed, 2]),
             confidence=settings.confidence,
         ),

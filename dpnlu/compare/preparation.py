@@ -139,7 +139,9 @@ def _experiment_of(saved: SavedModel, settings: AttackSettings) -> Experiment:
         recipe=saved.recipe,
         labels=encoding.labels,
         vocabulary=words,
-        compute=ComputeConfig(physical_batch_size=settings.physical_batch_size),
+        compute=ComputeConfig(
+            physical_batch_size=settings.physical_batch_size, device=settings.device
+        ),
     )
 
 

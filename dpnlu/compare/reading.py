@@ -19,7 +19,7 @@ from dpnlu.compare.study import canary_example
 from dpnlu.nlu.classifier import Classifier
 from dpnlu.nlu.data import Example
 from dpnlu.nlu.encoding import Encoded, batches, encode_all
-from dpnlu.nlu.models import Batch
+from dpnlu.nlu.models import Batch, device_of, moved
 
 _BATCH_SIZE = 256
 
@@ -50,19 +50,21 @@ class Reading:
 
     Attributes:
         signals: on the audit examples.
-        intent_accuracy: on the test examples.
+        intent_accuracy: on the test examples; None without intents.
         canaries: by the name of their pattern.
         train_seconds: wall time of its training; None: not of interest here.
     """
 
     signals: Signals
-    intent_accuracy: float
+    intent_accuracy: float | None
     canaries: Mapping[str, CanaryReading]
     train_seconds: float | None = None
 
     def to_arrays(self) -> Arrays:
         """The reading, for files."""
-        arrays: Arrays = {**self.signals.to_arrays(), _ACCURACY: np.array(self.intent_accuracy)}
+        arrays: Arrays = dict(self.signals.to_arrays())
+        if self.intent_accuracy is not None:
+            arrays[_ACCURACY] = np.array(self.intent_accuracy)
         for name, canary in self.canaries.items():
             arrays |= {name + _LOSSES: canary.losses, name + _SECRET: canary.secret}
         if self.train_seconds is not None:
@@ -81,7 +83,7 @@ class Reading:
         try:
             return cls(
                 signals=Signals(**{name: arrays[name] for name in known}),
-                intent_accuracy=float(arrays[_ACCURACY]),
+                intent_accuracy=float(arrays[_ACCURACY]) if _ACCURACY in arrays else None,
                 canaries={
                     name: CanaryReading(
                         losses=arrays[name + _LOSSES], secret=arrays[name + _SECRET]
@@ -150,7 +152,7 @@ def _signals(classifier: Classifier, encoded: Sequence[Encoded]) -> Signals:
     model: Any = classifier.model
 
     def predict(batch: Batch) -> Predictions:
-        outputs = model(batch)
-        return Predictions(outputs.intents, batch["intents"], outputs.tags, batch.get("tags"))
+        outputs = model(moved(batch, device_of(model)))
+        return Predictions(outputs.intents, batch.get("intents"), outputs.tags, batch.get("tags"))
 
     return collect(model, predict, batches(classifier.encoding, encoded, size=_BATCH_SIZE))

@@ -16,7 +16,6 @@ from attacks.intervals import binomial_interval
 from dpnlu.compare.attacking import Attacked, Findings
 from dpnlu.compare.preparation import Prepared
 from dpnlu.compare.training import TrainedBudget
-from dpnlu.runs.results import Results
 
 _VERSIONS = ("dpnlu", "torch", "transformers", "dp-accounting", "numpy", "scikit-learn")
 
@@ -69,8 +68,8 @@ def _data(prepared: Prepared, attacked: Attacked) -> dict[str, Any]:
         "name": corpus.name,
         "spec": prepared.settings.data,
         **{split: len(corpus.split(split)) for split in ("train", "valid", "test")},
-        "intents": len(corpus.intents),
-        "slots": len(corpus.slots) if corpus.has_slots else 0,
+        **({"intents": len(corpus.intents)} if corpus.has_intents else {}),
+        **({"slots": len(corpus.slots)} if corpus.has_slots else {}),
         "repeated_rows_dropped": prepared.repeats.dropped_train_rows,
         "audit_examples": len(study.audit),
         "members": int(study.membership[0].sum()),
@@ -114,8 +113,6 @@ def _run(
         "target_epsilon": run.budget.target_epsilon,
         "epsilon": results.epsilon,
         "delta": settings.delta,
-        "intent_accuracy": results.intent_accuracy,
-        "intent_accuracy_interval": list(_accuracy_interval(results, settings.confidence)),
         "frame_accuracy": results.frame_accuracy,
         "train_seconds": results.train_seconds,
         "attack_seconds": findings.seconds + sum(r.train_seconds or 0.0 for r in run.references),
@@ -123,6 +120,11 @@ def _run(
         **findings.to_entries(),
         "warnings": [*findings.warnings, *_disclosures(prepared, run)],
     }
+    if results.intent_accuracy is not None:
+        interval = _accuracy_interval(
+            results.intent_accuracy, results.examples, confidence=settings.confidence
+        )
+        entry |= {"intent_accuracy": results.intent_accuracy, "intent_accuracy_interval": interval}
     if results.slot_f1 is not None:
         entry["slot_f1"] = results.slot_f1
     if results.peak_memory_mib is not None:
@@ -132,15 +134,14 @@ def _run(
         entry |= {name: getattr(plan, name) for name in kept} | {"accountant": "pld"}
     if ordinary_seconds is not None:
         entry["overhead"] = results.train_seconds / ordinary_seconds
-    if run.references:
-        accuracies = [reading.intent_accuracy for reading in run.references]
+    accuracies = [r.intent_accuracy for r in run.references if r.intent_accuracy is not None]
+    if accuracies:
         entry["reference_accuracy"] = float(np.mean(accuracies))
     return entry
 
 
-def _accuracy_interval(results: Results, confidence: float) -> tuple[float, float]:
-    right = round(results.intent_accuracy * results.examples)
-    return binomial_interval(right, results.examples, confidence=confidence)
+def _accuracy_interval(accuracy: float, examples: int, *, confidence: float) -> list[float]:
+    return list(binomial_interval(round(accuracy * examples), examples, confidence=confidence))
 
 
 def _disclosures(prepared: Prepared, run: TrainedBudget) -> list[str]:

@@ -72,6 +72,7 @@ def attack_model(
     name = model.name if model.name not in ("", "..") else model.resolve().name
     prepared = prepare_attack(saved, settings, name=name)
     (budget,) = prepared.budgets
+    saved.classifier.model.to(budget.experiment.compute.device)
     target = budget.read(saved.classifier, 0)
     # References are trained like this model, and must not serve another of the same name and ε.
     study = prepared.settings.to_dict() | {"target": read_json(model / CONFIG)["digest"]}

@@ -93,6 +93,7 @@ class StudySettings(RecipeSettings, MeasurementSettings):
             "attacks": self.chosen_attacks,
         }
         content: dict[str, Any] = json.loads(json.dumps(asdict(self) | named))
+        del content["device"]  # a study may be resumed on another
         return content
 
 

@@ -113,7 +113,8 @@ class Study:
         """The corpus' labels, and those of the canary."""
         intents, tags = set(corpus.intents), set(corpus.tags)
         for canary in self.canaries:
-            intents.add(canary.pattern.intent)
+            if corpus.has_intents:
+                intents.add(canary.pattern.intent)
             if corpus.has_slots:
                 tags |= set(canary_tags(canary.pattern, canary.length))
         return Labels(tuple(sorted(intents)), tuple(sorted(tags)))

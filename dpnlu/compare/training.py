@@ -131,7 +131,8 @@ def train_references(
         count=prepared.settings.references,
         directory=directory / "runs" / budget.name / "references",
         key={"study": read_json(directory / STUDY), "budget": budget.name},
-        workers=os.cpu_count(),
+        # Side by side on as many cores, but one after the other on one accelerator.
+        workers=os.cpu_count() if budget.experiment.compute.device == "cpu" else 1,
         progress=lambda done, total: on_progress(f"references {budget.name}", done, total),
     )
     return tuple(map(Reading.from_arrays, arrays))

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from dpnlu.nlu.data import Vocabulary
-from dpnlu.nlu.encoding import Encoding, Labels, SubwordEncoding, WordEncoding
+from dpnlu.nlu.encoding import LONGEST_TEXT, Encoding, Labels, SubwordEncoding, WordEncoding
 from dpnlu.nlu.models import BiLSTMClassifier, EncoderClassifier
 
 LSTM = "lstm"
@@ -97,7 +97,9 @@ def assemble(
             freeze_encoder=architecture.freeze_encoder,
             **sizes,
         )
-        return Classifier(model, SubwordEncoding(labels, tokenizer), architecture)
+        longest = _longest_text(encoder, tokenizer)
+        encoding = SubwordEncoding(labels, tokenizer, longest=longest)
+        return Classifier(model, encoding, architecture)
     assert vocabulary is not None
     lstm = BiLSTMClassifier(
         vocabulary_size=vocabulary.size,
@@ -108,8 +110,19 @@ def assemble(
         dropout=architecture.dropout,
         **sizes,
     )
-    encoding = WordEncoding(labels, vocabulary, characters=architecture.character_filters > 0)
-    return Classifier(lstm, encoding, architecture)
+    words = WordEncoding(labels, vocabulary, characters=architecture.character_filters > 0)
+    return Classifier(lstm, words, architecture)
+
+
+def _longest_text(encoder: nn.Module, tokenizer: Any) -> int:
+    """How many sub-words are read of a text: at most as many as the encoder has positions for."""
+    config: Any = encoder.config
+    positions = int(getattr(config, "max_position_embeddings", None) or LONGEST_TEXT)
+    # Some models count from behind the id of the padding on: RoBERTa and those made like it.
+    tables = (m for name, m in encoder.named_modules() if name.endswith("position_embeddings"))
+    skipped = (getattr(table, "padding_idx", None) for table in tables)
+    positions -= max((1 + index for index in skipped if index is not None), default=0)
+    return min(LONGEST_TEXT, positions, int(tokenizer.model_max_length))
 
 
 def pretrained(name: str) -> tuple[nn.Module, Any]:

@@ -18,7 +18,7 @@ from dpnlu.nlu.models import IGNORED_TAG, Batch
 Encoded = dict[str, Tensor]
 
 _LONGEST_WORD = 20  # bytes; the rest is cut off
-_LONGEST_TEXT = 128  # sub-words, likewise
+LONGEST_TEXT = 128  # sub-words, likewise
 
 
 @dataclass(frozen=True)
@@ -26,33 +26,50 @@ class Labels:
     """The label sets of a model, in the order of its outputs.
 
     Attributes:
-        intents: at least two.
+        intents: empty for a model without intents.
         tags: IOB2 tags; empty for a model without slots.
+
+    Raises:
+        DataError: there are neither intents nor tags.
     """
 
     intents: tuple[str, ...]
     tags: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        if not self.intents and not self.tags:
+            raise DataError("Expected intents or tags to learn, got neither; use labelled data.")
+
     def encode(self, example: Example) -> Encoded:
         """Labels as numbers. A tag that the model does not know is ignored in losses.
 
         Raises:
-            DataError: the model does not know the intent.
+            DataError: the model does not know the intent, or the example has nothing that it
+                learns.
         """
-        if example.intent not in self._intent_ids:
-            raise DataError(
-                f"Example {example.id}: expected one of the {len(self.intents)} intents of the "
-                f"model, got '{example.intent}'; use data with the labels it was trained for."
-            )
-        intent = {"intents": torch.tensor(self._intent_ids[example.intent])}
+        encoded = {"intents": self._intent(example)} if self.intents else {}
         if not self.tags:
-            return intent
+            return encoded
+        if not self.intents and example.tags is None:
+            raise DataError(
+                f"Example {example.id}: expected slots, which are all that the model knows, got no "
+                "tags; use data with tags."
+            )
         tags = example.tags or ("O",) * len(example.tokens)
         numbers = [self._tag_ids.get(tag, IGNORED_TAG) for tag in tags]
-        return intent | {"tags": torch.tensor(numbers)}
+        return encoded | {"tags": torch.tensor(numbers)}
+
+    def _intent(self, example: Example) -> Tensor:
+        if example.intent not in self._intent_ids:
+            found = "none" if example.intent is None else f"'{example.intent}'"
+            raise DataError(
+                f"Example {example.id}: expected one of the {len(self.intents)} intents of the "
+                f"model, got {found}; use data with the labels it was trained for."
+            )
+        return torch.tensor(self._intent_ids[example.intent])
 
     @cached_property
-    def _intent_ids(self) -> dict[str, int]:
+    def _intent_ids(self) -> dict[str | None, int]:
         return {intent: number for number, intent in enumerate(self.intents)}
 
     @cached_property
@@ -69,6 +86,13 @@ class Encoding(Protocol):
     def encode(self, example: Example) -> Encoded:
         """One example's tensors."""
 
+    def read(self, tokens: Sequence[str]) -> Encoded:
+        """The tensors of a text without labels, all of which is read.
+
+        Raises:
+            DataError: the text is longer than the model reads.
+        """
+
     def collate(self, encoded: Sequence[Encoded]) -> Batch:
         """Pad and stack examples into a batch; its fields are listed in `dpnlu.nlu.models`."""
 
@@ -82,13 +106,16 @@ class WordEncoding:
     characters: bool = False
 
     def encode(self, example: Example) -> Encoded:
+        return self.read(example.tokens) | self.labels.encode(example)
+
+    def read(self, tokens: Sequence[str]) -> Encoded:
         encoded = {
-            "words": torch.tensor(self.vocabulary.encode(example.tokens)),
-            "lengths": torch.tensor(len(example.tokens)),
+            "words": torch.tensor(self.vocabulary.encode(tokens)),
+            "lengths": torch.tensor(len(tokens)),
         }
         if self.characters:
-            encoded["characters"] = _bytes(example.tokens)
-        return encoded | self.labels.encode(example)
+            encoded["characters"] = _bytes(tokens)
+        return encoded
 
     def collate(self, encoded: Sequence[Encoded]) -> Batch:
         return _padded(encoded, {})
@@ -96,35 +123,58 @@ class WordEncoding:
 
 @dataclass(frozen=True)
 class SubwordEncoding:
-    """For `EncoderClassifier`: the sub-words of a Hugging Face tokenizer."""
+    """For `EncoderClassifier`: the sub-words of a Hugging Face tokenizer.
+
+    Of a word without a sub-word of its own, or past the cut, `first` is -1 until it is collated.
+
+    Attributes:
+        longest: sub-words of a text, special ones included, at which it is cut off in training.
+    """
 
     labels: Labels
     tokenizer: Any
+    longest: int = LONGEST_TEXT
 
     def encode(self, example: Example) -> Encoded:
+        encoded = self._subwords(example.tokens, truncation=True, max_length=self.longest)
+        labels = self.labels.encode(example)
+        if "tags" in labels:  # there is none to predict where there is no sub-word
+            labels["tags"] = torch.where(encoded["first"] >= 0, labels["tags"], IGNORED_TAG)
+        return encoded | labels
+
+    def read(self, tokens: Sequence[str]) -> Encoded:
+        encoded = self._subwords(tokens, truncation=False, max_length=None)
+        if (length := len(encoded["subwords"])) > self.longest:
+            raise DataError(
+                f"Expected a text of at most {self.longest} sub-words, which is what the model "
+                f"reads, got {length}; cut the text into shorter ones."
+            )
+        return encoded
+
+    def collate(self, encoded: Sequence[Encoded]) -> Batch:
+        batch = _padded(encoded, {"subwords": self.tokenizer.pad_token_id})
+        if "first" in batch:  # a frozen encoder's examples have been read already
+            batch["first"] = batch["first"].clamp(min=0)
+        return batch
+
+    def _subwords(
+        self, tokens: Sequence[str], *, truncation: bool, max_length: int | None
+    ) -> Encoded:
         found = self.tokenizer(
-            list(example.tokens),
+            list(tokens),
             is_split_into_words=True,
-            truncation=True,
-            max_length=_LONGEST_TEXT,
+            truncation=truncation,
+            max_length=max_length,
+            verbose=False,
         )
         words = found.word_ids()
         first = {word: place for place, word in reversed(list(enumerate(words)))}
-        # A word without a sub-word of its own, or past the cut, has no tag to predict.
-        places = [first.get(word, -1) for word in range(len(example.tokens))]
-        encoded = self.labels.encode(example)
-        if "tags" in encoded:
-            known = torch.tensor(places) >= 0
-            encoded["tags"] = torch.where(known, encoded["tags"], IGNORED_TAG)
-        return encoded | {
+        return {
             "subwords": torch.tensor(found["input_ids"]),
             "attention": torch.tensor(found["attention_mask"]),
-            "first": torch.tensor(places).clamp(min=0),
-            "lengths": torch.tensor(len(example.tokens)),
+            "first": torch.tensor([first.get(word, -1) for word in range(len(tokens))]),
+            "lengths": torch.tensor(len(tokens)),
         }
-
-    def collate(self, encoded: Sequence[Encoded]) -> Batch:
-        return _padded(encoded, {"subwords": self.tokenizer.pad_token_id})
 
 
 def encode_all(encoding: Encoding, examples: Sequence[Example]) -> list[Encoded]:

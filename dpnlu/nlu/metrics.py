@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from dpnlu.nlu.data import Example
 from dpnlu.nlu.encoding import Encoded, Encoding, batches
+from dpnlu.nlu.models import device_of, moved
 
 _BATCH_SIZE = 256
 
@@ -19,13 +22,13 @@ class Metrics:
     """Shares in [0, 1] over some examples.
 
     Attributes:
-        intent_accuracy: right intents.
+        intent_accuracy: right intents; None without intents.
         slot_f1: micro-averaged F1 of whole slots (seqeval, CoNLL); None without slots.
-        frame_accuracy: examples with the intent and every tag right.
+        frame_accuracy: examples with the intent and every tag right, as far as there are any.
         examples: how many they are.
     """
 
-    intent_accuracy: float
+    intent_accuracy: float | None
     slot_f1: float | None
     frame_accuracy: float
     examples: int
@@ -43,34 +46,47 @@ def evaluate(
     Args:
         encoded: the examples' tensors, in the same order.
     """
+    right: list[NDArray[np.bool_]] = []
+    accuracy = f1 = None
+    intents, tags = _answers(model, encoding, encoded)
+    if intents:
+        pairs = zip(intents, examples, strict=True)
+        right.append(np.array([guess == example.intent for guess, example in pairs]))
+        accuracy = float(right[0].mean())
+    if tags and examples[0].tags is not None:
+        gold = [list(example.tags or ()) for example in examples]
+        right.append(np.array([a == b for a, b in zip(tags, gold, strict=True)]))
+        f1 = _slot_f1(gold, tags)
+    return Metrics(
+        intent_accuracy=accuracy,
+        slot_f1=f1,
+        frame_accuracy=float(np.logical_and.reduce(right).mean()),
+        examples=len(examples),
+    )
+
+
+def _answers(
+    model: nn.Module, encoding: Encoding, encoded: Sequence[Encoded]
+) -> tuple[list[str], list[list[str]]]:
+    """The intents and the tags of all examples; an empty list for what the model does not say."""
     model.eval()
+    device = device_of(model)
     intents: list[str] = []
     tags: list[list[str]] = []
     with torch.no_grad():
         for batch in batches(encoding, encoded, size=_BATCH_SIZE):
-            outputs = model(batch)
-            intents += [encoding.labels.intents[i] for i in outputs.intents.argmax(1).tolist()]
+            outputs = model(moved(batch, device))
+            if outputs.intents is not None:
+                guesses = outputs.intents.argmax(1).cpu().tolist()
+                intents += [encoding.labels.intents[guess] for guess in guesses]
             if outputs.tags is not None:
-                rows = outputs.tags.argmax(2).tolist()
+                rows = outputs.tags.argmax(2).cpu().tolist()
                 lengths = batch["lengths"].tolist()
                 tags += [
                     [encoding.labels.tags[tag] for tag in row[:length]]
                     for row, length in zip(rows, lengths, strict=True)
                 ]
-    right = [guess == example.intent for guess, example in zip(intents, examples, strict=True)]
-    if not tags or examples[0].tags is None:
-        share = sum(right) / len(right)
-        return Metrics(
-            intent_accuracy=share, slot_f1=None, frame_accuracy=share, examples=len(right)
-        )
-    gold = [list(example.tags or ()) for example in examples]
-    frames = [ok and a == b for ok, a, b in zip(right, tags, gold, strict=True)]
-    return Metrics(
-        intent_accuracy=sum(right) / len(right),
-        slot_f1=_slot_f1(gold, tags),
-        frame_accuracy=sum(frames) / len(frames),
-        examples=len(right),
-    )
+    return intents, tags
 
 
 def _slot_f1(gold: list[list[str]], found: list[list[str]]) -> float:

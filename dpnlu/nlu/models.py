@@ -8,8 +8,8 @@ sub-words, C characters, K intents, L tags.
     subwords (B, S), attention (B, S), first (B, T)      [encoder: first sub-word of each word]
     pooled (B, 2d), states (B, T, d)                     [or what a frozen encoder said of these]
     lengths (B,)         words of each example
-    intents (B,)         labels
-    tags (B, T)          labels, -100 where there is none
+    intents (B,)         labels; absent where there are none to tell apart
+    tags (B, T)          labels, -100 where there is none; absent without slots
 
 Guarantee: neither the outputs for an example nor its loss depend on the other examples, nor on the
 padding that they cause. Otherwise one example's gradient would change with the presence of
@@ -37,11 +37,11 @@ class Outputs:
     """What a classifier says of a batch.
 
     Attributes:
-        intents: (B, K) logits.
+        intents: (B, K) logits. None without intents.
         tags: (B, T, L) logits; meaningless past an example's length. None without slots.
     """
 
-    intents: Tensor
+    intents: Tensor | None
     tags: Tensor | None
 
 
@@ -64,6 +64,7 @@ class BiLSTMClassifier(nn.Module):
 
         Args:
             vocabulary_size: number of word ids, padding included.
+            num_intents: 0 for a model without intents.
             num_tags: 0 for a model without slots.
             hidden_size: per direction.
             character_filters: width of the character channel; 0 for none.
@@ -77,7 +78,7 @@ class BiLSTMClassifier(nn.Module):
         sizes = [embedding_size + character_filters] + [2 * hidden_size] * (num_layers - 1)
         self.layers = nn.ModuleList(_BiLSTMLayer(size, hidden_size) for size in sizes)
         self.dropout = nn.Dropout(dropout)
-        self.intent_head = nn.Linear(2 * hidden_size, num_intents)
+        self.intent_head = nn.Linear(2 * hidden_size, num_intents) if num_intents else None
         self.slot_head = nn.Linear(2 * hidden_size, num_tags) if num_tags else None
 
     def forward(self, batch: Batch) -> Outputs:
@@ -88,9 +89,13 @@ class BiLSTMClassifier(nn.Module):
         for layer in self.layers:
             states = layer(self.dropout(states), batch["lengths"])
         states = self.dropout(states)
-        pooled = states.masked_fill(~present[:, :, None], -torch.inf).amax(1)
-        tags = None if self.slot_head is None else self.slot_head(states)
-        return Outputs(self.intent_head(pooled), tags)
+        intents = tags = None
+        if self.intent_head is not None:
+            pooled = states.masked_fill(~present[:, :, None], -torch.inf).amax(1)
+            intents = self.intent_head(pooled)
+        if self.slot_head is not None:
+            tags = self.slot_head(states)
+        return Outputs(intents, tags)
 
     def per_example_loss(self, batch: Batch) -> Tensor:
         """(B,) losses; see `intent_slot_loss`."""
@@ -122,6 +127,7 @@ class EncoderClassifier(nn.Module):
         Args:
             encoder: called with `input_ids`, `attention_mask` and `output_hidden_states`, returns
                 `hidden_states`.
+            num_intents: 0 for a model without intents.
             num_tags: 0 for a model without slots.
             dropout: everywhere in the encoder and on its output, in [0, 1).
             freeze_encoder: train the heads only.
@@ -137,26 +143,32 @@ class EncoderClassifier(nn.Module):
             encoder.requires_grad_(False)
         config: Any = encoder.config
         self.dropout = nn.Dropout(dropout)
-        self.intent_head = _zero_linear(2 * config.hidden_size, num_intents)
-        self.slot_head = _zero_linear(config.hidden_size, num_tags) if num_tags else None
+        width = config.hidden_size
+        self.intent_head = _zero_linear(2 * width, num_intents) if num_intents else None
+        self.slot_head = _zero_linear(width, num_tags) if num_tags else None
 
     def forward(self, batch: Batch) -> Outputs:
-        read = batch if "pooled" in batch else self.read(batch)
-        intents = self.intent_head(self.dropout(read["pooled"]))
-        if self.slot_head is None:
-            return Outputs(intents, None)
-        return Outputs(intents, self.slot_head(self.dropout(read["states"])))
+        read = self.read(batch) if "subwords" in batch else batch
+        intents = tags = None
+        if self.intent_head is not None:
+            intents = self.intent_head(self.dropout(read["pooled"]))
+        if self.slot_head is not None:
+            tags = self.slot_head(self.dropout(read["states"]))
+        return Outputs(intents, tags)
 
     def read(self, batch: Batch) -> Batch:
-        """What the heads read of the encoder: pooled (B, 2d) and, with slots, states (B, T, d)."""
+        """What the heads read of the encoder: pooled (B, 2d) for intents, states (B, T, d) for
+        slots."""
         attention = batch["attention"]
         layers = self.encoder(
             input_ids=batch["subwords"], attention_mask=attention, output_hidden_states=True
         ).hidden_states
         last, middle = layers[-1], layers[len(layers) // 2]
-        weights = attention.to(last.dtype)[:, :, None]
-        means = [(states * weights).sum(1) / weights.sum(1) for states in (last, middle)]
-        read = {"pooled": torch.cat([_standardized(mean) for mean in means], dim=1)}
+        read = {}
+        if self.intent_head is not None:
+            weights = attention.to(last.dtype)[:, :, None]
+            means = [(states * weights).sum(1) / weights.sum(1) for states in (last, middle)]
+            read["pooled"] = torch.cat([_standardized(mean) for mean in means], dim=1)
         if self.slot_head is not None:
             first = batch["first"][:, :, None].expand(-1, -1, last.shape[2])
             read["states"] = _standardized(last.gather(1, first))
@@ -170,20 +182,36 @@ class EncoderClassifier(nn.Module):
 def intent_slot_loss(outputs: Outputs, batch: Batch) -> Tensor:
     """Cross-entropy of the intent plus the mean, over the example's own words, of the tags'.
 
+    Either part is absent in a model without intents, or without slots.
+
     Not the mean over the words of the batch: then every example's scale would depend on the
     lengths of the others, and clipping would bound the effect of none.
 
     Returns:
         (B,) losses.
     """
-    losses = F.cross_entropy(outputs.intents, batch["intents"], reduction="none")
-    if outputs.tags is None:
-        return losses
-    by_word = F.cross_entropy(
-        outputs.tags.mT, batch["tags"], reduction="none", ignore_index=IGNORED_TAG
-    )
-    counts = (batch["tags"] != IGNORED_TAG).sum(1).clamp(min=1)
-    return losses + by_word.sum(1) / counts
+    parts = []
+    if outputs.intents is not None:
+        parts.append(F.cross_entropy(outputs.intents, batch["intents"], reduction="none"))
+    if outputs.tags is not None:
+        parts.append(_slot_loss(outputs.tags, batch["tags"]))
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+def _slot_loss(logits: Tensor, tags: Tensor) -> Tensor:
+    """(B, T, L) logits, (B, T) tags -> (B,), the mean over each example's own words."""
+    by_word = F.cross_entropy(logits.mT, tags, reduction="none", ignore_index=IGNORED_TAG)
+    return by_word.sum(1) / (tags != IGNORED_TAG).sum(1).clamp(min=1)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model, all of which is on one; the CPU where it has no parameters."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device."""
+    return {field: values.to(device) for field, values in batch.items()}
 
 
 class _BiLSTMLayer(nn.Module):

@@ -62,7 +62,11 @@ def experiment_for(
         recipe=recipe,
         labels=labels,
         vocabulary=vocabulary,
-        compute=ComputeConfig(engine=engine, physical_batch_size=settings.physical_batch_size),
+        compute=ComputeConfig(
+            engine=engine,
+            physical_batch_size=settings.physical_batch_size,
+            device=settings.device,
+        ),
     )
 
 

@@ -24,11 +24,11 @@ class Results:
         intent_accuracy, slot_f1, frame_accuracy, examples: as in `dpnlu.nlu.metrics.Metrics`.
         train_seconds: wall time.
         steps: optimizer steps.
-        peak_memory_mib: the process's peak resident memory during training.
+        peak_memory_mib: peak memory during training; see `Trained`.
         epsilon, delta: what the ledger says was spent; None: ordinary training.
     """
 
-    intent_accuracy: float
+    intent_accuracy: float | None = None
     slot_f1: float | None = None
     frame_accuracy: float
     examples: int

@@ -66,6 +66,11 @@ class DataSettings:
     physical_batch_size: int = setting(
         "examples computed at once; changes memory and time, not the result", default=64
     )
+    device: str = setting(
+        "where models are computed; auto: an accelerator, if there is one",
+        default="auto",
+        metavar="auto|cpu|cuda[:N]|mps",
+    )
     seed: int = setting(
         "of initial weights, dropout and what a study draws; the noise and the sampling of `dpnlu "
         "train` are always fresh",
@@ -128,4 +133,6 @@ class TrainSettings(RecipeSettings):
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON, which has no infinity."""
-        return asdict(self) | {"epsilon": str(self.epsilon).removesuffix(".0")}
+        content = asdict(self) | {"epsilon": str(self.epsilon).removesuffix(".0")}
+        del content["device"]  # a training may be resumed on another
+        return content

@@ -94,3 +94,13 @@ def test_the_model_is_read_in_evaluation_mode_and_left_as_it_was(training):
     with pytest.raises(RuntimeError):
         collect(model, lambda batch: batch @ batch, [states])
     assert model.training is training
+
+
+def test_signals_of_slots_alone_are_those_parts(predictions):
+    slots = Predictions(tag_logits=predictions.tag_logits, tags=predictions.tags)
+    found, both = _read(slots), _read(predictions)
+    assert found.to_arrays().keys() == {"loss", "slot_loss", "slot_margin"}
+    np.testing.assert_allclose(found.loss, both.slot_loss)
+    np.testing.assert_allclose(found.margins, both.slot_margin)
+    with pytest.raises(ValueError, match="got neither"):
+        _read(Predictions())

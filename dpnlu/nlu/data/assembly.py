@@ -20,7 +20,7 @@ class Row:
     Attributes:
         place: File and line or row, for messages.
         text: The utterance; white space is collapsed on assembly.
-        intent: Its label.
+        intent: Its label; None where the source has none.
         split: A key of `SPLIT_NAMES`, or None to have it drawn.
         tokens: None to have the text tokenised.
         tags: IOB2, or None.
@@ -29,7 +29,7 @@ class Row:
 
     place: str
     text: str
-    intent: str
+    intent: str | None
     split: str | None = None
     tokens: tuple[str, ...] | None = None
     tags: tuple[str, ...] | None = None

@@ -46,8 +46,8 @@ def load_hub(name: str) -> Corpus:
             optionally `:` and the configuration.
 
     Raises:
-        DataError: `datasets` is absent or cannot load it, or it has no utterances with intents;
-            the message names split and row where there is one.
+        DataError: `datasets` is absent or cannot load it, or it has no utterances with intents or
+            slots; the message names split and row where there is one.
     """
     source = f"hf:{name}"
     splits = _load(name)
@@ -62,7 +62,7 @@ def load_hub(name: str) -> Corpus:
         _with_all_splits(rows),
         name=name,
         source=source,
-        declared_intents=columns["intent"].labels,
+        declared_intents=columns["intent"].labels if "intent" in columns else None,
         declared_slots=_slots(columns["tags"].labels) if "tags" in columns else None,
     )
 
@@ -97,10 +97,12 @@ def _columns(features: Mapping[str, Any], *, source: str) -> dict[str, Column]:
         name = next((name for name in candidates if name in features), None)
         if name is not None:
             found[role] = Column(name, _label_names(features[name]))
-    if "intent" not in found or found.keys().isdisjoint({"text", "tokens", "annotated"}):
+    has_labels = not found.keys().isdisjoint({"intent", "tags", "annotated"})
+    if not has_labels or found.keys().isdisjoint({"text", "tokens", "annotated"}):
         raise DataError(
             f"{source}: expected a column named {' or '.join(COLUMN_NAMES['text'])} and one named "
-            f"{' or '.join(COLUMN_NAMES['intent'])}, got {', '.join(features)}; rename them."
+            f"{' or '.join(COLUMN_NAMES['intent'] + COLUMN_NAMES['tags'])}, got "
+            f"{', '.join(features)}; rename them."
         )
     return found
 
@@ -127,7 +129,7 @@ def _rows(
 ) -> Iterator[Row]:
     """Yield the labelled rows of one split."""
     for number, record in enumerate(records, start=1):
-        if record[columns["intent"].name] != UNLABELLED:
+        if "intent" not in columns or record[columns["intent"].name] != UNLABELLED:
             values = {role: _named(record[column.name], column) for role, column in columns.items()}
             row = _row(values, place=f"{source}, {split} row {number}")
             own = str(values.get("split") or split)
@@ -145,8 +147,8 @@ def _named(value: Any, column: Column) -> Any:
 def _row(values: Mapping[str, Any], *, place: str) -> Row:
     """Return the row that a record describes, given as role -> value."""
     text, tokens, tags = _utterance(values, place=place)
-    intent, user = values["intent"], values.get("user")
-    if text is None or not isinstance(intent, str | int):
+    intent, user = values.get("intent"), values.get("user")
+    if text is None or ("intent" in values and not isinstance(intent, str | int)):
         raise DataError(
             f"{place}: expected a text and one intent, got an empty or another value; "
             "correct or remove the row."
@@ -154,7 +156,7 @@ def _row(values: Mapping[str, Any], *, place: str) -> Row:
     return Row(
         place=place,
         text=text,
-        intent=str(intent),
+        intent=None if intent is None else str(intent),
         tokens=tokens,
         tags=tags,
         user=None if user is None else str(user),

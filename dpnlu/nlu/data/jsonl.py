@@ -12,9 +12,10 @@ from dpnlu.nlu.data.records import Corpus
 def load_jsonl(path: Path) -> Corpus:
     """Load a file with one JSON object per line.
 
-    Keys: `text` and `intent` (strings, required); `tokens` (strings; else the text is tokenised);
-    `tags` (IOB2, one per token); `split` (train, valid or test, on every row or on none: then it
-    is drawn 80/10/10); `user` (string or integer). Other keys and empty lines are ignored.
+    Keys: `text` (string, required); `intent` (string) or `tags` (IOB2, one per token), or both, the
+    same on every row; `tokens` (strings; else the text is tokenised); `split` (train, valid or
+    test, on every row or on none: then it is drawn 80/10/10); `user` (string or integer). Other
+    keys and empty lines are ignored.
 
     Raises:
         DataError: the file or a line is not of that form; the message names the line.
@@ -39,12 +40,23 @@ def _row(line: str, *, place: str) -> Row:
     return Row(
         place=place,
         text=_required(record, "text", place=place),
-        intent=_required(record, "intent", place=place),
+        intent=_intent(record, place=place),
         split=_optional(record, "split", place=place),
         tokens=_strings(record, "tokens", place=place),
         tags=_strings(record, "tags", place=place),
         user=_user(record, place=place),
     )
+
+
+def _intent(record: Mapping[str, object], *, place: str) -> str | None:
+    """Return the intent, which a row with tags may lack."""
+    intent = _optional(record, "intent", place=place)
+    if intent is None and record.get("tags") is None:
+        raise DataError(
+            f"{place}: expected a row with 'intent', or with 'tags', got neither; add one or "
+            "remove the row."
+        )
+    return intent
 
 
 def _required(record: Mapping[str, object], key: str, *, place: str) -> str:

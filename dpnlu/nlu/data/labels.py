@@ -8,24 +8,25 @@ from dpnlu.nlu.data.reading import parse_json, read_text
 FORM = '{"intents": [...], "slots": [...]}'
 
 
-def read_labels(path: Path) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
-    """Return the intents and the slots that a JSON file declares; None where it has no slots.
+def read_labels(path: Path) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+    """Return the intents and the slots that a JSON file declares, None for what it does not.
 
     Args:
-        path: A file with `{"intents": [...], "slots": [...]}`; `slots` may be absent or null, and
-            labels may be written as numbers.
+        path: A file with `{"intents": [...], "slots": [...]}`; one of both may be absent or null,
+            and labels may be written as numbers.
 
     Raises:
         DataError: the file cannot be read, is not of that form, or has a label that is blank.
     """
     content = parse_json(read_text(path), place=str(path))
-    if not isinstance(content, dict) or content.get("intents") is None:
-        raise DataError(f"{path}: expected {FORM}, got no intents; declare them.")
-    slots = content.get("slots")
-    return (
-        _labels(content["intents"], key="intents", path=path),
-        None if slots is None else _labels(slots, key="slots", path=path),
+    declared = content if isinstance(content, dict) else {}
+    intents, slots = (
+        None if declared.get(key) is None else _labels(declared[key], key=key, path=path)
+        for key in ("intents", "slots")
     )
+    if intents is None and slots is None:
+        raise DataError(f"{path}: expected {FORM}, got no intents and no slots; declare them.")
+    return intents, slots
 
 
 def _labels(values: object, *, key: str, path: Path) -> tuple[str, ...]:

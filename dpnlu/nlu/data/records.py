@@ -1,7 +1,9 @@
 """The common record: every format ends as a `Corpus` of `Example`s."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from dpnlu.nlu.data.errors import DataError
 from dpnlu.nlu.data.iob import slot_of, violation
@@ -18,7 +20,7 @@ class Example:
         text: The utterance as the source spells it; like all strings here, valid Unicode.
         tokens: Its tokens; at least one, none of them blank.
         tags: One IOB2 tag per token, or None in a corpus without slots.
-        intent: The label of the whole utterance.
+        intent: The label of the whole utterance, or None in a corpus without intents.
         split: "train", "valid" or "test".
         user: Who wrote it, where the source says so; the unit of user-level privacy.
 
@@ -30,7 +32,7 @@ class Example:
     text: str
     tokens: tuple[str, ...]
     tags: tuple[str, ...] | None
-    intent: str
+    intent: str | None
     split: str
     user: str | None = None
 
@@ -55,8 +57,9 @@ class Corpus:
         declared_slots: Every possible slot name (without `B-`, `I-`), likewise.
 
     Raises:
-        DataError: train or test is empty, train has one intent only, an id occurs twice, only
-            some examples have tags, or a label is missing from a declared set.
+        DataError: train or test is empty, train has neither two intents nor a slot, an id occurs
+            twice, only some examples have tags or an intent, or a label is missing from a declared
+            set.
     """
 
     name: str
@@ -67,7 +70,8 @@ class Corpus:
     def __post_init__(self) -> None:
         _check_ids(self)
         _check_splits(self)
-        _check_slots(self)
+        _check_alike(self)
+        _check_learnable(self)
         _check_declared(self)
 
     def split(self, name: str) -> tuple[Example, ...]:
@@ -86,12 +90,20 @@ class Corpus:
     def intents(self) -> tuple[str, ...]:
         """The intents a model must know, sorted: the declared ones, else those of all splits.
 
-        All splits, not train alone, so that a label that occurs first in test can be encoded, and
-        that the set is the same for every subset of train that a study trains on.
+        Empty in a corpus without intents to tell apart. All splits, not train alone, so that a
+        label that occurs first in test can be encoded, and that the set is the
+        same for every subset of train that a study trains on.
         """
+        if not self.has_intents:
+            return ()
         if self.declared_intents is not None:
             return tuple(sorted(set(self.declared_intents)))
-        return tuple(sorted({example.intent for example in self.examples}))
+        return tuple(sorted(_observed_intents(self.examples)))
+
+    @cached_property
+    def has_intents(self) -> bool:
+        """Whether there are intents to tell apart: at least two in train."""
+        return len(_observed_intents(self.split("train"))) > 1
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -118,7 +130,7 @@ class Corpus:
     @property
     def labels_are_public(self) -> bool:
         """Whether all label sets in use were declared, so that none was read from private rows."""
-        return self.declared_intents is not None and (
+        return (self.declared_intents is not None or not self.has_intents) and (
             self.declared_slots is not None or not self.has_slots
         )
 
@@ -134,14 +146,16 @@ def normalized(text: str) -> str:
 
 def _check_strings(example: Example) -> None:
     """Refuse a blank id, text or intent, an unknown split, and what no file can hold."""
-    strings = (example.id, example.text, example.intent, *example.tokens, *(example.tags or ()))
+    labels = (*([] if example.intent is None else [example.intent]), *(example.tags or ()))
+    strings = (example.id, example.text, *example.tokens, *labels)
     if broken := next((text for text in strings if not _is_unicode(text)), None):
         raise DataError(
             f"Example {example.id}: expected valid Unicode, got {broken!a}, "
             "which has half a surrogate pair; correct or remove the row."
         )
     for field in ("id", "text", "intent"):
-        if not getattr(example, field).strip():
+        value = getattr(example, field)
+        if value is not None and not value.strip():
             raise DataError(
                 f"Example {example.id}: expected a non-empty {field}, got a blank one; fill it in "
                 "or remove the row."
@@ -203,35 +217,48 @@ def _check_ids(corpus: Corpus) -> None:
 
 
 def _check_splits(corpus: Corpus) -> None:
-    """Refuse a corpus that one cannot train or test an intent classifier on."""
+    """Refuse a corpus without rows to train on, or without rows to test on."""
     for split in ("train", "test"):
         if not corpus.split(split):
             raise DataError(
                 f"Corpus {corpus.name}: expected at least one row in {split}, got none; "
                 "add rows, or leave the split out of every row to have one drawn."
             )
-    intents = {example.intent for example in corpus.split("train")}
-    if len(intents) < 2:
-        raise DataError(
-            f"Corpus {corpus.name}: expected at least two intents in train, got only "
-            f"'{intents.pop()}'; a classifier needs rows of another one."
-        )
 
 
-def _check_slots(corpus: Corpus) -> None:
-    """Refuse a corpus in which some examples have tags and others do not."""
+def _check_alike(corpus: Corpus) -> None:
+    """Refuse a corpus in which some examples have tags, or an intent, and others do not."""
+    first = corpus.examples[0]
     for example in corpus.examples:
         if (example.tags is not None) != corpus.has_slots:
             raise DataError(
                 f"Corpus {corpus.name}: expected tags on all examples or on none, got "
-                f"{corpus.examples[0].id} and {example.id} unlike; tag rows without slots with O."
+                f"{first.id} and {example.id} unlike; tag rows without slots with O."
             )
+        if (example.intent is None) != (first.intent is None):
+            raise DataError(
+                f"Corpus {corpus.name}: expected an intent on all examples or on none, got "
+                f"{first.id} and {example.id} unlike; label the rows without one, or no row."
+            )
+
+
+def _check_learnable(corpus: Corpus) -> None:
+    """Refuse a corpus without two intents to tell apart and without a slot to find, in train."""
+    train = corpus.split("train")
+    if corpus.has_intents or any(slot_of(tag) for example in train for tag in example.tags or ()):
+        return
+    intents = _observed_intents(train)
+    found = f"only '{intents.pop()}'" if intents else "none"
+    raise DataError(
+        f"Corpus {corpus.name}: expected at least two intents in train, or a slot, got {found} and "
+        "no slot; a classifier needs rows of another intent, or tags other than O."
+    )
 
 
 def _check_declared(corpus: Corpus) -> None:
     """Refuse a label that is missing from the declared set."""
     labels = (
-        ("intent", {example.intent for example in corpus.examples}, corpus.declared_intents),
+        ("intent", _observed_intents(corpus.examples), corpus.declared_intents),
         ("slot", _observed_slots(corpus), corpus.declared_slots),
     )
     for kind, observed, declared in labels:
@@ -241,6 +268,11 @@ def _check_declared(corpus: Corpus) -> None:
                 f"Corpus {corpus.name}: expected only declared {kind}s, got '{unknown[0]}'; "
                 "declare it or correct the rows."
             )
+
+
+def _observed_intents(examples: Iterable[Example]) -> set[str]:
+    """Return the intents that occur in the examples."""
+    return {example.intent for example in examples if example.intent is not None}
 
 
 def _observed_slots(corpus: Corpus) -> set[str]:

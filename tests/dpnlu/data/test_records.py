@@ -22,6 +22,8 @@ def example(name: str = "train-00000", **changes: Any) -> Example:
 
 
 EXAMPLES = (example(), example("train-00001", intent="music"), example("test-00000"))
+ONE_INTENT = (example(tags=None), example("test-00000", tags=None))
+NOTHING = tuple(example(f"{split}-0", intent=None, tags=("O",) * 5) for split in ("train", "test"))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,9 @@ def test_example_needs_an_id() -> None:
         ((), {}, "one row in train"),
         (EXAMPLES[2:], {}, "one row in train"),
         (EXAMPLES[:2], {}, "one row in test"),
-        ((EXAMPLES[0], EXAMPLES[2]), {}, "two intents in train, got only 'alarm'"),
+        (ONE_INTENT, {}, "two intents in train, or a slot, got only 'alarm' and no slot"),
+        (NOTHING, {}, "two intents in train, or a slot, got none and no slot"),
+        ((*EXAMPLES, example("test-00001", intent=None)), {}, "train-00000 and test-00001"),
         ((*EXAMPLES, EXAMPLES[0]), {}, "unique ids, got 'train-00000' 2 times"),
         ((*EXAMPLES, example("test-00001", tags=None)), {}, "train-00000 and test-00001"),
         (EXAMPLES, {"declared_intents": ("alarm",)}, "declared intents, got 'music'"),
