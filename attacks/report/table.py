@@ -328,6 +328,8 @@ MECHANISM: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("sample_rate", "sample rate q", write.significant),
     ("steps", "steps T", write.count),
     ("accountant", "accountant", clean),
+    ("second_epsilon", "ε by the second", write.budget),
+    ("second_accountant", "second accountant", clean),
     ("adjacency", "adjacency", clean),
     ("unit", "unit", clean),
 )

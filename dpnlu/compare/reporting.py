@@ -15,8 +15,10 @@ import torch
 
 from attacks.blind import blind_baseline
 from attacks.intervals import binomial_interval
+from dpnlu.accounting import confirm
 from dpnlu.compare.attacking import Claim, attack
 from dpnlu.compare.running import Finished, Prepared
+from dpnlu.mechanism.plan import PrivacyPlan
 
 _VERSIONS = ("dpnlu", "torch", "transformers", "dp-accounting", "numpy", "scikit-learn")
 
@@ -134,6 +136,7 @@ def _run(prepared: Prepared, run: Finished, *, ordinary_seconds: float | None) -
     if plan is not None:
         kept = ("noise_multiplier", "max_grad_norm", "sample_rate", "steps", "adjacency", "unit")
         entry |= {name: getattr(plan, name) for name in kept} | {"accountant": "pld"}
+        entry |= _second_opinion(plan, claim)
     if ordinary_seconds is not None:
         entry["overhead"] = metrics["train_seconds"] / ordinary_seconds
     if len(run.models) > 1:
@@ -141,6 +144,20 @@ def _run(prepared: Prepared, run: Finished, *, ordinary_seconds: float | None) -
         entry["reference_accuracy"] = float(np.mean(accuracies))
     entry["warnings"] = [*found["warnings"], *_disclosures(prepared, run)]
     return entry
+
+
+def _second_opinion(plan: PrivacyPlan, claim: Claim) -> dict[str, Any]:
+    """What a second accountant says of ε, if one can tell.
+
+    Raises:
+        UnconfirmedError: it contradicts: the report would state an ε that may be too small.
+    """
+    if claim.epsilon is None:
+        return {}
+    second = confirm(claim.epsilon, plan.events(), delta=claim.delta)
+    if second is None:
+        return {}
+    return {"second_accountant": second.accountant, "second_epsilon": second.epsilon}
 
 
 def _accuracy_interval(metrics: dict[str, Any], confidence: float) -> tuple[float, float]:
