@@ -16,10 +16,12 @@ from dpnlu.accounting.confirmation import (
     second_opinion,
 )
 from dpnlu.accounting.events import SampledGaussian
+from dpnlu.cli.main import main
 from dpnlu.compare.attacking import Claim
 from dpnlu.compare.reporting import _second_opinion
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.runs.model_card import _rounded_up, privacy_statement
+from dpnlu.runs.model_directory import is_model
 
 DELTA = 1e-5
 COMMON = [SampledGaussian(noise_multiplier=0.858, sample_rate=0.0391, steps=511)]
@@ -104,6 +106,17 @@ def test_an_accountant_of_ours_that_says_too_little_is_found_out(monkeypatch, ma
         privacy_statement(plan, ledger)
     with pytest.raises(UnconfirmedError):
         _second_opinion(plan, replace(claim, epsilon=ledger.epsilon()))
+
+
+def test_a_training_whose_epsilon_is_contradicted_releases_no_model(monkeypatch, tmp_path, capsys):
+    right, out = ACCOUNTANTS["pld"], tmp_path / "model"
+    monkeypatch.setitem(ACCOUNTANTS, "pld", lambda events, delta: 0.5 * right(events, delta))
+    train = ["train", "--data", "synthetic:60", "--epsilon", "8", "--batch-size", "24"]
+    assert main([*train, "--epochs", "1", "--out", str(out), "--quiet"]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "Expected dp-accounting to confirm ε" in said
+    assert (out / "ledger.jsonl").exists(), "what was spent is kept"
+    assert not is_model(out) and not (out / "README.md").exists()
 
 
 def test_where_nobody_can_tell_the_statement_says_so(make_plan):
