@@ -14,8 +14,9 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/dpnlu compare --data synthetic:4000 --model lstm --epsilons inf 8 2 --epochs 10 \
-		--batch-size 512 --references 2 --audit-examples 1000 --canaries pin:3:R=50 --out runs/demo
+	$(BIN)/dpnlu compare --data synthetic:16000 --model lstm --epsilons inf 8 2 --epochs 6 \
+		--batch-size 512 --physical-batch-size 512 --dropout 0 --references 2 \
+		--audit-examples 2000 --canaries pin:3:R=10 --out runs/demo
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -206,7 +206,8 @@ RUN = record(
         **numbers(("max_grad_norm", "overhead", "peak_memory_mib"), POSITIVE),
         "sample_rate": number(0, 1, ends="(]"),
         **numbers(("steps", "references"), count),
-        **numbers(("accountant", "adjacency", "unit"), text),
+        **numbers(("accountant", "second_accountant", "adjacency", "unit"), text),
+        "second_epsilon": AT_LEAST_ZERO,
         **numbers(("intent_accuracy", "slot_f1", "frame_accuracy", "reference_accuracy"), SHARE),
         "intent_accuracy_interval": SHARES,
         "membership": each(ATTACK, key=text),
@@ -216,6 +217,7 @@ RUN = record(
         "warnings": list_of(text),
     },
     _guarantee,
+    together("second_epsilon", "second_accountant"),
     around("intent_accuracy", "intent_accuracy_interval"),
 )
 

@@ -16,7 +16,8 @@ MEANINGS: Facts = [
         "ε, δ",
         "The guarantee: how much one unit of training data can change, at most, what is learnt "
         "from the model. Smaller is stricter; ∞ is none. Computed by the accountant from the "
-        "training plan, not measured; rounded up.",
+        "training plan, not measured; rounded up. Where a second, independent accountant is named, "
+        "its ε is not above the stated one by more than the two are known to differ.",
     ),
     (
         "σ",

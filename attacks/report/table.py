@@ -87,12 +87,27 @@ def main_table(report: Mapping[str, Any]) -> Table:
     notes: dict[str, int] = {}
     rows = []
     for run in report["runs"]:
-        warnings = [clean(warning) for warning in run.get("warnings", [])]
+        warnings = [clean(warning) for warning in _shared(run)]
         for warning in warnings:
             notes.setdefault(warning, len(notes) + 1)
         numbers = tuple(dict.fromkeys(notes[warning] for warning in warnings))
         rows.append(Row(clean(run["name"]), tuple(read(run) for _, read in MAIN), numbers))
     return Table(tuple(column for column, _ in MAIN), tuple(rows), tuple(notes))
+
+
+def _shared(run: Run) -> list[str]:
+    """The warnings, each caution of several attacks as one: "loss, lira: …"."""
+    cautions: dict[tuple[str, bool], list[str]] = {}
+    for warning in run.get("warnings", []):
+        name, colon, caution = warning.partition(": ")
+        if colon and name in run.get("membership", {}):
+            cautions.setdefault((caution, True), []).append(name)
+        else:
+            cautions.setdefault((warning, False), [])
+    return [
+        ": ".join(([", ".join(dict.fromkeys(names))] if names else []) + [caution])
+        for (caution, _), names in cautions.items()
+    ]
 
 
 def attack_table(report: Mapping[str, Any]) -> Table | None:
@@ -328,6 +343,8 @@ MECHANISM: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("sample_rate", "sample rate q", write.significant),
     ("steps", "steps T", write.count),
     ("accountant", "accountant", clean),
+    ("second_epsilon", "ε by the second", write.budget),
+    ("second_accountant", "second accountant", clean),
     ("adjacency", "adjacency", clean),
     ("unit", "unit", clean),
 )

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 
 from attacks.intervals import binomial_interval
+from dpnlu.accounting import confirm
 from dpnlu.compare.attacking import Attacked, Findings
 from dpnlu.compare.preparation import Prepared
 from dpnlu.compare.training import TrainedBudget
+from dpnlu.mechanism.plan import PrivacyPlan
 
 _VERSIONS = ("dpnlu", "torch", "transformers", "dp-accounting", "numpy", "scikit-learn")
 
@@ -132,12 +134,25 @@ def _run(
     if plan is not None:
         kept = ("noise_multiplier", "max_grad_norm", "sample_rate", "steps", "adjacency", "unit")
         entry |= {name: getattr(plan, name) for name in kept} | {"accountant": "pld"}
+        entry |= _second_opinion(plan, results.epsilon, delta=settings.delta)
     if ordinary_seconds is not None:
         entry["overhead"] = results.train_seconds / ordinary_seconds
     accuracies = [r.intent_accuracy for r in run.references if r.intent_accuracy is not None]
     if accuracies:
         entry["reference_accuracy"] = float(np.mean(accuracies))
     return entry
+
+
+def _second_opinion(plan: PrivacyPlan, epsilon: float | None, *, delta: float) -> dict[str, Any]:
+    """What a second accountant says of ε, if one can tell.
+
+    Raises:
+        UnconfirmedError: it contradicts: the report would state an ε that may be too small.
+    """
+    second = None if epsilon is None else confirm(epsilon, plan.events(), delta=delta)
+    if second is None:
+        return {}
+    return {"second_accountant": second.accountant, "second_epsilon": second.epsilon}
 
 
 def _accuracy_interval(accuracy: float, examples: int, *, confidence: float) -> list[float]:

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from dpnlu.accounting.accountants import epsilon
+from dpnlu.accounting.confirmation import SecondOpinion, confirm
 from dpnlu.accounting.events import SampledGaussian
 from dpnlu.mechanism.durable import locked, sync, write_all
 from dpnlu.mechanism.plan import PrivacyPlan
@@ -138,6 +139,14 @@ class Ledger:
         """ε of all recorded releases, at the plan's δ unless another is given."""
         delta = self.plan.target_delta if delta is None else delta
         return epsilon(self._releases, delta=delta, accountant=accountant)
+
+    def confirmed(self) -> SecondOpinion | None:
+        """What a second accountant says of `epsilon()`; None: there is none that can tell.
+
+        Raises:
+            UnconfirmedError: it contradicts.
+        """
+        return confirm(self.epsilon(), self._releases, delta=self.plan.target_delta)
 
     def remaining_steps(self, plan: PrivacyPlan) -> int:
         """How many sampled releases may follow under `plan`, the ledger's own but for its steps.

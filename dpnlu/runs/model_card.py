@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
 from dpnlu.mechanism.ledger import Ledger
@@ -17,7 +19,12 @@ _UNITS = {
 
 
 def privacy_statement(plan: PrivacyPlan | None, ledger: Ledger | None) -> str:
-    """One paragraph: ε, δ, adjacency, unit, sampler, accountant; or that there is no guarantee."""
+    """One paragraph: ε by two accountants, δ, adjacency, unit, sampler; or that there is no
+    guarantee.
+
+    Raises:
+        UnconfirmedError: the accountants contradict each other, so that no ε can be stated.
+    """
     if plan is None or ledger is None:
         return (
             "**No privacy guarantee.** The model was trained without differential privacy; what "
@@ -25,16 +32,34 @@ def privacy_statement(plan: PrivacyPlan | None, ledger: Ledger | None) -> str:
         )
     spent, truncated = ledger.epsilon(), f", truncated at {plan.max_batch_size}"
     return (
-        f"**(ε = {spent:.4g}, δ = {plan.target_delta:g})-differential privacy**, for "
+        f"**(ε = {_rounded_up(spent)}, δ = {plan.target_delta:g})-differential privacy**, for "
         f"{_UNITS[plan.adjacency]} (unit: one {plan.unit}, that is one labelled text; a person "
         f"with several texts is protected less). {len(ledger)} releases of clipped gradient sums: "
         f"norm at most {plan.max_grad_norm:g} per {plan.clipping_unit} ({plan.clipping} clipping), "
         f"Gaussian noise of multiplier {plan.noise_multiplier:.4g} ({plan.noise_schedule}), "
         f"batches sampled by Poisson with probability {plan.sample_rate:.4g}"
         f"{truncated if plan.max_batch_size else ''}. Accountant: privacy loss distributions"
-        f"{' (dp-accounting)' if plan.max_batch_size else ''}. The number of training examples, "
-        f"{plan.num_examples}, is treated as public."
+        f"{' (dp-accounting)' if plan.max_batch_size else ''}; {_second(ledger)}. The number of "
+        f"training examples, {plan.num_examples}, is treated as public."
     )
+
+
+def _second(ledger: Ledger) -> str:
+    """What a second accountant says."""
+    second = ledger.confirmed()
+    if second is None:
+        return "no second accountant can confirm this ε"
+    said = f"{second.accountant} says ε = {_rounded_up(second.epsilon)}"
+    return f"confirmed by a second, independent one: {said}"
+
+
+def _rounded_up(epsilon: float) -> str:
+    """Four digits: a statement must not claim less than was computed."""
+    if not 0 < epsilon < math.inf:
+        return f"{epsilon:g}"
+    exact = Decimal(epsilon)
+    step = Decimal((0, (1,), exact.adjusted() - 3))
+    return f"{float(exact.quantize(step, ROUND_CEILING)):.4g}"
 
 
 def model_card(

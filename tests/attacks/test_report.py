@@ -432,6 +432,35 @@ def test_equal_warnings_share_a_number():
     assert [row.notes for row in table.rows] == [(1,), (2, 1), ()]
 
 
+def test_a_caution_about_several_attacks_is_one_warning():
+    """… and what is about no attack stays as it is, colon or not."""
+    report = study()
+    first, second, *_ = attacks = list(report["runs"][0]["membership"])
+    assert len(attacks) > 1
+    report["runs"][0]["warnings"] = [
+        f"{first}: too few",
+        "nobody: too few",
+        f"{first}: far too few",
+        f"{second}: too few",
+        "too many",
+    ]
+    table = main_table(report)
+    assert table.notes == (
+        f"{first}, {second}: too few",
+        "nobody: too few",
+        f"{first}: far too few",
+        "too many",
+    )
+    assert table.rows[0].notes == (1, 2, 3, 4)
+
+
+def test_a_caution_that_is_about_an_attack_and_in_general_is_said_both_ways():
+    report = study()
+    first = next(iter(report["runs"][0]["membership"]))
+    report["runs"][0]["warnings"] = ["too few", f"{first}: too few"]
+    assert main_table(report).notes == ("too few", f"{first}: too few")
+
+
 def test_every_attack_and_every_fpr_is_listed():
     report = study()
     report["runs"][0]["membership"]["loss"]["tpr_at_fpr"]["0.001"] = {

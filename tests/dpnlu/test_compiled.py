@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -18,6 +19,7 @@ from dpnlu.training.handle import privatize
 
 WORDS, POSITIONS = 12, 5
 COMPILE = torch.compile
+needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="it compiles C++")
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +48,17 @@ class Texts(nn.Module):
         states = states + self.attention(states, states, states, need_weights=False)[0]
         states = self.dropout(self.convolution(states.mT).mT)
         return self.head(states).mean(1)
+
+
+class Counts(nn.Module):
+    """A linear layer on how often each word occurs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(WORDS, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(F.one_hot(ids, WORDS).sum(1).float())
 
 
 class Tied(nn.Module):
@@ -174,17 +187,7 @@ def test_compiled_steps_release_what_the_per_example_loop_does(released, data, m
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 @pytest.mark.parametrize(
-    "backend",
-    [
-        "eager",
-        pytest.param(
-            "inductor",
-            marks=[
-                pytest.mark.slow,
-                pytest.mark.skipif(shutil.which("g++") is None, reason="it compiles C++"),
-            ],
-        ),
-    ],
+    "backend", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, needs_a_compiler])]
 )
 def test_so_do_those_that_torch_compiles(released, data, monkeypatch, backend):
     """… with an example among them that is infinite: compilers are fond of finite numbers."""
@@ -195,6 +198,22 @@ def test_so_do_those_that_torch_compiles(released, data, monkeypatch, backend):
         model, data, losses_of=infinite_for_the_first_word, backend=backend
     )
     assert also_left_out == left_out > 0
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@needs_a_compiler
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+def test_so_does_a_small_model_that_inductor_compiles(released, data, monkeypatch):
+    """One layer, unchecked, so that there is one program to compile; the slow test has the rest."""
+    monkeypatch.setattr(torch, "compile", COMPILE)
+    monkeypatch.setattr(inductor, "compile_threads", 1)  # others take longer to start
+    model = Counts()
+    expected, _ = released(_twin(model, Counts), data, engine="per_example")
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["inductor"].total()
+    found, _ = released(model, data, backend="inductor", verify=False)
+    assert torch._dynamo.utils.counters["inductor"].total() > before, "nothing was compiled"
+    assert expected.norm(dim=1).min() > 0.1
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 

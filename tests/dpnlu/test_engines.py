@@ -679,15 +679,30 @@ def test_norms_and_sums_are_taken_in_full_precision_within_autocast_too(clipped_
     assert float(one.double().norm()) <= 1e-3 * (1 + 1e-5)
 
 
-def test_a_comparison_that_overflows_proves_nothing(add):
-    """In float16, the random weights of examples with tiny gradients do."""
+def losses_in_float16(model, inputs, factors):
+    with torch.autocast("cpu", dtype=torch.float16):
+        outputs = model(inputs)
+    return outputs.float().square().sum(1) * torch.tensor(factors)
 
-    def tiny_for_one(model, inputs):
-        with torch.autocast("cpu", dtype=torch.float16):
-            losses = model(inputs).float().square().sum(1)
-        return losses * torch.tensor([1.0, 1e-12, 1.0, 1.0])
 
-    add(Feedforward(), [_vectors(4)], losses=tiny_for_one)
+@pytest.mark.parametrize(
+    ("factors", "is_proof"),
+    [((1.0, 1e-12, 1.0, 1.0), True), ((1e7, 1.0, 1.0, 1.0), False)],
+    ids=["tiny for one", "overflowing for one"],
+)
+def test_a_comparison_that_overflows_proves_nothing(make_plan, factors, is_proof):
+    """What was compared in float16 counts as shown if all of it was finite, and only then; what was
+    not shown is asked of the next batch."""
+    model = Feedforward()
+    made = ENGINES["book_keeping"](model, make_plan())
+    for given, shown in ((factors, is_proof), ((1.0,) * 4, True)):
+        into = {p: torch.zeros_like(p) for p in model.parameters()}
+        losses = losses_in_float16(model, _vectors(4), given)
+        clipped = made.add_clipped(losses, into=into, scale=1.0, closes_unit=True)
+        assert clipped.non_finite == (not shown)
+        assert made.checks.is_shown(made.signature) == shown
+        assert (made.checks.layouts(made.signature, 4) is not None) == shown
+    made.close()
 
 
 # ---- no trace --------------------------------------------------------------------------------

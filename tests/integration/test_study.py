@@ -23,16 +23,21 @@ from attacks.farm import load_arrays
 from attacks.report import validate
 from attacks.signals import Signals
 from dpnlu.cli.main import main
-from dpnlu.compare.attacking import Claim, attack
+from dpnlu.compare.attacking import Claim, Findings, attack
+from dpnlu.compare.budget import Budget
 from dpnlu.compare.reading import Reading, read_canary_losses, read_signals
 from dpnlu.compare.settings import StudySettings
 from dpnlu.compare.study import Study, canary_example
 from dpnlu.compare.training import claimed_study
+from dpnlu.mechanism import noise
+from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.nlu.classifier import Architecture, build
-from dpnlu.nlu.data import HashedVocabulary, drop_repeated, synthetic_corpus
+from dpnlu.nlu.data import Example, HashedVocabulary, drop_repeated, synthetic_corpus
 from dpnlu.nlu.encoding import Labels, batches, encode_all
 from dpnlu.nlu.models import Batch
 from dpnlu.runs.directory import claimed
+from dpnlu.runs.experiment import Experiment
+from dpnlu.training.loop import ComputeConfig, Recipe
 
 # With `--dist loadgroup`, one worker makes the study for all.
 pytestmark = pytest.mark.xdist_group("study")
@@ -85,6 +90,7 @@ def test_the_report_keeps_its_contract(out: Path) -> None:
         bits = np.log2(100 / np.array(run["canary"]["ranks"]))
         assert run["canary"]["exposure_bits"] == pytest.approx(bits.mean())
         assert run["canary"]["available_bits"] == pytest.approx(np.log2(100))
+    # What the audit can refute is shown below: so few coins could not contradict this ε.
     assert private["audit"]["epsilon_lower_bound"] <= private["epsilon"]
 
 
@@ -365,6 +371,88 @@ def test_signals_that_cannot_be_attacked_cost_their_attack_alone(study: Study) -
 
 def _reading(signals: Signals) -> Reading:
     return Reading(signals=signals, intent_accuracy=0.5, canaries={})
+
+
+# ---- the audit, of a trainer that keeps its promise and of one that does not ---------------------
+
+
+@pytest.fixture
+def promise() -> Budget:
+    """A training that claims ε = 1, on texts without a common word and with random labels: to do
+    well on one is to have seen it."""
+    coins = np.random.default_rng(0)
+    intents = tuple(f"intent {number}" for number in range(8))
+    audit = tuple(
+        Example(
+            id=f"text-{number}",
+            text=f"word{number}",
+            tokens=(f"word{number}",),
+            tags=None,
+            intent=intents[coins.integers(8)],
+            split="train",
+        )
+        for number in range(400)
+    )
+    study = Study(base=(), audit=audit, membership=coins.random((1, 400)) < 0.5)
+    size = len(study.examples(0))
+    return Budget(
+        name="eps-1",
+        target_epsilon=1.0,
+        study=study,
+        experiment=Experiment(
+            architecture=Architecture(name="lstm", embedding_size=16, hidden_size=16),
+            recipe=Recipe(epochs=30, batch_size=50, learning_rate=2e-2),
+            labels=Labels(intents, ()),
+            vocabulary=HashedVocabulary(),
+            compute=ComputeConfig(),
+        ),
+        plan=PrivacyPlan.calibrate(
+            target_epsilon=1.0,
+            target_delta=1e-5,
+            num_examples=size,
+            expected_batch_size=50,
+            epochs=30,
+            max_grad_norm=1.0,
+        ),
+        test=audit[:20],
+        seed=0,
+    )
+
+
+def _audited(budget: Budget) -> Findings:
+    trained = budget.train(0)
+    assert trained.result.epsilon is not None and trained.result.epsilon <= 1
+    claim = Claim(epsilon=trained.result.epsilon, delta=1e-5, confidence=0.95)
+    models = [budget.read(trained.classifier, 0)]
+    return attack(("loss", "audit"), models, budget.study, claim)
+
+
+def _audit(found: Findings) -> dict[str, Any]:
+    assert found.audit is not None
+    return found.audit
+
+
+def test_the_audit_does_not_refute_a_training_that_keeps_its_promise(promise: Budget) -> None:
+    found = _audited(promise)
+    assert _audit(found)["epsilon_lower_bound"] <= 1 < _audit(found)["ceiling"] / 3
+    assert not any("refuted" in warning for warning in found.warnings)
+
+
+def test_the_audit_refutes_a_training_whose_noise_was_removed(
+    promise: Budget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draws = []
+
+    def nothing(tensors: list[torch.Tensor], std: float, generators: object) -> None:
+        draws.append(std)
+        for tensor in tensors:
+            tensor.zero_()
+
+    monkeypatch.setattr(noise, "_fill_side_by_side", nothing)
+    found = _audited(promise)
+    assert draws and min(draws) > 0, "the training did not ask for noise where it was removed"
+    assert _audit(found)["epsilon_lower_bound"] > 3
+    assert any("the claim is refuted" in warning for warning in found.warnings)
 
 
 @pytest.fixture(scope="module")

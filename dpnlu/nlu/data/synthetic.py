@@ -21,10 +21,10 @@ MIN_SIZE = 20
 # The grammar has not much more to say: beyond, utterances that are new become rare.
 MAX_SIZE = 1_000_000
 
-AMBIGUOUS_SHARE = 0.05
+AMBIGUOUS_SHARE = 0.01
 RARE_SHARE = 0.10
 POLITE_SHARE = 0.30
-WRONG_INTENT_SHARE = 0.02
+WRONG_INTENT_SHARE = 0.015
 MISSED_SLOT_SHARE = 0.02
 
 SLOT = re.compile(r"\[(\w+)\]")
