@@ -349,8 +349,8 @@ def _add_common(parser: argparse.ArgumentParser, *, run: Any) -> None:
         "--seed",
         type=int,
         default=0,
-        help="of initial weights, dropout and what a study draws; noise and sampling of private "
-        "training are always fresh (default: %(default)s)",
+        help="of initial weights, dropout and all that a study draws; the noise and the batches of "
+        "dpnlu train are always fresh (default: %(default)s)",
     )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.set_defaults(run=run)
