@@ -1,6 +1,7 @@
 """The help of every command: complete, with defaults, and with examples that work."""
 
 import argparse
+import io
 import re
 import shlex
 from collections.abc import Iterator
@@ -100,6 +101,16 @@ def test_the_help_ends_with_its_examples(command, capsys):
     assert shown == [
         line for example in EXAMPLES[command] for line in "\n".join(example).split("\n")
     ]
+
+
+@pytest.mark.parametrize("arguments", [[], *([command] for command in COMMANDS)])
+def test_help_is_shown_where_greek_letters_cannot_be(arguments, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", terminal)
+    with pytest.raises(SystemExit) as stop:
+        command_line.main([*arguments, "--help"])
+    assert stop.value.code == 0
+    assert b"usage: dpnlu" in terminal.buffer.getvalue()
 
 
 @pytest.mark.parametrize(
