@@ -39,7 +39,16 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
             "dpnlu train --data utterances.jsonl --epsilon inf --out ordinary",
         ),
     ),
-    "predict": (("One text a line, answers as JSON lines:", "dpnlu predict model utterances.txt"),),
+    "predict": (
+        (
+            "One text a line in, one JSON object a line out:",
+            "dpnlu predict model utterances.txt",
+        ),
+        (
+            "JSON objects with text or tokens, computed by the processor:",
+            "dpnlu predict model new.jsonl --device cpu",
+        ),
+    ),
     "attack": (
         (
             "With eight reference models, trained like the model on random halves:",
