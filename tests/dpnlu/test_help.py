@@ -81,7 +81,7 @@ def test_a_default_that_is_told_is_the_one_that_holds(command):
     formatter = _commands()[command]._get_formatter()
     for action in _options(command):
         told = formatter._expand_help(action).rpartition("(default: ")[2].removesuffix(")")
-        if action.default in (None, False, []) or not action.option_strings:
+        if action.default in (None, False, [], ()) or not action.option_strings:
             continue
         values = action.default if isinstance(action.default, list | tuple) else [action.default]
         parts = told.split()
