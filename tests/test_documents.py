@@ -15,7 +15,9 @@ from urllib.parse import unquote
 import pytest
 
 import dpnlu
+from attacks.membership import ATTACKS
 from dpnlu.cli import main as command_line
+from dpnlu.nlu.data.loading import ACCEPTED_SPECS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -142,6 +144,18 @@ def test_the_commands_in_the_documents_parse(command: str) -> None:
 def test_every_command_is_in_the_page_about_the_command_line() -> None:
     titles = re.findall(r"^## dpnlu (\w+)$", _text(ROOT / "docs" / "command-line.md"), re.M)
     assert set(titles) - COMING_COMMANDS == _known_commands()
+
+
+def test_the_page_about_data_has_every_form_of_a_spec() -> None:
+    rows = re.findall(r"^\| `([^`]+)` \|", _text(ROOT / "docs" / "data.md"), re.M)
+    assert rows[: len(ACCEPTED_SPECS)] == list(ACCEPTED_SPECS)
+
+
+def test_the_page_about_the_command_line_has_every_attack() -> None:
+    text = _text(ROOT / "docs" / "command-line.md")
+    assert [
+        name for name in (*ATTACKS, "exposure", "extraction", "audit") if f"`{name}`" not in text
+    ] == []
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
