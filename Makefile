@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all check clean
+.PHONY: demo test test-all coverage package check clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dpnlu needs Python 3.11 or newer; run: make PYTHON=/path/to/python3.11")'
@@ -23,11 +23,22 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadgroup
+QUICK := "not slow and not gpu and not network"
+
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadgroup -m "not slow and not gpu and not network"
+	$(PYTEST) -m $(QUICK)
 
 test-all: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadgroup -m "not gpu and not network"
+	$(PYTEST) -m "not gpu and not network"
+
+# The tests of `make test`, and which lines they leave out.
+coverage: check
+	$(PYTEST) -m $(QUICK) --cov --cov-report=term --cov-fail-under=95
+
+# The sdist and the wheel, installed and tried outside of the repository.
+package: $(READY)
+	.ci/package $(BIN)/python
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) runs build *.egg-info .coverage*

@@ -21,13 +21,39 @@ _MOST_PAIRS, _MOST_THREADS = 1_000_000, 1024
 def add_parser(commands: Any) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser("benchmark", help="what private training costs here")
-    parser.add_argument("what", choices=sorted(_MEASUREMENTS))
-    parser.add_argument("--cases", nargs="+", default=[], help="only cases whose name has this")
-    parser.add_argument("--pairs", type=int, default=9, help="timed pairs of steps per case")
-    parser.add_argument("--threads", type=int, help="of torch; None: as it is")
-    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:N]|mps")
-    parser.add_argument("--out", type=Path, help="folder for a dated Markdown and JSON file")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument(
+        "what",
+        choices=sorted(_MEASUREMENTS),
+        help="overhead: time of a private step over an ordinary one; compiled: the same for "
+        "compiled steps; memory: their peaks; sweep: time by batch, length and width",
+    )
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        default=[],
+        metavar="PART",
+        help="only cases whose name contains one of these (default: all)",
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=9, help="timed pairs of steps per case (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threads", type=int, help="threads of torch (default: as many as torch takes)"
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="auto|cpu|cuda[:N]|mps",
+        help="where steps are computed; auto: an accelerator, if there is one "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for a dated Markdown and JSON file (default: print only)",
+    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.set_defaults(run=run)
 
 

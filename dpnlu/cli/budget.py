@@ -17,18 +17,60 @@ _SMALLEST_EPSILON = 1e-300
 def add_parser(commands: Any) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser("budget", help="ε of a mechanism, or the noise an ε needs")
-    parser.add_argument("--num-examples", type=int, required=True)
-    parser.add_argument("--batch-size", type=int, required=True, help="expected batch size")
-    parser.add_argument("--epochs", type=float, required=True)
-    parser.add_argument("--delta", type=float, default=1e-5)
-    given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument("--epsilon", type=float)
-    given.add_argument("--noise-multiplier", type=float)
-    parser.add_argument("--noise-schedule", default="constant", help="or exponential:F, inverse:F")
-    parser.add_argument("--microbatches", type=int, help="clip micro-batches: sensitivity 2C")
-    parser.add_argument("--accountant", choices=sorted(ACCOUNTANTS), default="pld")
-    parser.add_argument("--json", action="store_true", help="print JSON; an infinite ε is null")
+    parser.add_argument(
+        "--num-examples", type=int, required=True, help="training examples, which are public"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, required=True, help="expected size of a logical batch"
+    )
+    parser.add_argument(
+        "--epochs",
+        type=float,
+        required=True,
+        help="how often each example is visited on average",
+    )
+    parser.add_argument(
+        "--delta",
+        type=float,
+        default=1e-5,
+        help="the δ at which ε is stated, below 1 / examples (default: %(default)s)",
+    )
+    _add_noise(parser)
+    parser.add_argument(
+        "--accountant",
+        choices=sorted(ACCOUNTANTS),
+        default="pld",
+        help="how ε is computed (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print JSON, in which an infinite ε is null, instead of lines",
+    )
     parser.set_defaults(run=run)
+
+
+def _add_noise(parser: argparse.ArgumentParser) -> None:
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--epsilon", type=float, help="the budget: which noise does it need?")
+    given.add_argument(
+        "--noise-multiplier",
+        type=float,
+        help="the noise, as its standard deviation over the sensitivity: which ε does it have?",
+    )
+    parser.add_argument(
+        "--noise-schedule",
+        default="constant",
+        help="how the noise changes with the epochs: constant, exponential:F or inverse:F "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--microbatches",
+        type=int,
+        metavar="M",
+        help="clip M micro-batches of a logical batch, each as a whole, which has twice the "
+        "sensitivity (default: clip examples)",
+    )
 
 
 def run(options: argparse.Namespace) -> None:

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from dpnlu.cli import attack, benchmark, budget, compare, predict, train
+from dpnlu.cli.examples import add_examples
 
 # Set it to see the traceback behind an error.
 _TRACEBACK = "DPNLU_TRACEBACK"
@@ -99,19 +100,30 @@ def _interruptible() -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="dpnlu", description="Private training of NLU models, and attacks.")
+    parser = _Parser(
+        prog="dpnlu",
+        description="Train intent and slot classifiers with differential privacy, and measure what "
+        "they leak.",
+        epilog="dpnlu COMMAND --help shows the options of a command, with defaults and examples.",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (compare, train, attack, predict, budget, benchmark):
         command.add_parser(commands)
+    add_examples(commands.choices)
     return parser
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors on one line."""
+    """Errors on one line; help that every terminal can show."""
 
     def error(self, message: str) -> NoReturn:
         line = " ".join(message.split())
         raise SystemExit(_failed(f"{line} (see {self.prog} --help)", status=2))
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        encoding = getattr(file, "encoding", None) or "utf-8"
+        # An ASCII terminal has no ε; a question mark is better than no help.
+        super()._print_message(message.encode(encoding, "replace").decode(encoding), file)
 
 
 def _failed(message: str, *, status: int) -> int:

@@ -213,9 +213,9 @@ def test_compiled_steps(make_plan, monkeypatch, encoder):
     torch.testing.assert_close(released(model, compiles=True), expected, rtol=1e-9, atol=1e-12)
 
 
-# ---- the table of the README -----------------------------------------------------------------
+# ---- the table of the documentation ----------------------------------------------------------
 
-README = Path(__file__).parents[2] / "README.md"
+MODELS = Path(__file__).parents[2] / "docs" / "models.md"
 FAMILIES = [e for e in ENCODERS if "," not in e.name]
 TASKS = {
     "texts": hf.AutoModelForSequenceClassification,
@@ -287,7 +287,7 @@ def _support(engine: str, encoder: Encoder, task: str) -> str:
 
 
 @pytest.mark.filterwarnings("ignore")  # the engines' opinions are in the table
-def test_the_table_of_the_readme_says_what_is_so():
+def test_the_table_of_the_documentation_says_what_is_so():
     """Everything trainable, default inputs, float64, against the loop over examples."""
     lines = [
         "| Hugging Face family | texts | tokens | Opacus 1.6, texts |",
@@ -299,4 +299,4 @@ def test_the_table_of_the_readme_says_what_is_so():
         lines.append(f"| {encoder.name} | {' | '.join(results)} |")
     table = "\n".join(lines)
     assert all(row.split(" | ")[1:3] == ["exact", "exact"] for row in lines[2:]), table
-    assert table in README.read_text(encoding="utf-8"), f"expected in README.md:\n{table}"
+    assert table in MODELS.read_text(encoding="utf-8"), f"expected in docs/models.md:\n{table}"
