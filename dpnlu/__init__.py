@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from dpnlu.gradients.errors import UnsupportedLayerError as UnsupportedLayerError
     from dpnlu.mechanism.ledger import Ledger as Ledger
     from dpnlu.mechanism.plan import PrivacyPlan as PrivacyPlan
+    from dpnlu.nlu.prediction import Prediction as Prediction
+    from dpnlu.nlu.prediction import Slot as Slot
+    from dpnlu.runs.loaded_model import LoadedModel as LoadedModel
+    from dpnlu.runs.loaded_model import load as load
     from dpnlu.training.handle import PrivateTraining as PrivateTraining
     from dpnlu.training.handle import privatize as privatize
     from dpnlu.training.loop import ComputeConfig as ComputeConfig
@@ -19,11 +23,15 @@ if TYPE_CHECKING:
 _HOMES = {
     "ComputeConfig": "training.loop",
     "Ledger": "mechanism.ledger",
+    "LoadedModel": "runs.loaded_model",
+    "Prediction": "nlu.prediction",
     "PrivacyPlan": "mechanism.plan",
     "PrivateTraining": "training.handle",
     "Recipe": "training.loop",
+    "Slot": "nlu.prediction",
     "UnsupportedLayerError": "gradients.errors",
     "fit": "training.loop",
+    "load": "runs.loaded_model",
     "privatize": "training.handle",
 }
 

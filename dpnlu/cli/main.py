@@ -3,6 +3,7 @@
     dpnlu compare     train at several budgets, attack every model, report
     dpnlu train       train one model for release
     dpnlu attack      attack a trained model
+    dpnlu predict     intents and slots of texts, by a trained model
     dpnlu budget      which ε a mechanism has, or which noise an ε needs
     dpnlu benchmark   what private training costs on this machine
 
@@ -25,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dpnlu.cli import benchmark, budget
+from dpnlu.cli import benchmark, budget, predict
 
 # Set it to see the traceback behind an error.
 _TRACEBACK = "DPNLU_TRACEBACK"
@@ -208,6 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     attack.add_argument("--data", required=True, metavar="SPEC")
     _add_attacks(attack)
     _add_common(attack, run=_attack)
+    predict.add_parser(commands)
     budget.add_parser(commands)
     benchmark.add_parser(commands)
     return parser

@@ -122,6 +122,29 @@ def load(directory: Path) -> SavedModel:
     return SavedModel(classifier=classifier, recipe=recipe, plan=plan, metrics=metrics)
 
 
+def export(classifier: Classifier, directory: Path) -> None:
+    """Write encoder and tokenizer as transformers loads them, and the heads beside them.
+
+    Args:
+        classifier: with an encoder.
+        directory: is there, and empty.
+    """
+    encoding, encoder = classifier.encoding, classifier.model.get_submodule("encoder")
+    assert isinstance(encoding, SubwordEncoding)
+    written: Any = encoder
+    written.save_pretrained(directory)
+    encoding.tokenizer.save_pretrained(directory)
+    heads = {
+        name: tensor.contiguous()
+        for name, tensor in classifier.model.state_dict().items()
+        if not name.startswith("encoder.")
+    }
+    save_file(heads, directory / "heads.safetensors")
+    labels = {"intents": encoding.labels.intents, "tags": encoding.labels.tags}
+    write_json(directory / "heads.json", labels)
+    sync_tree(directory)
+
+
 def is_model(directory: Path) -> bool:
     """Whether a complete model is there."""
     return (directory / CONFIG).exists()
