@@ -49,25 +49,27 @@ class Compiled:
     private_compiled_mib: float
 
 
-def measure(case: Case, *, pairs: int) -> Compiled:
+def measure(case: Case, *, pairs: int, device: str = "cpu") -> Compiled:
     """Time a case in a fresh process with as many threads as this one.
 
     Raises:
         RuntimeError: the process failed.
     """
     module = "dpnlu.benchmark.compiled"
-    times = result_of(module, case.name, str(pairs), str(torch.get_num_threads()))
+    times = result_of(module, case.name, str(pairs), str(torch.get_num_threads()), device)
     return Compiled(
         case=case.name,
         **times | {"compiled_ratios": tuple(times["compiled_ratios"])},
-        ordinary_compiled_mib=_peak(case, "ordinary"),
-        private_compiled_mib=_peak(case, "private"),
+        ordinary_compiled_mib=_peak(case, "ordinary", device),
+        private_compiled_mib=_peak(case, "private", device),
     )
 
 
-def _peak(case: Case, kind: str) -> float:
+def _peak(case: Case, kind: str, device: str) -> float:
     """Of several processes: what compiling leaves behind differs between them."""
-    return statistics.median(memory.peak(case, kind, compiles=True) for _ in range(_PROCESSES))
+    return statistics.median(
+        memory.peak(case, kind, compiles=True, device=device) for _ in range(_PROCESSES)
+    )
 
 
 def can_compile(case: Case) -> bool:
@@ -75,16 +77,16 @@ def can_compile(case: Case) -> bool:
     return not any(isinstance(module, nn.RNNBase) for module in case.build().modules())
 
 
-def _times(case: Case, *, rounds: int) -> dict[str, Any]:
+def _times(case: Case, *, rounds: int, device: str) -> dict[str, Any]:
     """The fields of `Compiled` that are times or ratios of times."""
     torch.manual_seed(0)
     models = [case.build().train()]
     models += [copy.deepcopy(models[0]) for _ in range(3)]
     with (
-        ordinary(case, models[0]) as plain,
-        private(case, models[1]) as noisy,
-        ordinary(case, models[2], compiles=True) as plain_compiled,
-        private(case, models[3], compiles=True) as noisy_compiled,
+        ordinary(case, models[0], device=device) as plain,
+        private(case, models[1], device=device) as noisy,
+        ordinary(case, models[2], compiles=True, device=device) as plain_compiled,
+        private(case, models[3], compiles=True, device=device) as noisy_compiled,
     ):
         steps = (plain, noisy, plain_compiled, noisy_compiled)
         for step in steps * 2:
@@ -124,6 +126,6 @@ def table(rows: Sequence[Compiled]) -> str:
 
 
 if __name__ == "__main__":
-    name, pairs, threads = sys.argv[1:]
+    name, pairs, threads, device = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    print(json.dumps(_times(named(name), rounds=int(pairs))))
+    print(json.dumps(_times(named(name), rounds=int(pairs), device=device)))

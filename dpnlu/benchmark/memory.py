@@ -30,13 +30,13 @@ class Memory:
     target: float = 1.20
 
 
-def measure(case: Case) -> Memory:
-    """Run a few steps of each kind in a fresh process and read its peak (Linux).
+def measure(case: Case, *, device: str = "cpu") -> Memory:
+    """Run a few steps of each kind in a fresh process and read its peak: Linux', or CUDA's.
 
     Raises:
         RuntimeError: the process failed.
     """
-    peaks = {kind: peak(case, kind) for kind in ("ordinary", "private")}
+    peaks = {kind: peak(case, kind, device=device) for kind in ("ordinary", "private")}
     return Memory(
         case=case.name,
         ordinary_mib=peaks["ordinary"],
@@ -45,7 +45,7 @@ def measure(case: Case) -> Memory:
     )
 
 
-def peak(case: Case, kind: str, *, compiles: bool = False) -> float:
+def peak(case: Case, kind: str, *, compiles: bool = False, device: str = "cpu") -> float:
     """Peak memory of a few steps in a fresh process, in MiB, beyond what the libraries take.
 
     Args:
@@ -55,7 +55,8 @@ def peak(case: Case, kind: str, *, compiles: bool = False) -> float:
     Raises:
         RuntimeError: the process failed.
     """
-    found = result_of("dpnlu.benchmark.memory", case.name, kind, *["compiled"] * compiles)
+    module = "dpnlu.benchmark.memory"
+    found = result_of(module, case.name, kind, device, *["compiled"] * compiles)
     return float(found)
 
 
@@ -73,34 +74,35 @@ def table(rows: Sequence[Memory]) -> str:
     return "\n".join(lines)
 
 
-def _peak(case: Case, kind: str, *, compiles: bool) -> float:
-    """Peak resident memory above that of the imported libraries, in MiB."""
+def _peak(case: Case, kind: str, *, compiles: bool, device: str) -> float:
+    """Peak memory above that of the imported libraries, in MiB: resident, or that of the device."""
     import torch
 
     from dpnlu.benchmark.steps import ordinary, private
-    from dpnlu.runs.resources import current_memory, peak_memory, reset_peak_memory
+    from dpnlu.runs.resources import memory_of
 
     case.build()  # loads whatever is loaded when first needed
     if compiles:
         torch.compile(torch.exp)(torch.ones(2))  # so does this
-    reset_peak_memory()
-    before = current_memory()
+    memory = memory_of(device)
+    memory.reset_peak()
+    before = memory.current()
     torch.manual_seed(0)
     run = {"ordinary": ordinary, "private": private}[kind]
-    with run(case, case.build().train(), compiles=compiles) as step:
+    with run(case, case.build().train(), compiles=compiles, device=device) as step:
         if compiles:
             step()
             step()
             gc.collect()
-            reset_peak_memory()
+            memory.reset_peak()
         for _ in range(_STEPS):
             step()
-    peak = peak_memory()
+    peak = memory.peak()
     if peak is None or before is None:
-        raise RuntimeError("peak memory can be read on Linux only")
+        raise RuntimeError("peak memory can be read on Linux and of CUDA only")
     return peak - before
 
 
 if __name__ == "__main__":
-    name, kind, *more = sys.argv[1:]
-    print(json.dumps(_peak(named(name), kind, compiles=more == ["compiled"])))
+    name, kind, device, *more = sys.argv[1:]
+    print(json.dumps(_peak(named(name), kind, compiles=more == ["compiled"], device=device)))

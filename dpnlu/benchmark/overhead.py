@@ -39,22 +39,25 @@ class Overhead:
     target: float | None
 
 
-def measure(case: Case, *, pairs: int) -> Overhead:
+def measure(case: Case, *, pairs: int, device: str = "cpu") -> Overhead:
     """Time a case in a fresh process with as many threads as this one.
 
     Raises:
         RuntimeError: the process failed.
     """
     module = "dpnlu.benchmark.overhead"
-    found = result_of(module, case.name, str(pairs), str(torch.get_num_threads()))
+    found = result_of(module, case.name, str(pairs), str(torch.get_num_threads()), device)
     return Overhead(**found | {"ratios": tuple(found["ratios"])})
 
 
-def _measure(case: Case, *, pairs: int) -> Overhead:
+def _measure(case: Case, *, pairs: int, device: str) -> Overhead:
     """Ordinary and private steps in turn, after two of each."""
     torch.manual_seed(0)
     model = case.build().train()
-    with ordinary(case, copy.deepcopy(model)) as one, private(case, model) as other:
+    with (
+        ordinary(case, copy.deepcopy(model), device=device) as one,
+        private(case, model, device=device) as other,
+    ):
         for step in (one, other) * 2:
             step()
         times = [(seconds(one), seconds(other)) for _ in range(pairs)]
@@ -93,6 +96,6 @@ def seconds(step: Step) -> float:
 
 
 if __name__ == "__main__":
-    name, pairs, threads = sys.argv[1:]
+    name, pairs, threads, device = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    print(json.dumps(asdict(_measure(named(name), pairs=int(pairs)))))
+    print(json.dumps(asdict(_measure(named(name), pairs=int(pairs), device=device))))

@@ -15,16 +15,19 @@ from torch import Tensor, nn
 from dpnlu.benchmark.cases import Case, Inputs
 from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.mechanism.sampling import PhysicalBatch
+from dpnlu.training.device import synchronize
 from dpnlu.training.handle import privatize
 
 Step = Callable[[], None]
 
 
 @contextmanager
-def ordinary(case: Case, model: nn.Module, *, compiles: bool = False) -> Iterator[Step]:
-    """Backward pass per physical batch, then the optimizer."""
-    optimizer = _optimizer(model)
-    batches = case.inputs()
+def ordinary(
+    case: Case, model: nn.Module, *, compiles: bool = False, device: str = "cpu"
+) -> Iterator[Step]:
+    """Backward pass per physical batch, then the optimizer; the model goes to the device."""
+    optimizer = _optimizer(model.to(device))
+    batches = _inputs(case, device)
     losses_of: Callable[[Inputs], Tensor] = partial(case.losses_of, model)
     if compiles:
         losses_of = torch.compile(losses_of)
@@ -34,13 +37,19 @@ def ordinary(case: Case, model: nn.Module, *, compiles: bool = False) -> Iterato
             (losses_of(inputs).sum() / case.logical).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
+        synchronize(device)
 
     yield step
 
 
 @contextmanager
 def private(
-    case: Case, model: nn.Module, *, engine: str = "book_keeping", compiles: bool = False
+    case: Case,
+    model: nn.Module,
+    *,
+    engine: str = "book_keeping",
+    compiles: bool = False,
+    device: str = "cpu",
 ) -> Iterator[Step]:
     """The same with clipping, noise, and a ledger on disk."""
     plan = PrivacyPlan(
@@ -51,7 +60,8 @@ def private(
         target_delta=1e-6,
         num_examples=100 * case.logical,
     )
-    batches = case.inputs()
+    model.to(device)
+    batches = _inputs(case, device)
     with tempfile.TemporaryDirectory(prefix="dpnlu-benchmark-") as folder:
         ledger = Path(folder) / "ledger"
         with privatize(model, _optimizer(model), plan, engine=engine, ledger=ledger) as handle:
@@ -63,8 +73,13 @@ def private(
                     last = number == len(batches)
                     handle.begin(PhysicalBatch(_ids(inputs), closes_unit=last, closes_step=last))
                     step_on(inputs)
+                synchronize(device)
 
             yield step
+
+
+def _inputs(case: Case, device: str) -> list[Inputs]:
+    return [(ids.to(device), intents.to(device)) for ids, intents in case.inputs()]
 
 
 def _ids(inputs: Inputs) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -25,6 +25,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--cases", nargs="+", default=[], help="only cases whose name has this")
     parser.add_argument("--pairs", type=int, default=9, help="timed pairs of steps per case")
     parser.add_argument("--threads", type=int, help="of torch; None: as it is")
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:N]|mps")
     parser.add_argument("--out", type=Path, help="folder for a dated Markdown and JSON file")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.set_defaults(run=run)
@@ -45,7 +46,9 @@ def run(options: argparse.Namespace) -> None:
 
     from dpnlu.benchmark.cases import CASES
     from dpnlu.runs.progress import bars
+    from dpnlu.runs.resources import resolved_device
 
+    options.device = resolved_device(options.device)
     chosen = [
         case
         for case in CASES
@@ -72,7 +75,10 @@ def run(options: argparse.Namespace) -> None:
 def _overhead(cases: Sequence[Any], options: Any, told: Told) -> tuple[list[Any], str]:
     from dpnlu.benchmark import overhead
 
-    rows = [overhead.measure(case, pairs=options.pairs) for case in _counted(cases, told)]
+    rows = [
+        overhead.measure(case, pairs=options.pairs, device=options.device)
+        for case in _counted(cases, told)
+    ]
     return rows, overhead.table(rows)
 
 
@@ -82,14 +88,17 @@ def _compiled(cases: Sequence[Any], options: Any, told: Told) -> tuple[list[Any]
     suited = [case for case in cases if compiled.can_compile(case)]
     if not suited:
         raise ValueError("Expected --cases without recurrent networks, which are not compiled.")
-    rows = [compiled.measure(case, pairs=options.pairs) for case in _counted(suited, told)]
+    rows = [
+        compiled.measure(case, pairs=options.pairs, device=options.device)
+        for case in _counted(suited, told)
+    ]
     return rows, compiled.table(rows)
 
 
 def _memory(cases: Sequence[Any], options: Any, told: Told) -> tuple[list[Any], str]:
     from dpnlu.benchmark import memory
 
-    rows = [memory.measure(case) for case in _counted(cases, told)]
+    rows = [memory.measure(case, device=options.device) for case in _counted(cases, told)]
     return rows, memory.table(rows)
 
 
@@ -98,6 +107,8 @@ def _sweep(cases: Sequence[Any], options: Any, told: Told) -> tuple[list[Any], s
 
     if options.cases:
         raise ValueError("Expected no --cases for a sweep, which has a model of its own: drop it.")
+    if options.device != "cpu":
+        raise ValueError(f"Expected --device cpu for a sweep, got {options.device}.")
     points = sweep.measure(told, pairs=options.pairs)
     return points, sweep.table(points)
 
@@ -122,6 +133,7 @@ def _keep(options: argparse.Namespace, rows: Sequence[Any], table: str) -> Path:
     day = datetime.date.today().isoformat()
     machine = {
         "processor": processor(),
+        **device_facts(options.device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -141,6 +153,15 @@ def _keep(options: argparse.Namespace, rows: Sequence[Any], table: str) -> Path:
     )
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     return path
+
+
+def device_facts(device: str) -> dict[str, str]:
+    """What an accelerator calls itself; nothing for the CPU."""
+    if device == "cpu":
+        return {}
+    import torch
+
+    return {"device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device}
 
 
 def processor() -> str:

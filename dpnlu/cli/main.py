@@ -122,6 +122,7 @@ def _compare(options: argparse.Namespace) -> None:
         audit_examples=options.audit_examples,
         confidence=options.confidence,
         physical_batch_size=options.physical_batch_size,
+        device=options.device,
         seed=options.seed,
     )
     with bars(quiet=options.quiet) as told:
@@ -149,6 +150,7 @@ def _train(options: argparse.Namespace) -> None:
         labels=options.labels,
         engine=options.engine,
         physical_batch_size=options.physical_batch_size,
+        device=options.device,
         seed=options.seed,
     )
     with bars(quiet=options.quiet) as told:
@@ -180,6 +182,7 @@ def _attack(options: argparse.Namespace) -> None:
             audit_examples=options.audit_examples,
             confidence=options.confidence,
             physical_batch_size=options.physical_batch_size,
+            device=options.device,
             seed=options.seed,
             command=options.command_line,
             told=told,
@@ -237,6 +240,7 @@ def _add_attacks(parser: argparse.ArgumentParser) -> None:
 def _add_common(parser: argparse.ArgumentParser, *, run: Any) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--physical-batch-size", type=int, default=64)
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:N]|mps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.set_defaults(run=run)

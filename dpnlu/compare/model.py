@@ -44,6 +44,7 @@ def attack_model(
     audit_examples: int,
     confidence: float,
     physical_batch_size: int,
+    device: str,
     seed: int,
     command: str,
     told: Told,
@@ -52,7 +53,7 @@ def attack_model(
 
     Args:
         data: SPEC; its training split is what the model was trained on.
-        attacks, references, audit_examples, confidence, seed: as in `Settings`.
+        attacks, references, audit_examples, confidence, device, seed: as in `Settings`.
 
     Raises:
         ValueError: the model, the data or the output directory does not do.
@@ -73,6 +74,7 @@ def attack_model(
         audit_examples=audit_examples,
         confidence=confidence,
         physical_batch_size=physical_batch_size,
+        device=device,
         seed=seed,
     )
     corpus, repeats = drop_repeated(load_corpus(data, seed=seed))
@@ -82,6 +84,7 @@ def attack_model(
     study.check_sides(for_references=needs_references(attacks))
     if references > 0:
         new_classifier(budget.experiment, seed=seed)  # now, and not after files were written
+    saved.classifier.model.to(budget.experiment.compute.device)
     target = budget.read(saved.classifier, 0)
     claim_directory(out, settings)
     models = [target, *train_references(settings, budget, out, told)]
@@ -115,7 +118,9 @@ def _budget(
         recipe=saved.recipe,
         labels=encoding.labels,
         vocabulary=words,
-        compute=ComputeConfig(physical_batch_size=settings.physical_batch_size),
+        compute=ComputeConfig(
+            physical_batch_size=settings.physical_batch_size, device=settings.device
+        ),
     )
     return Budget(
         name=name,

@@ -67,6 +67,7 @@ class Settings:
         audit_examples: how many training examples a coin decides about, at least 20; at most all
             of them.
         confidence: of all intervals and bounds.
+        device: see `ComputeConfig`.
 
     Raises:
         ValueError: a setting is out of range, or two of them contradict each other.
@@ -86,6 +87,7 @@ class Settings:
     audit_examples: int = 2000
     confidence: float = 0.95
     physical_batch_size: int = 64
+    device: str = "cpu"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -215,6 +217,7 @@ def claim_directory(directory: Path, settings: Settings) -> None:
     described = directory / STUDY
     names = [budget_name(epsilon) for epsilon in settings.epsilons]
     content = json.loads(json.dumps(asdict(settings) | {"epsilons": names}))
+    del content["device"]  # a study may go on on another
     if described.exists():
         if read_json(described) != content:
             raise ValueError(
@@ -267,7 +270,9 @@ def _budget(settings: Settings, corpus: Corpus, study: Study, epsilon: float) ->
             recipe=recipe,
             labels=study.labels(corpus),
             vocabulary=HashedVocabulary(),
-            compute=ComputeConfig(physical_batch_size=settings.physical_batch_size),
+            compute=ComputeConfig(
+                physical_batch_size=settings.physical_batch_size, device=settings.device
+            ),
         ),
         plan=plan,
         test=corpus.split("test"),
@@ -334,6 +339,7 @@ def train_references(
         count=settings.references,
         directory=directory / "runs" / budget.name / "references",
         key={"study": read_json(directory / STUDY), "budget": budget.name},
-        workers=os.cpu_count(),
+        # Side by side on as many cores, but one after the other on one accelerator.
+        workers=os.cpu_count() if budget.experiment.compute.device == "cpu" else 1,
         progress=lambda done, total: told(f"references {budget.name}", done, total),
     )

@@ -56,7 +56,9 @@ def _fill_side_by_side(
 
     def fill(pieces: list[Tensor], generator: torch.Generator) -> None:
         for piece in pieces:
-            for near in torch.split(piece.view(-1), _NEAR):
+            # Where there is no cache to stay in, every piece is one call more.
+            size = _NEAR if piece.device.type == "cpu" else max(1, piece.numel())
+            for near in torch.split(piece.view(-1), size):
                 near.normal_(0.0, std, generator=generator)
 
     if sum(tensor.numel() for tensor in tensors) < _WORTH_A_THREAD:
@@ -97,7 +99,10 @@ def entropy_generators(device: torch.device | str = "cpu") -> list[torch.Generat
 def entropy_generator(device: torch.device | str = "cpu") -> torch.Generator:
     """A generator that nobody can guess: fresh, its state from the operating system's entropy.
 
-    The whole 19937-bit state on a CPU; elsewhere torch keeps only a 64-bit seed.
+    On a CPU that is the whole 19937-bit state. On CUDA it is the 64-bit key of Philox (Salmon et
+    al. 2011) and the place in its stream at which drawing begins, of 2^60: all that torch keeps of
+    it, as the other half of Philox' counter numbers the threads. Elsewhere torch keeps a 64-bit
+    seed, in a form that it documents nowhere, of which 63 bits are drawn.
     """
     generator = torch.Generator(device=device)
     seed = int.from_bytes(os.urandom(8), "little") & 0x7FFF_FFFF_FFFF_FFFF
@@ -108,7 +113,19 @@ def entropy_generator(device: torch.device | str = "cpu") -> torch.Generator:
         end = _TWISTER_OFFSET + 8 * _TWISTER_WORDS
         state[_TWISTER_OFFSET:end] = torch.frombuffer(words.view(np.uint8), dtype=torch.uint8)
         generator.set_state(state)
+    elif generator.device.type == "cuda":
+        generator.set_state(_philox_state())
     return generator
+
+
+def _philox_state() -> Tensor:
+    """A state as torch keeps it on CUDA: the seed (8 bytes), and the offset (8), in fours.
+
+    Guarantee: there is room for 2^62 draws before the offset wraps around.
+    """
+    seed, offset = (int.from_bytes(os.urandom(8), "little") for _ in range(2))
+    state = seed.to_bytes(8, "little") + (offset % 2**62 & ~3).to_bytes(8, "little")
+    return torch.frombuffer(bytearray(state), dtype=torch.uint8)
 
 
 def system_gaussian(count: int) -> Tensor:

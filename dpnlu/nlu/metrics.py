@@ -77,9 +77,10 @@ def _answers(
         for batch in batches(encoding, encoded, size=_BATCH_SIZE):
             outputs = model(moved(batch, device))
             if outputs.intents is not None:
-                intents += [encoding.labels.intents[i] for i in outputs.intents.argmax(1).tolist()]
+                guesses = outputs.intents.argmax(1).cpu().tolist()
+                intents += [encoding.labels.intents[guess] for guess in guesses]
             if outputs.tags is not None:
-                rows = outputs.tags.argmax(2).tolist()
+                rows = outputs.tags.argmax(2).cpu().tolist()
                 lengths = batch["lengths"].tolist()
                 tags += [
                     [encoding.labels.tags[tag] for tag in row[:length]]

@@ -1,9 +1,41 @@
-"""Memory of the running process, as Linux counts it; None elsewhere."""
+"""Memory of the running process, as Linux counts it, or on a CUDA device; None elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from dpnlu.training.device import resolved_device as resolved_device
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How to look at one kind of memory.
+
+    Attributes:
+        reset_peak: forgets the peak so far.
+        peak, current: in MiB; None: unknown here.
+    """
+
+    reset_peak: Callable[[], None]
+    peak: Callable[[], float | None]
+    current: Callable[[], float | None]
+
+
+def memory_of(device: str) -> Memory:
+    """The memory of the device: what torch has handed out on CUDA, else that of the process."""
+    if not device.startswith("cuda"):
+        return Memory(reset_peak_memory, peak_memory, current_memory)
+    from torch import cuda
+
+    return Memory(
+        reset_peak=partial(cuda.reset_peak_memory_stats, device),
+        peak=lambda: cuda.max_memory_allocated(device) / 2**20,
+        current=lambda: cuda.memory_allocated(device) / 2**20,
+    )
 
 
 def reset_peak_memory() -> None:

@@ -61,6 +61,7 @@ class ReleaseSettings:
             a public word list.
         labels: path of a JSON file {"intents": [...], "slots": [...]} that declares the label sets;
             None: as the corpus declares them, else read from the data.
+        device: see `ComputeConfig`.
         seed: of initial weights and dropout; noise and sampling are always fresh.
     """
 
@@ -77,6 +78,7 @@ class ReleaseSettings:
     labels: str | None = None
     engine: str | None = None
     physical_batch_size: int = 64
+    device: str = "cpu"
     seed: int = 0
 
 
@@ -252,7 +254,9 @@ def _experiment(settings: ReleaseSettings, corpus: Corpus) -> Experiment:
         labels=Labels(corpus.intents, corpus.tags),
         vocabulary=_vocabulary(settings.vocabulary, corpus),
         compute=ComputeConfig(
-            engine=settings.engine, physical_batch_size=settings.physical_batch_size
+            engine=settings.engine,
+            physical_batch_size=settings.physical_batch_size,
+            device=settings.device,
         ),
     )
 
@@ -285,7 +289,9 @@ def _plan(settings: ReleaseSettings, experiment: Experiment, corpus: Corpus) -> 
 
 def _described(settings: ReleaseSettings) -> dict[str, Any]:
     # A text, as JSON has no infinity.
-    return asdict(settings) | {"epsilon": str(settings.epsilon).removesuffix(".0")}
+    described = asdict(settings) | {"epsilon": str(settings.epsilon).removesuffix(".0")}
+    del described["device"]  # training may go on on another
+    return described
 
 
 def _not_covered(corpus: Corpus, experiment: Experiment) -> Sequence[str]:

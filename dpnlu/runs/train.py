@@ -20,7 +20,7 @@ from dpnlu.nlu.feature_cache import read_once
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.nlu.models import EncoderClassifier
 from dpnlu.mechanism.plan import PrivacyPlan
-from dpnlu.runs.resources import peak_memory, reset_peak_memory
+from dpnlu.runs.resources import memory_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,8 @@ class Trained:
     """A finished training.
 
     Attributes:
-        peak_memory_mib: the process's peak resident memory during training; None: unknown here.
+        peak_memory_mib: peak memory during training, the process's resident memory or, trained on
+            CUDA, what torch took there; None: unknown here.
     """
 
     classifier: Classifier
@@ -89,12 +90,13 @@ def train(
     encoded = encode_all(classifier.encoding, examples)
     # Private physical batches are of neighbours; those of like length need little padding.
     encoded.sort(key=lambda example: int(example["lengths"]))
-    started, model = time.perf_counter(), classifier.model
+    started, model = time.perf_counter(), classifier.model.to(compute.device)
     if isinstance(model, EncoderClassifier) and classifier.architecture.freeze_encoder:
         encoded = read_once(model, classifier.encoding, encoded)
     prepared = time.perf_counter() - started
-    reset_peak_memory()
-    with torch.random.fork_rng(devices=[]):
+    memory = memory_of(compute.device)
+    memory.reset_peak()
+    with torch.random.fork_rng(devices=_cuda(compute.device)):
         torch.manual_seed(_entropy(seed, _DROPOUT))
         result = fit(
             classifier.model,
@@ -104,13 +106,15 @@ def train(
             recipe=recipe,
             plan=plan,
             compute=compute,
-            randomness=_randomness(seed, repeatable=plan is None or repeatable_noise),
+            randomness=_randomness(
+                seed, repeatable=plan is None or repeatable_noise, device=compute.device
+            ),
             ledger=ledger,
             checkpoints=checkpoints,
             progress=progress,
         )
     result = replace(result, seconds=prepared + result.seconds)
-    return Trained(classifier=classifier, result=result, peak_memory_mib=peak_memory())
+    return Trained(classifier=classifier, result=result, peak_memory_mib=memory.peak())
 
 
 def measure(classifier: Classifier, examples: Sequence[Example]) -> Metrics:
@@ -127,10 +131,15 @@ def _entropy(seed: int, use: int) -> int:
     return int(np.random.SeedSequence([seed, use]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _randomness(seed: int, *, repeatable: bool) -> Randomness:
+def _cuda(device: str) -> list[torch.device]:
+    """The device, if its chance is to be put back like that of the CPU, which always is."""
+    return [torch.device(device)] if device.startswith("cuda") else []
+
+
+def _randomness(seed: int, *, repeatable: bool, device: str) -> Randomness:
     if not repeatable:
         return Randomness(order=np.random.default_rng())
     return Randomness(
         order=np.random.default_rng(_entropy(seed, _ORDER)),
-        noise=torch.Generator().manual_seed(_entropy(seed, _NOISE)),
+        noise=torch.Generator(device=device).manual_seed(_entropy(seed, _NOISE)),
     )

@@ -18,6 +18,7 @@ from dpnlu.engines import ENGINES
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.training.checkpoint import CheckpointError, Checkpoints, load_checkpoint, save_checkpoint
+from dpnlu.training.device import resolved_device, synchronize
 from dpnlu.training.handle import privatize
 
 # Called after each step with the number of steps taken and of all steps.
@@ -71,7 +72,8 @@ class ComputeConfig:
     Attributes:
         engine: see `privatize`; None: what suits the plan.
         physical_batch_size: examples computed at once.
-        device: where to train.
+        device: where model and batches go: "cpu", "cuda", "cuda:N" or "mps"; "auto" becomes what
+            there is, see `resolved_device`.
     """
 
     engine: str | None = None
@@ -87,6 +89,7 @@ class ComputeConfig:
             raise ValueError(
                 f"Expected `physical_batch_size` >= 1, got {self.physical_batch_size}."
             )
+        object.__setattr__(self, "device", resolved_device(self.device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +115,7 @@ class Randomness:
 
     Attributes:
         order: coins of Poisson sampling, or the order of ordinary batches.
-        noise: as in `privatize`; None: fresh entropy.
+        noise: as in `privatize`, on the device of the model; None: fresh entropy.
     """
 
     order: np.random.Generator
@@ -133,7 +136,7 @@ def fit(
     checkpoints: Checkpoints | None = None,
     progress: Progress | None = None,
 ) -> FitResult:
-    """Train `model` on `examples`.
+    """Train `model` on `examples`; it goes to the device of `compute`, and stays there.
 
     Args:
         loss: a collated batch -> (B,) per-example losses.
@@ -147,7 +150,7 @@ def fit(
         UnsupportedLayerError, ValueError: as `privatize` and `PrivateTraining.step`.
         CheckpointError: the checkpoint does not belong to this training, or to this ledger.
     """
-    model.train()
+    model.to(compute.device).train()
     optimizer = _optimizer(model, recipe)
     state = _State(model, optimizer, recipe, checkpoints, progress)
     state.restore()
@@ -155,6 +158,7 @@ def fit(
     if plan is None:
         steps = max(1, round(recipe.epochs * len(examples) / recipe.batch_size))
         _fit_ordinarily(state, steps, examples, loss, collate, compute, randomness)
+        synchronize(compute.device)
         return FitResult(steps=steps, seconds=time.perf_counter() - started, epsilon=None)
     with privatize(
         model,
@@ -175,6 +179,7 @@ def fit(
             if step(batch):
                 state.finish(len(private.ledger), total)
         state.save(len(private.ledger))  # the last steps may have been empty
+        synchronize(compute.device)
         seconds = time.perf_counter() - started
         return FitResult(
             steps=len(private.ledger),
@@ -192,7 +197,7 @@ def check_fit(
     Raises:
         UnsupportedLayerError, ValueError: as `privatize`.
     """
-    optimizer = _optimizer(model, recipe)
+    optimizer = _optimizer(model.to(compute.device), recipe)
     if plan is not None:
         privatize(model, optimizer, plan, engine=compute.engine).close()
 
