@@ -47,7 +47,7 @@ class GivenPositions(nn.Module):
         self.encoder = encoder
 
     def forward(self, ids: Tensor) -> Tensor:
-        positions = torch.arange(ids.shape[1]).expand_as(ids).contiguous()
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).contiguous()
         return self.encoder(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -79,7 +79,7 @@ def opacus_hooks(case: Case, model: nn.Module) -> Step:
     """Gradients of every example, written out."""
     wrapped = GradSampleModule(ModuleValidator.fix(model))
     optimizer = DPOptimizer(
-        _adamw(wrapped), noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=BATCH
+        _adamw(wrapped), noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=case.logical
     )
     return _stepping(case, wrapped, optimizer, F.cross_entropy)
 
@@ -90,7 +90,7 @@ def opacus_ghost(case: Case, model: nn.Module) -> Step:
         ModuleValidator.fix(model), max_grad_norm=1.0, use_ghost_clipping=True
     )
     optimizer = DPOptimizerFastGradientClipping(
-        _adamw(wrapped), noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=BATCH
+        _adamw(wrapped), noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=case.logical
     )
     criterion = DPLossFastGradientClipping(wrapped, optimizer, nn.CrossEntropyLoss())
     return _stepping(case, wrapped, optimizer, criterion)
@@ -104,8 +104,8 @@ def fast_dp(case: Case, model: nn.Module) -> Step:
         raise NotImplementedError("no recurrent layers")
     engine = PrivacyEngine(
         model,
-        batch_size=BATCH,
-        sample_size=100 * BATCH,
+        batch_size=case.logical,
+        sample_size=100 * case.logical,
         epochs=1,
         noise_multiplier=1.0,
         clipping_fn="Abadi",
@@ -127,7 +127,9 @@ def _adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _stepping(case: Case, model: nn.Module, optimizer: object, criterion: Callable) -> Step:
+    device = next(model.parameters()).device
     ((ids, intents),) = case.inputs()
+    ids, intents = ids.to(device), intents.to(device)
 
     def step() -> None:
         criterion(model(ids), intents).backward()
