@@ -69,6 +69,8 @@ def run(options: argparse.Namespace) -> None:
 def _opened(file: str) -> Iterator[tuple[BinaryIO, str, int | None]]:
     """The input, what to call it, and how long it is; None: that is not known."""
     if file == _STANDARD_INPUT:
+        if sys.stdin is None:
+            raise ValueError("Expected texts on standard input, which is closed: name a file.")
         yield sys.stdin.buffer, "standard input", None
         return
     path = Path(file)

@@ -54,12 +54,17 @@ def _fill_side_by_side(
 ) -> None:
     """One thread per generator, each with an equal share of the entries."""
 
+    failures: list[Exception] = []
+
     def fill(pieces: list[Tensor], generator: torch.Generator) -> None:
-        for piece in pieces:
-            # Where there is no cache to stay in, every piece is one call more.
-            size = _NEAR if piece.device.type == "cpu" else max(1, piece.numel())
-            for near in torch.split(piece.view(-1), size):
-                near.normal_(0.0, std, generator=generator)
+        try:
+            for piece in pieces:
+                # Where there is no cache to stay in, every piece is one call more.
+                size = _NEAR if piece.device.type == "cpu" else max(1, piece.numel())
+                for near in torch.split(piece.view(-1), size):
+                    near.normal_(0.0, std, generator=generator)
+        except Exception as error:  # a thread's own would be printed, and its share left as it was
+            failures.append(error)
 
     if sum(tensor.numel() for tensor in tensors) < _WORTH_A_THREAD:
         generators = generators[:1]
@@ -70,6 +75,8 @@ def _fill_side_by_side(
     fill(*first)
     for thread in threads:
         thread.join()
+    if failures:
+        raise failures[0]
 
 
 def _shares(tensors: list[Tensor], count: int) -> list[list[Tensor]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from dpnlu.mechanism.durable import make_directory
+from dpnlu.mechanism.durable import make_directory, write_text
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.mechanism.ranges import check_count
@@ -24,6 +24,22 @@ from dpnlu.runs.model_directory import CARD, LEDGER, PLAN
 from dpnlu.training.device import CPU, resolved_device
 
 BATCH_SIZE = 64
+
+_EXPORTED = """## This export
+
+`AutoModel` and `AutoTokenizer` of transformers load the trained encoder from this folder. They have
+no class for the heads, whose weights are in `heads.safetensors` and whose labels, in the order of
+their outputs, in `heads.json`:
+
+- The intent head is one linear layer. It reads the means of the states of all sub-words, special
+  ones included, in the last layer and in `hidden_states[len(hidden_states) // 2]`, each mean
+  standardised over its width to mean 0 and variance 1 (ε = 1e-5 added), one behind the other.
+- The slot head is one linear layer. It reads, for each word, the last layer's state of the word's
+  first sub-word, standardised likewise.
+
+`AutoModelForSequenceClassification` and `AutoModelForTokenClassification` would put new, untrained
+heads of another form on the encoder.
+"""
 
 
 @dataclass(frozen=True)
@@ -84,12 +100,8 @@ class LoadedModel:
             AutoModel.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
 
         The heads are beside them, in heads.safetensors, with their labels in heads.json; no class
-        of transformers computes what they do. The intent head reads the means of the sub-words'
-        states, special ones included, in the last layer and in layer `num_layers // 2`, each
-        standardised to mean 0 and variance 1, one behind the other; the slot head reads the last
-        layer's state of the first sub-word of each word, standardised likewise.
-
-        The statement of ε, the plan and the ledger go with the weights.
+        of transformers computes what they do, which README.md says in words. The statement of ε,
+        the plan and the ledger go with the weights.
 
         Args:
             directory: a new or an empty one, outside of the model's.
@@ -106,9 +118,11 @@ class LoadedModel:
         _check_free(out, self.directory)
         make_directory(out)
         model_directory.export(self.classifier, out)
-        for name in (CARD, PLAN, LEDGER):
+        for name in (PLAN, LEDGER):
             if (self.directory / name).exists():
                 shutil.copyfile(self.directory / name, out / name)
+        card = (self.directory / CARD).read_text(encoding="utf-8")
+        write_text(out / CARD, f"{card}\n{_EXPORTED}")
 
 
 def load(directory: Path | str, *, device: str = CPU) -> LoadedModel:

@@ -5,6 +5,7 @@ their values with them. Whatever mixes them with ordinary ones raises, as CUDA w
 must end at the very weights that it has on the CPU.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from dpnlu.cli.main import main
 from dpnlu.compare.study import read_signals
 from dpnlu.mechanism import noise
 from dpnlu.mechanism.ledger import Ledger
@@ -73,6 +75,35 @@ def test_what_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.backends.mps.is_available():
         with pytest.raises(ValueError, match="got mps"):
             resolved_device("mps")
+
+
+@pytest.mark.parametrize("command", ["train --epsilon inf", "compare"])
+def test_a_device_that_is_not_here_is_one_line_and_nothing_written(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--data", "synthetic:100", "--device", "cuda:999", "--quiet"]
+    assert main([*command.split(), *more, "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dpnlu: error: ") and "cuda:999" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_goes_on_on_another_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "model"
+    command = ["train", "--epsilon", "inf", "--epochs", "1", "--data", "synthetic:100", "--quiet"]
+    command += ["--out", str(out)]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dpnlu.runs.train.evaluate", interrupt)
+        assert main([*command, "--device", "auto"]) == 1
+    begun = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert "device" not in begun["settings"]
+    assert main([*command, "--device", "cpu", "--resume"]) == 0
 
 
 # ---- noise -------------------------------------------------------------------------------------

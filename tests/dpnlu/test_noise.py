@@ -100,6 +100,15 @@ def test_generators_that_draw_side_by_side_are_independent(monkeypatch, side_by_
     assert stats.kstest(values.flatten().numpy(), "norm", args=(0, 2.0)).pvalue > ACCEPTED
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_share_that_cannot_be_drawn_is_not_left_without_noise(monkeypatch, place):
+    monkeypatch.setattr(noise, "_WORTH_A_THREAD", 1)
+    generators = [entropy_generator() for _ in range(3)]
+    generators[place] = "no generator"
+    with pytest.raises(TypeError, match="generator"):
+        fill_gaussian([torch.empty(10)], std=1.0, generators=generators)
+
+
 def test_a_seeded_generator_repeats_itself_and_leaves_the_global_one_alone():
     before = torch.get_rng_state()
     drawn = []

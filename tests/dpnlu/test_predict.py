@@ -17,7 +17,7 @@ import dpnlu
 from dpnlu.cli.main import main
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.plan import PrivacyPlan
-from dpnlu.nlu.classifier import Architecture, Classifier, build
+from dpnlu.nlu.classifier import Architecture, Classifier, assemble, build
 from dpnlu.nlu.data import DataError, Example, HashedVocabulary, WordList
 from dpnlu.nlu.encoding import Labels, encode_all
 from dpnlu.nlu.prediction import Prediction, Slot, predict, read
@@ -221,6 +221,28 @@ def test_what_an_encoder_has_no_positions_for_is_refused(tiny_encoder: Path) -> 
     assert len(made.encoding.encode(example)["subwords"]) == 64
 
 
+def test_models_like_roberta_have_fewer_positions_than_they_say() -> None:
+    """They count from behind the id of the padding on."""
+    from transformers import RobertaConfig, RobertaModel
+
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = RobertaConfig(vocab_size=50, intermediate_size=8, max_position_embeddings=20, **size)
+    encoder = RobertaModel(config).eval()
+
+    class Tokenizer:
+        model_max_length = int(1e30)
+
+    made = assemble(
+        Architecture(name="encoder:x"), Labels((), TAGS), encoder=encoder, tokenizer=Tokenizer()
+    )
+    assert made.encoding.longest == 18
+    ids = torch.full((1, 18), 7)
+    encoder(input_ids=ids, attention_mask=torch.ones_like(ids))
+    more = torch.full((1, 19), 7)
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        encoder(input_ids=more, attention_mask=torch.ones_like(more))
+
+
 # ---- for transformers --------------------------------------------------------------------------
 
 
@@ -246,7 +268,12 @@ def test_transformers_alone_loads_what_is_exported(tmp_path: Path, tiny_encoder:
     ours = made.model.eval().encoder(input_ids=batch["subwords"], attention_mask=batch["attention"])
     theirs = torch.load(tmp_path / "states.pt", weights_only=True)
     torch.testing.assert_close(theirs, ours.last_hidden_state)
-    assert (out / "README.md").read_text(encoding="utf-8") == "# what it claims"
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("# what it claims\n") and "heads.safetensors" in card
+    assert json.loads((out / "heads.json").read_text(encoding="utf-8")) == {
+        "intents": ["a", "b"],
+        "tags": list(TAGS),
+    }
     dpnlu.load(home)  # nothing was added to it
 
 

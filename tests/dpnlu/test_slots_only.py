@@ -170,6 +170,16 @@ def test_slots_are_trained_from_the_command_line(written, tmp_path: Path, epsilo
     assert json.loads((out / "config.json").read_text(encoding="utf-8"))["intents"] == []
 
 
+def test_a_model_of_slots_is_attacked(written, tmp_path: Path) -> None:
+    model, out, data = tmp_path / "model", tmp_path / "attacked", str(written(_rows()))
+    train = f"train --data {data} --epsilon inf --epochs 2 --quiet --out {model}"
+    assert main(train.split()) == 0
+    attack = f"attack {model} --data {data} --references 2 --audit-examples 40 --quiet --out {out}"
+    assert main(attack.split()) == 0
+    (run,) = json.loads((out / "report.json").read_text(encoding="utf-8"))["runs"]
+    assert "intent_accuracy" not in run and run["membership"].keys() == {"loss", "lira", "rmia"}
+
+
 def test_a_study_of_slots_attacks_and_reports_them(written, tmp_path: Path) -> None:
     """Few rows, seen thirty times: they are remembered, and slots alone tell it."""
     out, data = tmp_path / "study", str(written(_rows()))
@@ -185,4 +195,5 @@ def test_a_study_of_slots_attacks_and_reports_them(written, tmp_path: Path) -> N
     assert all(math.isfinite(found["auc"]) for found in run["membership"].values())
     assert run["canary"]["available_bits"] == pytest.approx(math.log2(100))
     assert "audit" in run
+    assert "device" not in json.loads((out / "study.json").read_text(encoding="utf-8"))
     assert "Intent accuracy is" not in (out / "report.md").read_text(encoding="utf-8")
