@@ -112,8 +112,8 @@ class LoadedModel:
         out = Path(directory)
         if not self.classifier.architecture.is_encoder:
             raise ValueError(
-                "Expected a model with a Hugging Face encoder, got a BiLSTM, for which transformers "
-                "has no class: use dpnlu.load instead."
+                "Expected a model with a Hugging Face encoder, got a BiLSTM, for which "
+                "transformers has no class: use dpnlu.load instead."
             )
         _check_free(out, self.directory)
         make_directory(out)
