@@ -27,8 +27,6 @@ README = ROOT / "README.md"
 LICENCE = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
 
 # Announced in the documents before they are there: a test fails when one could leave its set.
-COMING_COMMANDS = {"predict"}
-COMING_NAMES = {"load"}
 
 
 def _text(path: Path) -> str:
@@ -135,15 +133,12 @@ def _known_commands() -> set[str]:
 @pytest.mark.parametrize("command", sorted(set(_commands())))
 def test_the_commands_in_the_documents_parse(command: str) -> None:
     name, *arguments = shlex.split(command)[1:]
-    if name in COMING_COMMANDS:
-        assert name not in _known_commands(), f"{name} is there: take it out of COMING_COMMANDS"
-        return
     assert command_line._parser().parse_args([name, *arguments]).command == name
 
 
 def test_every_command_is_in_the_page_about_the_command_line() -> None:
     titles = re.findall(r"^## dpnlu (\w+)$", _text(ROOT / "docs" / "command-line.md"), re.M)
-    assert set(titles) - COMING_COMMANDS == _known_commands()
+    assert set(titles) == _known_commands()
 
 
 def test_the_page_about_data_has_every_form_of_a_spec() -> None:
@@ -167,11 +162,7 @@ def test_code_in_the_documents_uses_names_that_are_there(path: Path) -> None:
                 module = import_module(str(node.module))
                 assert all(hasattr(module, alias.name) for alias in node.names)
     missing = {name.partition(".")[0] for name in used} - set(dpnlu.__all__)
-    assert missing <= COMING_NAMES
-
-
-def test_names_that_have_come_are_no_longer_coming() -> None:
-    assert not COMING_NAMES & set(dpnlu.__all__)
+    assert not missing
 
 
 def test_the_places_for_additions_are_there() -> None:

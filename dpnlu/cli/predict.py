@@ -23,9 +23,17 @@ def add_parser(commands: Any) -> None:
         default=_STANDARD_INPUT,
         help="texts, one a line, or JSON objects with text or tokens; default: standard input",
     )
-    parser.add_argument("--batch-size", type=int, default=64, help="texts computed at once")
-    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:N]|mps")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument(
+        "--batch-size", type=int, default=64, help="texts computed at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="auto|cpu|cuda[:N]|mps",
+        help="where the model is computed; auto: an accelerator, if there is one "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.set_defaults(run=run)
 
 

@@ -17,7 +17,6 @@ from dpnlu.accounting.confirmation import (
 )
 from dpnlu.accounting.events import SampledGaussian
 from dpnlu.cli.main import main
-from dpnlu.compare.attacking import Claim
 from dpnlu.compare.reporting import _second_opinion
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.runs.model_card import _rounded_up, privacy_statement
@@ -105,14 +104,13 @@ def test_an_accountant_of_ours_that_says_too_little_is_found_out(monkeypatch, ma
     stated = privacy_statement(plan, ledger)
     second = ledger.confirmed()
     assert f"dp-accounting says ε = {_rounded_up(second.epsilon)}" in stated
-    claim = Claim(epsilon=ledger.epsilon(), delta=plan.target_delta, confidence=0.95)
     expected = {"second_accountant": "dp-accounting", "second_epsilon": second.epsilon}
-    assert _second_opinion(plan, claim) == expected
+    assert _second_opinion(plan, ledger.epsilon(), delta=plan.target_delta) == expected
     monkeypatch.setitem(ACCOUNTANTS, "pld", lambda events, delta: mistake * right(events, delta))
     with pytest.raises(UnconfirmedError):
         privacy_statement(plan, ledger)
     with pytest.raises(UnconfirmedError):
-        _second_opinion(plan, replace(claim, epsilon=ledger.epsilon()))
+        _second_opinion(plan, ledger.epsilon(), delta=plan.target_delta)
 
 
 def test_a_training_whose_epsilon_is_contradicted_releases_no_model(monkeypatch, tmp_path, capsys):

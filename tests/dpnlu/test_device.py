@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dpnlu.cli.main import main
-from dpnlu.compare.study import read_signals
+from dpnlu.compare.reading import read_signals
 from dpnlu.mechanism import noise
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.noise import entropy_generator, entropy_generators, fill_gaussian

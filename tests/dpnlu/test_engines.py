@@ -694,15 +694,12 @@ def test_a_comparison_that_overflows_proves_nothing(make_plan, factors, is_proof
     """What was compared in float16 counts as shown if all of it was finite, and only then; what was
     not shown is asked of the next batch."""
     model = Feedforward()
-    made = ENGINES["book_keeping"](model, make_plan())
-    for given, shown in ((factors, is_proof), ((1.0,) * 4, True)):
-        into = {p: torch.zeros_like(p) for p in model.parameters()}
-        losses = losses_in_float16(model, _vectors(4), given)
-        clipped = made.add_clipped(losses, into=into, scale=1.0, closes_unit=True)
-        assert clipped.non_finite == (not shown)
-        assert made.checks.is_shown(made.signature) == shown
-        assert (made.checks.layouts(made.signature, 4) is not None) == shown
-    made.close()
+    with ENGINES["book_keeping"](model, make_plan()) as made:
+        for given, shown in ((factors, is_proof), ((1.0,) * 4, True)):
+            outcome = made.clip(losses_in_float16(model, _vectors(4), given))
+            assert bool(outcome.finite.all()) == shown
+            assert made.checks.is_shown(made.signature) == shown
+            assert (made.checks.layouts(made.signature, 4) is not None) == shown
 
 
 # ---- no trace --------------------------------------------------------------------------------

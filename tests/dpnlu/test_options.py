@@ -30,7 +30,7 @@ FULL = [
         TrainSettings,
         "--data d --model encoder:e --epsilon 3 --delta 1e-4 --epochs 2.5 --batch-size 7 "
         "--learning-rate 0.1 --dropout 0.2 --max-grad-norm 2 --vocabulary fitted --labels f "
-        "--engine opacus --physical-batch-size 5 --seed 9",
+        "--engine opacus --physical-batch-size 5 --device cpu --seed 9",
         TrainSettings(
             data="d",
             model="encoder:e",
@@ -45,6 +45,7 @@ FULL = [
             labels="f",
             engine="opacus",
             physical_batch_size=5,
+            device="cpu",
             seed=9,
         ),
     ),
@@ -52,7 +53,8 @@ FULL = [
         StudySettings,
         "--data d --model encoder:e --epsilons inf 4 --delta 1e-4 --epochs 2.5 --batch-size 7 "
         "--dropout 0.2 --max-grad-norm 2 --attacks loss rmia --canaries pin:2:R=3 call:1:R=2 "
-        "--references 4 --audit-examples 33 --confidence 0.9 --physical-batch-size 5 --seed 9",
+        "--references 4 --audit-examples 33 --confidence 0.9 --physical-batch-size 5 "
+        "--device cpu --seed 9",
         StudySettings(
             data="d",
             model="encoder:e",
@@ -68,13 +70,14 @@ FULL = [
             audit_examples=33,
             confidence=0.9,
             physical_batch_size=5,
+            device="cpu",
             seed=9,
         ),
     ),
     (
         AttackSettings,
         "--data d --attacks loss --references 4 --audit-examples 33 --confidence 0.9 "
-        "--physical-batch-size 5 --seed 9",
+        "--physical-batch-size 5 --device cpu --seed 9",
         AttackSettings(
             data="d",
             attacks=("loss",),
@@ -82,6 +85,7 @@ FULL = [
             audit_examples=33,
             confidence=0.9,
             physical_batch_size=5,
+            device="cpu",
             seed=9,
         ),
     ),
