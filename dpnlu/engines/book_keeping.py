@@ -122,14 +122,21 @@ class BookKeeping:
 
     def norms(self, losses: Tensor) -> Tensor:
         """(B,) norms of the gradients of losses that were recorded; nothing is added up."""
-        trace = self._tape.trace
+        trace, batch = self._tape.trace, len(losses)
         try:
-            self.signature = self.signature_of(losses)
+            self.signature = signature = self.signature_of(losses)
+            known = None
+            if self.checks is not None and not signature.may_choose_rows:
+                known = self.checks.layouts(signature, batch)
             with self._tape.during_backward():
-                arrived = trace.backward(losses, retain_graph=True)
-                expected = trace.expected_layouts(arrived, len(losses))
-                layouts = find_layouts(
-                    trace, losses, arrived, expected, chooses_rows=True, generator=self._generator
+                arrived = trace.backward(losses, retain_graph=known is None)
+                layouts = known or find_layouts(
+                    trace,
+                    losses,
+                    arrived,
+                    trace.expected_layouts(arrived, batch),
+                    chooses_rows=True,
+                    generator=self._generator,
                 )
                 return self._parts(arrived, layouts, losses)[1].values.sqrt()
         finally:

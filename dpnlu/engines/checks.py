@@ -85,7 +85,8 @@ class Checks:
     def layouts(self, signature: Hashable, batch: int) -> list[Layout] | None:
         """Where `batch` examples lie, as far as it is known; of rows that were chosen by their
         values it is not."""
-        known = self._known[signature].layouts
+        met = self._known.get(signature)
+        known = None if met is None else met.layouts
         return known and [replace(layout, batch=batch) for layout in known]
 
     def show_rows(self, signature: Hashable, layouts: list[Layout]) -> None:

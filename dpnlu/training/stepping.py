@@ -66,6 +66,7 @@ class Stepping:
         self._moments.notice(moment)
         with self._steps.step(due) as batch:
             norms = self._clip(losses, due, batch)
+            losses = losses.detach()  # two graphs at once would be twice the memory
             if self._is_to_be_exchanged(len(losses)):
                 run = LossesRun(
                     losses_of=losses_of,
