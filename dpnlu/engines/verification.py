@@ -92,7 +92,8 @@ def gather(
     arrived: Sequence[Tensor | None],
     bound: float,
 ) -> Evidence:
-    """Compare with plain automatic differentiation, which needs the graph of the losses once more.
+    """Compare with plain automatic differentiation, which needs the graph of the losses once more and
+    frees it.
 
     Nothing here looks at a value, so that it can be traced.
 
@@ -107,7 +108,7 @@ def gather(
     lengths = norms.values.detach().sqrt().clamp(min=bound)
     signs = torch.where(draws < 0.5, -1.0, 1.0)
     weights = (signs * torch.exp2(-torch.log2(lengths).round())).to(losses)
-    expected = back_propagate((losses * weights).sum(), list(parts), retain_graph=True)
+    expected = back_propagate((losses * weights).sum(), list(parts), retain_graph=False)
     coarsest = max((torch.finfo(g.dtype).eps for g in arrived if g is not None), default=0.0)
     errors, tolerances = [], []
     with full_precision(losses.device):
