@@ -92,8 +92,8 @@ def gather(
     arrived: Sequence[Tensor | None],
     bound: float,
 ) -> Evidence:
-    """Compare with plain automatic differentiation, which needs the graph of the losses once more and
-    frees it.
+    """Compare with plain automatic differentiation, which needs the graph of the losses and frees
+    it.
 
     Nothing here looks at a value, so that it can be traced.
 
