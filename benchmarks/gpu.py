@@ -7,8 +7,10 @@ CPU, `--device cpu --toy` goes through all of it at a size that tells nothing.
 
 Each step is that of one whole logical batch: forward and backward pass, for private ones clipping,
 noise and (dpnlu alone) the ledger on disk, and AdamW. "ordinary" computes recurrent layers by
-cuDNN, as torch does unless told otherwise; "no cuDNN" by torch's own kernels. bfloat16 is autocast
-of the forward pass. Memory is what torch holds at its peak, beyond what it held before.
+cuDNN, as torch does unless told otherwise, in TF32; "no cuDNN" by torch's own kernels. All other
+products are in float32 where it says so, torch's default. bfloat16 is autocast of the forward pass.
+Compiled steps are by torch.compile, for models without recurrent layers. Memory is what torch holds
+at its peak, beyond what it held before.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ import platform
 import statistics
 import sys
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -41,6 +44,8 @@ from dpnlu.training.device import resolved_device, synchronize
 
 PRECISIONS = ("float32", "bfloat16")
 WORDS = 30_522
+COMPILED = ("ordinary compiled", "dpnlu compiled")
+_NO_MEMORY, _NO_TIME = "out of memory", "no time was left"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +53,15 @@ class Pace:
     """How many steps of a cell are made.
 
     Attributes:
-        warm_up: steps that are not timed.
+        warm_up: steps that are not timed; the first and the fourth batch are checked.
         least, most: steps that are; at least two.
         seconds: after which the least are enough.
     """
 
-    warm_up: int = 3
-    least: int = 3
+    warm_up: int = 5
+    least: int = 5
     most: int = 30
-    seconds: float = 5.0
+    seconds: float = 3.0
 
 
 TOY_PACE = Pace(warm_up=1, least=2, most=2)
@@ -140,10 +145,10 @@ def measure(case: Case, precision: str, kind: str, device: str, pace: Pace) -> C
     try:
         return replace(cell, **_measured(case, kind, device, pace))
     except torch.OutOfMemoryError:
-        return replace(cell, reason="out of memory")
-    except Exception as error:
+        return replace(cell, reason=_NO_MEMORY)
+    except Exception as error:  # whatever it is, the other cells are worth having
         if kind not in PEERS:
-            raise
+            traceback.print_exc()
         reason = " ".join(str(error).split())[:200]
         return replace(cell, reason=f"{type(error).__name__}: {reason}")
     finally:
@@ -188,8 +193,10 @@ def _times(step: Step, pace: Pace) -> list[float]:
 
 
 @contextmanager
-def _ordinary(case: Case, model: nn.Module, device: str) -> Iterator[Step]:
-    with ordinary(case, model, device=device) as step:
+def _ordinary(
+    case: Case, model: nn.Module, device: str, *, compiles: bool = False
+) -> Iterator[Step]:
+    with ordinary(case, model, compiles=compiles, device=device) as step:
         yield step
 
 
@@ -200,8 +207,10 @@ def _no_cudnn(case: Case, model: nn.Module, device: str) -> Iterator[Step]:
 
 
 @contextmanager
-def _private(case: Case, model: nn.Module, device: str) -> Iterator[Step]:
-    with private(case, model, device=device) as step:
+def _private(
+    case: Case, model: nn.Module, device: str, *, compiles: bool = False
+) -> Iterator[Step]:
+    with private(case, model, compiles=compiles, device=device) as step:
         yield step
 
 
@@ -220,31 +229,51 @@ KINDS = {
     "ordinary": _ordinary,
     "no cuDNN": _no_cudnn,
     "dpnlu": _private,
+    "ordinary compiled": partial(_ordinary, compiles=True),
+    "dpnlu compiled": partial(_private, compiles=True),
     **{name: partial(_by_peer, peer) for name, peer in PEERS.items()},
 }
 
 
 def kinds_of(case: Case, device: str) -> list[str]:
-    """The kinds of step that say something about the case."""
+    """The kinds of step that say something about the case; what is meant for GPUs only there."""
+    has_cuda = device.startswith("cuda")
     is_recurrent = isinstance(case.build(), RecurrentClassifier)
-    has_cudnn = is_recurrent and device.startswith("cuda")
-    return [kind for kind in KINDS if kind != "no cuDNN" or has_cudnn]
+    left_out: set[str] = set()
+    if not (has_cuda and is_recurrent):
+        left_out |= {"no cuDNN"}
+    if is_recurrent or not has_cuda:
+        left_out |= set(COMPILED)
+    return [kind for kind in KINDS if kind not in left_out]
 
 
 def all_cells(
-    chosen: tuple[Case, ...], device: str, *, pace: Pace, seconds: float
+    chosen: tuple[Case, ...],
+    device: str,
+    *,
+    pace: Pace,
+    seconds: float,
+    kinds: Sequence[str] = (),
 ) -> Iterator[Cell]:
-    """Every cell; from `seconds` on, only what was not measured. Ours come first."""
+    """Every cell; from `seconds` on, only what was not measured. Ours come first, then peers', and
+    last what is compiled, which takes a minute each.
+
+    Args:
+        kinds: of step, beside ordinary ones; none: all of them.
+    """
     begun = time.perf_counter()
     work = [
         (case, precision, kind)
         for case in chosen
         for precision in PRECISIONS
         for kind in kinds_of(case, device)
+        if not kinds or kind in ("ordinary", *kinds)
     ]
-    for case, precision, kind in sorted(work, key=lambda job: job[2] in PEERS):
+    for case, precision, kind in sorted(
+        work, key=lambda job: (job[2] in COMPILED, job[2] in PEERS)
+    ):
         if time.perf_counter() - begun > seconds:
-            yield Cell(case=case.name, precision=precision, kind=kind, reason="no time was left")
+            yield Cell(case=case.name, precision=precision, kind=kind, reason=_NO_TIME)
         else:
             yield measure(case, precision, kind, device, pace)
 
@@ -306,6 +335,11 @@ def keep(folder: Path, cells: list[Cell], *, device: str, toy: bool) -> None:
     )
 
 
+def _may_be_missing(cell: Cell) -> bool:
+    """Whether nothing is wrong with what was measured, though this was not."""
+    return cell.kind in PEERS or cell.reason in (_NO_MEMORY, _NO_TIME)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda[:N] or mps")
@@ -314,6 +348,14 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=420, help="after which no cell is begun")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        default=[],
+        choices=list(KINDS),
+        metavar="KIND",
+        help="of step, beside ordinary ones: " + ", ".join(KINDS) + " (default: all)",
+    )
     options = parser.parse_args()
     device = resolved_device(options.device)
     if device == "cpu" and not options.toy:
@@ -323,11 +365,14 @@ def main() -> None:
         warnings.simplefilter("ignore")  # of the peers
         pace = TOY_PACE if options.toy else Pace()
         chosen = cases(toy=options.toy)
-        for cell in all_cells(chosen, device, pace=pace, seconds=options.seconds):
+        found = all_cells(chosen, device, pace=pace, seconds=options.seconds, kinds=options.kinds)
+        for cell in found:
             cells.append(cell)
             print(cell.case, cell.precision, cell.kind, cell.step_ms, cell.reason, file=sys.stderr)
+            keep(options.out, cells, device=device, toy=options.toy)
     print(table(cells))
-    keep(options.out, cells, device=device, toy=options.toy)
+    if any(cell.step_ms is None and not _may_be_missing(cell) for cell in cells):
+        sys.exit("a step of ours failed; see above")
 
 
 if __name__ == "__main__":

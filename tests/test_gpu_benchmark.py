@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -39,19 +40,37 @@ def test_what_there_is_no_time_for_is_named(gpu: ModuleType) -> None:
     assert gpu.table(cells).count("no time was left") == len(cells)
 
 
-def test_a_failing_peer_has_a_reason_and_a_failing_step_of_ours_has_none(
-    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
+def test_a_failing_step_has_a_reason_and_the_script_fails_if_it_is_ours(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """What else was measured is kept."""
+
     def fail(*_: object) -> None:
         raise RuntimeError("it broke")
 
-    case = gpu.cases(toy=True)[2]
-    for kind in ("FastDP", "dpnlu"):
-        monkeypatch.setitem(gpu.KINDS, kind, fail)
-    cell = gpu.measure(case, "float32", "FastDP", "cpu", gpu.TOY_PACE)
-    assert (cell.step_ms, cell.reason) == (None, "RuntimeError: it broke")
-    with pytest.raises(RuntimeError, match="it broke"):
-        gpu.measure(case, "float32", "dpnlu", "cpu", gpu.TOY_PACE)
+    recurrent = gpu.cases(toy=True)[2:]
+    monkeypatch.setattr(gpu, "cases", lambda *, toy: recurrent)
+    for kind, status in (("FastDP", None), ("dpnlu", "a step of ours failed; see above")):
+        with monkeypatch.context() as patch:
+            patch.setitem(gpu.KINDS, kind, fail)
+            arguments = ["--device", "cpu", "--toy", "--out", str(tmp_path), "--kinds", kind]
+            patch.setattr(sys, "argv", ["gpu.py", *arguments])
+            assert _status(gpu.main) == status
+        (kept,) = tmp_path.glob("*.json")
+        rows = json.loads(kept.read_text(encoding="utf-8"))["rows"]
+        assert sorted(row["kind"] for row in rows) == sorted(["ordinary", kind] * 2)
+        for row in rows:
+            failed = row["kind"] == kind
+            assert (row["step_ms"] is None) == failed
+            assert row["reason"] == ("RuntimeError: it broke" if failed else "")
+
+
+def _status(main: Callable[[], None]) -> object:
+    try:
+        main()
+    except SystemExit as end:
+        return end.code
+    return None
 
 
 def test_ratios_are_to_the_ordinary_step_of_the_same_row(gpu: ModuleType) -> None:
@@ -70,11 +89,25 @@ def test_ratios_are_to_the_ordinary_step_of_the_same_row(gpu: ModuleType) -> Non
     assert "| a | bfloat16 | dpnlu | 3.00 | 1.00 – 2.00 | **1.50** | – |" in printed
 
 
-def test_on_a_gpu_recurrent_layers_are_timed_without_cudnn_too(gpu: ModuleType) -> None:
+def test_on_a_gpu_recurrent_layers_are_timed_without_cudnn_and_others_compiled(
+    gpu: ModuleType,
+) -> None:
     first, _, recurrent = gpu.cases(toy=True)
-    assert "no cuDNN" in gpu.kinds_of(recurrent, "cuda:1")
-    assert "no cuDNN" not in gpu.kinds_of(first, "cuda:1")
-    assert "no cuDNN" not in gpu.kinds_of(recurrent, "cpu")
+    more = {"no cuDNN", *gpu.COMPILED}
+    assert more & set(gpu.kinds_of(recurrent, "cuda:1")) == {"no cuDNN"}
+    assert more & set(gpu.kinds_of(first, "cuda:1")) == set(gpu.COMPILED)
+    assert not more & set(gpu.kinds_of(recurrent, "cpu"))
+    assert not more & set(gpu.kinds_of(first, "cpu"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_compiled_steps_can_be_timed(gpu: ModuleType, precision: str) -> None:
+    case = gpu.cases(toy=True)[1]
+    for kind in gpu.COMPILED:
+        cell = gpu.measure(case, precision, kind, "cpu", gpu.TOY_PACE)
+        assert cell.step_ms is not None and not cell.reason, cell.reason
 
 
 @pytest.mark.slow

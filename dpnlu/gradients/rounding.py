@@ -18,6 +18,14 @@ from torch import Tensor
 # Long sums of squares are computed in blocks of so many terms, which keeps the bounds small.
 _BLOCK = 1024
 
+# The older setting for products without shortcuts, and where the newer one is, from torch 2.9 on.
+_EXACT = "highest"
+_NEWER: list[Any] = [
+    backend.matmul
+    for backend in (torch.backends.cuda, torch.backends.mkldnn)
+    if hasattr(getattr(backend, "matmul", None), "fp32_precision")
+]
+
 # A margin on the bounds, as what they are multiplied with is itself rounded.
 _MARGIN = 1.02
 
@@ -81,26 +89,35 @@ def full_precision(device: torch.device) -> Iterator[None]:
     with ExitStack() as stack:
         for kind in {"cpu", device.type}:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        for backend in (torch.backends.cuda, torch.backends.mkldnn):
-            stack.enter_context(_ieee(getattr(backend, "matmul", None)))
+        stack.enter_context(_ieee_products())
         yield
 
 
 @contextmanager
-def _ieee(matmul: Any) -> Iterator[None]:
-    """Switch off a library's shortcuts for products; torch before 2.9 has them for CUDA alone."""
-    name, exact = "fp32_precision", "ieee"
-    if not hasattr(matmul, name):
-        name, exact = "allow_tf32", False  # type: ignore[assignment]
-    if not hasattr(matmul, name):
-        yield
-        return
-    before = getattr(matmul, name)
-    if before == exact:
-        yield
-        return
-    setattr(matmul, name, exact)
+def _ieee_products() -> Iterator[None]:
+    """Switch off the libraries' shortcuts for products.
+
+    Since torch 2.9 there are two settings, and where they disagree the older one cannot be read,
+    which compiled programs do. So both are changed, unless somebody set the newer one alone.
+    """
     try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:  # they disagree already
+        older = _EXACT
+    newer = [(place, place.fp32_precision) for place in _NEWER]
+    try:
+        if older != _EXACT:
+            torch.set_float32_matmul_precision(_EXACT)
+        for place, _ in newer:
+            _set_precision(place, "ieee")
         yield
     finally:
-        setattr(matmul, name, before)
+        if older != _EXACT:
+            torch.set_float32_matmul_precision(older)
+        for place, before in newer:
+            _set_precision(place, before)
+
+
+def _set_precision(place: Any, precision: str) -> None:
+    if place.fp32_precision != precision:
+        place.fp32_precision = precision

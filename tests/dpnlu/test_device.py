@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dpnlu.cli.main import main
 from dpnlu.compare.reading import read_signals
+from dpnlu.gradients.rounding import full_precision
 from dpnlu.mechanism import noise
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.noise import entropy_generator, entropy_generators, fill_gaussian
@@ -270,7 +271,13 @@ def _plan(engine: str, **changes: Any) -> PrivacyPlan:
 
 
 def _trained(
-    model: nn.Module, engine: str, device: str, *, autocast: bool = False, **changes: Any
+    model: nn.Module,
+    engine: str,
+    device: str,
+    *,
+    autocast: bool = False,
+    compiles: bool = False,
+    **changes: Any,
 ) -> list[Tensor]:
     """The weights after a short private training on the device that the model is on."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -289,9 +296,9 @@ def _trained(
         engine=engine,
         sampling_rng=np.random.default_rng(0),
     ) as private:
-        step = private.stepper(losses_of)
-        for batch in private.loader(DATA, physical_batch_size=2):
-            step(batch)
+        step = private.compile(losses_of) if compiles else private.stepper(losses_of)
+        for batch in private.loader(DATA, physical_batch_size=2, fixed_size=compiles):
+            step([values.to(device) for values in batch] if compiles else batch)
         assert private.steps_taken == 3 and len(private.ledger) == 3
     return _weights(model)
 
@@ -398,7 +405,7 @@ def test_a_model_there_is_read_and_measured_like_one_here(make: Callable[[], Cla
         found = _read(made)
     for name, values in found.items():
         if isinstance(values, np.ndarray):
-            np.testing.assert_allclose(values, expected[name], rtol=1e-6)
+            np.testing.assert_allclose(values, expected[name], rtol=1e-6, atol=1e-6)
         else:
             assert values == expected[name]
 
@@ -442,6 +449,37 @@ class TestGPU:
         found = _trained(
             _network("dense").cuda(), engine, "cuda", autocast=True, noise_multiplier=0.0
         )
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one.cpu(), other, rtol=0.05, atol=0.02)
+
+    @pytest.mark.parametrize("kind", ["dense", "LSTM"])
+    def test_tf32_asked_for_by_the_user_leaves_norms_exact(self, kind: str) -> None:
+        expected = _trained(_network(kind), "book_keeping", "cpu", noise_multiplier=0.0)
+        torch.set_float32_matmul_precision("high")
+        try:
+            one = torch.full((64, 64), 1 + 2**-12, device="cuda")
+            with full_precision(one.device):
+                assert torch.equal(one @ torch.eye(64, device="cuda"), one)
+            network = _network(kind).cuda()
+            found = _trained(network, "book_keeping", "cuda", noise_multiplier=0.0)
+            assert torch.get_float32_matmul_precision() == "high"
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one.cpu(), other, rtol=0.05, atol=0.02)
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
+    @pytest.mark.parametrize("precision", ["highest", "high"])
+    def test_compiled_steps_end_where_others_do_on_the_cpu(self, precision: str) -> None:
+        expected = _trained(_network("dense"), "book_keeping", "cpu", noise_multiplier=0.0)
+        torch.set_float32_matmul_precision(precision)
+        try:
+            found = _trained(
+                _network("dense").cuda(), "book_keeping", "cuda", compiles=True, noise_multiplier=0
+            )
+        finally:
+            torch.set_float32_matmul_precision("highest")
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one.cpu(), other, rtol=0.05, atol=0.02)
 

@@ -87,3 +87,44 @@ def test_products_are_computed_in_full():
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+CUDA, MKLDNN = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+LOWERED = {
+    "default": lambda: None,
+    "older": lambda: setattr(CUDA, "allow_tf32", True),
+    "high": lambda: torch.set_float32_matmul_precision("high"),
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "newer": lambda: setattr(CUDA, "fp32_precision", "tf32"),
+    "newer, of the CPU": lambda: setattr(MKLDNN, "fp32_precision", "bf16"),
+}
+
+
+@pytest.mark.parametrize("lower", LOWERED.values(), ids=LOWERED)
+def test_both_settings_of_precision_agree_meanwhile_and_come_back(lower):
+    """Where they disagree torch refuses to read the older one, as its compiler does."""
+
+    def settings():
+        found = []
+        for read in (torch._C._get_cublas_allow_tf32, torch.get_float32_matmul_precision):
+            try:
+                found.append(read())
+            except RuntimeError:
+                found.append("they disagree")
+        return [*found, CUDA.fp32_precision, MKLDNN.fp32_precision]
+
+    unchanged = settings()
+    try:
+        lower()
+        before = settings()
+        for device in ("cuda", "cpu"):
+            with full_precision(torch.device(device)):
+                assert settings() == [False, "highest", "ieee", "ieee"]
+            assert settings() == before
+            with pytest.raises(ZeroDivisionError), full_precision(torch.device(device)):
+                raise ZeroDivisionError
+            assert settings() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        CUDA.fp32_precision, MKLDNN.fp32_precision = unchanged[2:]
+    assert settings() == unchanged
