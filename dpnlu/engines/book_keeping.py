@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -15,17 +15,12 @@ from dpnlu.engines.batches import detached, leaves_of
 from dpnlu.engines.checks import Checks, own_generator
 from dpnlu.engines.clipped import Parts, clip_gradients, gradient_norms
 from dpnlu.engines.coverage import check_seen
+from dpnlu.engines.inspection import Comparison, Sketch, all_pieces, compare, sketch
 from dpnlu.engines.outcome import ClipOutcome, OpenUnit
 from dpnlu.engines.plain import nothing_accumulated
 from dpnlu.engines.refusals import check_batch_size, check_losses, check_visible
-from dpnlu.engines.separation import (
-    do_rows_agree,
-    find_layouts,
-)
-from dpnlu.engines.verification import (
-    Evidence,
-    gather,
-)
+from dpnlu.engines.separation import Separated, do_rows_agree, layouts_of, separate
+from dpnlu.engines.verification import Evidence, gather, scales
 from dpnlu.gradients.calls import Call
 from dpnlu.gradients.forms import SquaredNorms
 from dpnlu.gradients.layout import Layout
@@ -129,15 +124,8 @@ class BookKeeping:
             if self.checks is not None and not signature.may_choose_rows:
                 known = self.checks.layouts(signature, batch)
             with self._tape.during_backward():
-                arrived = trace.backward(losses, retain_graph=known is None)
-                layouts = known or find_layouts(
-                    trace,
-                    losses,
-                    arrived,
-                    trace.expected_layouts(arrived, batch),
-                    chooses_rows=True,
-                    generator=self._generator,
-                )
+                layouts = known or layouts_of(self._separated(losses, None, True))
+                arrived = trace.backward(losses)
                 return self._parts(arrived, layouts, losses)[1].values.sqrt()
         finally:
             self._tape.clear()
@@ -183,18 +171,19 @@ class BookKeeping:
         """The gradients that the tape saw, with their norms."""
         trace = self._tape.trace
         arrived = trace.backward(losses)
-        return self._parts(arrived, trace.usual_layouts(arrived, len(losses)), losses)
+        return self._parts(arrived, trace.usual_layouts(len(losses), arrived), losses)
 
     def evidence(self, losses: Tensor, weights: Tensor, draws: Tensor) -> tuple[Tensor, Evidence]:
         """Whether examples keep apart where they usually lie, (), and what `gather` finds; nothing
         looks at a value."""
         trace = self._tape.trace
         arrived = trace.backward(losses, retain_graph=True)
-        layouts = trace.usual_layouts(arrived, len(losses))
+        layouts = trace.usual_layouts(len(losses), arrived)
         agree = do_rows_agree(trace, losses, arrived, layouts, weights)
         parts, norms = self._parts(arrived, layouts, losses)
-        bound = self._plan.max_grad_norm
-        return agree, gather(parts, norms, losses, draws, arrived=arrived, bound=bound)
+        every = Separated(list(range(len(layouts))), arrived, layouts)
+        compared = self._compared(losses, draws, sketch(trace, losses, [every]))
+        return agree, gather(parts, norms, losses, draws, compared)
 
     def signature_of(self, losses: Tensor) -> Signature:
         """What was done in the forward pass that led to the losses, all of which was seen.
@@ -225,32 +214,44 @@ class BookKeeping:
             signature, chooses_rows=signature.chooses_rows, is_doubtful=signature.is_doubtful
         )
         check_rows = check_rows and batch > 1
-        with nothing_accumulated(list(self.names)):
-            arrived = trace.backward(losses, retain_graph=check_rows or check_parameters)
-        self.coarsest = max((torch.finfo(g.dtype).eps for g in arrived if g is not None), default=0)
         known = self.checks.layouts(signature, batch)
-        if check_rows:
-            layouts = find_layouts(
-                trace,
-                losses,
-                arrived,
-                known or trace.expected_layouts(arrived, batch),
-                chooses_rows=signature.may_choose_rows,
-                generator=self._generator,
-            )
-        else:
-            layouts = known or trace.usual_layouts(arrived, batch)
+        comparison = None
+        with nothing_accumulated(list(self.names)):
+            if check_rows or check_parameters:
+                pieces = (
+                    self._separated(losses, known, signature.may_choose_rows)
+                    if check_rows
+                    else all_pieces(trace, losses, known or trace.usual_layouts(batch))
+                )
+                seen = sketch(trace, losses, pieces)
+                known = seen.in_order
+                if check_parameters:
+                    draws = torch.rand(batch, generator=self._generator).to(losses)
+                    comparison = self._compared(losses, draws, seen)
+            arrived = trace.backward(losses)
+        self.coarsest = trace.coarsest
+        layouts = known or trace.usual_layouts(batch, arrived)
         parts, norms = self._parts(arrived, layouts, losses)
         if check_rows and bool(torch.isfinite(norms.values).all()):
             self.checks.show_rows(signature, layouts)
-        if check_parameters:
-            draws = torch.rand(batch, generator=self._generator).to(losses)
-            evidence = gather(
-                parts, norms, losses, draws, arrived=arrived, bound=self._plan.max_grad_norm
-            )
+        if comparison is not None:
+            evidence = gather(parts, norms, losses, draws, comparison)
             if evidence.proves(list(self.names.values())):
                 self.checks.show_parameters(signature)
         return parts, norms
+
+    def _separated(
+        self, losses: Tensor, known: list[Layout] | None, chooses_rows: bool
+    ) -> Iterator[Separated]:
+        trace = self._tape.trace
+        expected = known or trace.expected_layouts(len(losses))
+        return separate(
+            trace, losses, expected, chooses_rows=chooses_rows, generator=self._generator
+        )
+
+    def _compared(self, losses: Tensor, draws: Tensor, seen: Sketch) -> Comparison:
+        weights = scales(seen.squares, draws, bound=self._plan.max_grad_norm)
+        return compare(self._tape.trace, losses, weights, seen, list(self.names))
 
     def _parts(
         self,

@@ -9,7 +9,8 @@ another that is smaller than their rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,9 +39,19 @@ def draw_weights(losses: Tensor, *, narrow: bool, generator: torch.Generator) ->
     return torch.exp2((order * apart).to(losses))
 
 
-def _is_narrow(losses: Tensor, arrived: Sequence[Tensor | None]) -> bool:
-    kinds = {losses.dtype} | {gradient.dtype for gradient in arrived if gradient is not None}
-    return torch.float16 in kinds
+@dataclass(frozen=True)
+class Separated:
+    """What arrives at some places, with the examples apart.
+
+    Attributes:
+        piece: the numbers of the places.
+        arrived: by a backward pass from the losses; None: nothing.
+        layouts: where the examples lie.
+    """
+
+    piece: list[int]
+    arrived: list[Tensor | None]
+    layouts: list[Layout]
 
 
 def do_rows_agree(
@@ -92,44 +103,79 @@ def _agree(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
     return (difference <= lost).all(1)
 
 
-def find_layouts(
+def separate(
     trace: Trace,
     losses: Tensor,
-    arrived: Sequence[Tensor | None],
-    layouts: Sequence[Layout | None],
+    expected: Sequence[Layout | None],
     *,
     chooses_rows: bool,
     generator: torch.Generator,
-) -> list[Layout]:
-    """Where the examples truly lie at each place; the graph of the losses stays.
+) -> Iterator[Separated]:
+    """Find where the examples truly lie at each place, piece by piece; the graph of the losses
+    stays.
 
     Args:
-        arrived: what a backward pass from `losses` (B,), B >= 2, brought to each place.
-        layouts: where they are expected; None: nowhere.
+        losses: (B,), B >= 2.
+        expected: where they are expected at each place; None: nowhere.
         chooses_rows: rows were chosen by their values, which the message says.
         generator: of weights.
 
     Raises:
         UnsupportedLayerError: examples mix.
     """
-    narrow = _is_narrow(losses, arrived)
+    places = trace.places
+    narrow = torch.float16 in {losses.dtype, *(place.dtype for place in places)}
     weights = draw_weights(losses, narrow=narrow, generator=generator)
-    again = trace.backward(losses * weights, retain_graph=True)
-    usual = [layout for layout in layouts if layout is not None]
-    if len(usual) == len(layouts) and bool(_all_agree(arrived, again, usual, weights)):
-        return usual
-    places, batch = trace.places, len(losses)
-    tried = [[layout, *place.layouts(batch)] for layout, place in zip(layouts, places, strict=True)]
-    found = [_fitting(*each, weights) for each in zip(arrived, again, tried, strict=True)]
-    unknown = [number for number, layout in enumerate(found) if layout is None]
-    owned = _owners(trace, losses, arrived, unknown, narrow=narrow)
-    for number, layout in owned.items():
-        found[number] = _fitting(arrived[number], again[number], [layout], weights)
-    known = [layout for layout in found if layout is not None]
-    if len(known) == len(found):
-        return known
-    number = max(number for number in unknown if found[number] is None)
-    raise UnsupportedLayerError(_mixing(trace, losses, number, chooses_rows=chooses_rows))
+    mixed: list[tuple[int, Tensor, Tensor]] = []
+    for piece in trace.pieces():
+        first = trace.backward(losses, piece=piece, retain_graph=True)
+        second = trace.backward(losses * weights, piece=piece, retain_graph=True)
+        layouts = _fitting_layouts(trace, piece, first, second, expected, weights)
+        found = Separated([], [], [])
+        for number, one, other, layout in zip(piece, first, second, layouts, strict=True):
+            if layout is not None:
+                found.piece.append(number)
+                found.arrived.append(one)
+                found.layouts.append(layout)
+            elif one is not None and other is not None:
+                mixed.append((number, one, other))
+        del first, second
+        yield found
+    if not mixed:
+        return
+    numbers, arrived = [number for number, *_ in mixed], [first for _, first, _ in mixed]
+    owned = _owners(trace, losses, arrived, numbers, narrow=narrow)
+    for number, one, other in reversed(mixed):
+        owner = owned.get(number)
+        if owner is None or not bool(rows_agree(one, other, owner, weights).all()):
+            raise UnsupportedLayerError(_mixing(trace, losses, number, chooses_rows=chooses_rows))
+    yield Separated(numbers, list(arrived), [owned[number] for number in numbers])
+
+
+def layouts_of(pieces: Iterable[Separated]) -> list[Layout]:
+    """The layouts at all places, in order."""
+    found: dict[int, Layout] = {}
+    for some in pieces:
+        found |= zip(some.piece, some.layouts, strict=True)
+    return [found[number] for number in sorted(found)]
+
+
+def _fitting_layouts(
+    trace: Trace,
+    piece: Sequence[int],
+    first: Sequence[Tensor | None],
+    second: Sequence[Tensor | None],
+    expected: Sequence[Layout | None],
+    weights: Tensor,
+) -> list[Layout | None]:
+    """The layouts at the places of a piece; None where none fits."""
+    here = [expected[number] for number in piece]
+    usual = [layout for layout in here if layout is not None]
+    if len(usual) == len(here) and bool(_all_agree(first, second, usual, weights)):
+        return here
+    places = trace.places
+    tried = [[expected[number], *places[number].layouts(len(weights))] for number in piece]
+    return [_fitting(*each, weights) for each in zip(first, second, tried, strict=True)]
 
 
 def _fitting(
@@ -149,7 +195,7 @@ def _fitting(
 def _owners(
     trace: Trace,
     losses: Tensor,
-    arrived: Sequence[Tensor | None],
+    arrived: Sequence[Tensor],
     unknown: Sequence[int],
     *,
     narrow: bool,
@@ -157,27 +203,29 @@ def _owners(
     """Whose each row is at the places `unknown`, where every row is somebody's.
 
     The weights of the examples spell their numbers, digit by digit.
+
+    Args:
+        arrived: at these places.
     """
-    if not unknown:
-        return {}
+    firsts = dict(zip(unknown, arrived, strict=True))
     batch, places = len(losses), trace.places
     base = _FEW_EXPONENTS if narrow else _EXPONENTS // 2
     owners: dict[tuple[int, int], Tensor] = {}
     for power in _powers(base, batch):
         digits = torch.arange(batch, device=losses.device) // power % base
-        again = trace.backward(losses * torch.exp2(digits.to(losses)), retain_graph=True)
+        weighted = losses * torch.exp2(digits.to(losses))
+        again = trace.backward(weighted, piece=unknown, retain_graph=True)
+        seconds = dict(zip(unknown, again, strict=True))
         for number, dim in [(place, dim) for place in unknown for dim in places[place].dims]:
-            first, second = arrived[number], again[number]
-            if first is not None and second is not None and dim < first.dim():
+            first, second = firsts[number], seconds[number]
+            if second is not None and dim < first.dim():
                 digit = _digits(_as_rows(first, dim), _as_rows(second, dim), base)
                 known = owners.get((number, dim), torch.zeros_like(digit))
                 spelt = known + digit * power
                 owners[number, dim] = torch.where((digit < 0) | (known < 0), -2, spelt)
     found: dict[int, Layout] = {}
     for (number, dim), owner in owners.items():
-        first = arrived[number]
-        assert first is not None
-        owner = torch.where(_as_rows(first, dim).any(1), owner, -1)
+        owner = torch.where(_as_rows(firsts[number], dim).any(1), owner, -1)
         if number not in found and bool(((owner >= -1) & (owner < batch)).all()):
             found[number] = Layout(batch, dim, owners=owner)
     return found

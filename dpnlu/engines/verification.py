@@ -16,14 +16,11 @@ import torch
 from torch import Tensor
 
 from dpnlu.engines.clipped import Parts, weighted_sum
+from dpnlu.engines.inspection import TOLERANCE, Comparison
 from dpnlu.gradients.errors import UnsupportedLayerError
-from dpnlu.gradients.forms import Gradients, SquaredNorms
-from dpnlu.gradients.rounding import full_precision, growth
-from dpnlu.gradients.trace import back_propagate
+from dpnlu.gradients.forms import SquaredNorms
+from dpnlu.gradients.rounding import full_precision
 
-# Error of a sum of gradients that passes as rounding inside an operation, relative to the sum of
-# the norms of all its terms.
-_TOLERANCE = 1e-4
 # How many examples have their norms compared.
 _NORMS = 3
 
@@ -83,41 +80,40 @@ class Evidence:
         return True
 
 
+def scales(squares: Tensor, draws: Tensor, *, bound: float) -> Tensor:
+    """(B,) random signs times powers of two, with which all examples count alike.
+
+    Args:
+        squares: (B,) squared norms of the examples' gradients, roughly.
+        draws: (B,) random numbers in (0, 1).
+        bound: shorter gradients count as if they were so long.
+    """
+    lengths = squares.detach().sqrt().clamp(min=bound)
+    signs = torch.where(draws < 0.5, -1.0, 1.0)
+    return (signs * torch.exp2(-torch.log2(lengths).round())).to(draws)
+
+
 def gather(
     parts: Parts,
     norms: SquaredNorms,
     losses: Tensor,
     draws: Tensor,
-    *,
-    arrived: Sequence[Tensor | None],
-    bound: float,
+    comparison: Comparison,
 ) -> Evidence:
-    """Compare with plain automatic differentiation, which needs the graph of the losses and frees
-    it.
+    """What the comparison with plain automatic differentiation shows.
 
     Nothing here looks at a value, so that it can be traced.
 
     Args:
         parts: the per-example gradients of all parameters, and `norms` theirs.
         losses: (B,), B >= 1.
-        draws: (B,) random numbers in (0, 1), for the signs of weights and for the examples whose
-            norms are compared.
-        arrived: what the gradients were made of.
-        bound: on the norm of an example's gradient; longer ones count as if they were so long.
+        draws: (B,) random numbers in (0, 1), for the examples whose norms are compared.
+        comparison: of the gradients of a weighted sum.
     """
-    lengths = norms.values.detach().sqrt().clamp(min=bound)
-    signs = torch.where(draws < 0.5, -1.0, 1.0)
-    weights = (signs * torch.exp2(-torch.log2(lengths).round())).to(losses)
-    expected = back_propagate((losses * weights).sum(), list(parts), retain_graph=False)
-    coarsest = max((torch.finfo(g.dtype).eps for g in arrived if g is not None), default=0.0)
-    errors, tolerances = [], []
     with full_precision(losses.device):
         # What cancels inside one parameter's gradient is of the size of others'.
-        lost = 1e3 * torch.finfo(losses.dtype).eps + 4 * coarsest
-        size = lost * (weights.abs() * norms.values.sqrt()).sum()
-        for (parameter, uses), right in zip(parts.items(), expected, strict=True):
-            errors.append(_distance(weighted_sum(uses, weights, parameter), right))
-            tolerances.append(size + _tolerance(uses, weights, errors[-1], coarsest))
+        lost = 1e3 * torch.finfo(losses.dtype).eps + 4 * comparison.coarsest
+        size = lost * (comparison.weights.abs() * norms.values.sqrt()).sum()
         counts = torch.isfinite(norms.values) & (norms.values > 0)
         chosen = torch.where(counts, 2 * draws % 1, 0).topk(min(_NORMS, len(losses))).indices
         written_out = [
@@ -125,10 +121,10 @@ def gather(
         ]
     return Evidence(
         is_finite=torch.isfinite(norms.values).all() & torch.isfinite(losses).all(),
-        errors=torch.stack(errors),
-        tolerances=torch.stack(tolerances),
+        errors=comparison.errors,
+        tolerances=comparison.tolerances + size,
         norms=norms.values[chosen],
-        slack=norms.slack[chosen] + _TOLERANCE * norms.values[chosen],
+        slack=norms.slack[chosen] + TOLERANCE * norms.values[chosen],
         written_out=torch.stack(written_out),
     )
 
@@ -144,21 +140,3 @@ def _square(parts: Parts, one: Tensor) -> Tensor:
 
 def _weight_dtype(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
-
-
-def _distance(found: Tensor, expected: Tensor | None) -> Tensor:
-    distance: Tensor = (found if expected is None else found.sub_(expected)).norm()
-    return distance
-
-
-def _tolerance(uses: Sequence[Gradients], weights: Tensor, like: Tensor, coarsest: float) -> Tensor:
-    """() what rounding may do to a parameter's gradient.
-
-    Args:
-        coarsest: distance from 1 to the next number, of the coarsest gradients that were used.
-    """
-    total = like.new_zeros(())
-    for use in uses:
-        share = _TOLERANCE + growth(len(weights) * (use.terms + 1), like.dtype) + 4 * coarsest
-        total = total + share * (weights.abs() * use.sizes()).sum()
-    return total

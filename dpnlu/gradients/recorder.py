@@ -79,6 +79,7 @@ class Recorder:
             strides=strides,
             dims=range(max(1, output.dim() - 1)) if dims is None else dims,
             module=self.module,
+            dtype=output.dtype,
         )
         self.trace.records.append(Record(place, rule))
 
@@ -103,7 +104,11 @@ class Recorder:
         """
         self.is_checkpointed |= is_inside_checkpoint()
         place = Place(
-            edge=get_gradient_edge(stand_in), shape=stand_in.shape, dims=dims, module=self.module
+            edge=get_gradient_edge(stand_in),
+            shape=stand_in.shape,
+            dims=dims,
+            module=self.module,
+            dtype=stand_in.dtype,
         )
         self.trace.entry_points.append(
             EntryPoint(

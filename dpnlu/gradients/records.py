@@ -43,6 +43,7 @@ class Place:
         shape: shape of the gradient.
         dims: the dimensions that may hold the examples, the likeliest first.
         module: name of the module that ran.
+        dtype: of the gradient.
         strides: strides of the gradient in what arrives, if that has another shape; None: it has
             not.
     """
@@ -51,7 +52,13 @@ class Place:
     shape: torch.Size
     dims: Sequence[int]
     module: str
+    dtype: torch.dtype
     strides: tuple[int, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the gradient."""
+        return self.shape.numel() * self.dtype.itemsize
 
     def seen(self, gradient: Tensor) -> Tensor:
         """What arrives at the edge, in the shape of this place."""

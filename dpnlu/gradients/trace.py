@@ -18,6 +18,10 @@ from dpnlu.gradients.layout import Layout, full_precision
 from dpnlu.gradients.nodes import Nodes
 from dpnlu.gradients.records import EntryPoint, Lookup, Place, Product, Record
 
+# Where gradients at all places at once take too much memory, they are found in at most so many
+# pieces of about equal size, but of at least so many bytes.
+_PIECES, _PIECE = 4, 2**23
+
 
 @dataclass
 class Trace:
@@ -45,61 +49,110 @@ class Trace:
         uses: list[Record | EntryPoint] = [*self.records, *self.entry_points]
         return [use.place for use in uses]
 
-    def backward(self, losses: Tensor, *, retain_graph: bool = False) -> list[Tensor | None]:
+    def backward(
+        self,
+        losses: Tensor,
+        *,
+        piece: Sequence[int] | None = None,
+        parameters: Sequence[Tensor] = (),
+        retain_graph: bool = False,
+    ) -> list[Tensor | None]:
         """Back-propagate the sum of `losses` (B,) once.
 
+        Args:
+            piece: the numbers of some of `places`; None: all.
+            parameters: whose own gradients are wanted, too.
+
         Returns:
-            What arrives at each of `places`; None where nothing does.
+            What arrives at each of these places, then the parameters' gradients; None where nothing
+            does.
         """
         places = self.places
-        if not places or not len(losses):
-            return [None] * len(places)
-        edges = [place.edge for place in places]
-        found = back_propagate(losses.sum(), edges, retain_graph=retain_graph)
-        return [
-            None if gradient is None else place.seen(gradient)
-            for gradient, place in zip(found, places, strict=True)
-        ]
+        if piece is not None:
+            places = [places[number] for number in piece]
+        inputs = [*(place.edge for place in places), *parameters]
+        if not inputs or not len(losses):
+            return [None] * len(inputs)
+        found = list(back_propagate(losses.sum(), inputs, retain_graph=retain_graph))
+        for number, place in enumerate(places):
+            gradient = found[number]
+            found[number] = None if gradient is None else place.seen(gradient)
+        return found
 
-    def usual_layouts(self, arrived: Sequence[Tensor | None], batch: int) -> list[Layout]:
-        """Where the examples lie at each place, unless it is known otherwise.
+    def pieces(self) -> list[list[int]]:
+        """The numbers of `places`, in pieces whose gradients take little memory beside all of them;
+        the places of a small model are one piece."""
+        sizes = [place.nbytes for place in self.places]
+        most = max(_PIECE, sum(sizes) / _PIECES)
+        pieces: list[list[int]] = [[]]
+        total = 0
+        for number, size in enumerate(sizes):
+            if pieces[-1] and total + size > most:
+                pieces.append([])
+                total = 0
+            pieces[-1].append(number)
+            total += size
+        return pieces
+
+    @property
+    def coarsest(self) -> float:
+        """Distance from 1 to the next number, of the coarsest gradients at the places."""
+        return max((torch.finfo(place.dtype).eps for place in self.places), default=0.0)
+
+    def usual_layouts(
+        self, batch: int, arrived: Sequence[Tensor | None] | None = None
+    ) -> list[Layout]:
+        """Where the examples lie at each of `places`, unless it is known otherwise.
+
+        Args:
+            arrived: where this is None it does not matter.
 
         Raises:
             UnsupportedLayerError: there is a place where no dimension can hold them.
         """
+        places = self.places
         return [
             Layout(batch, place.dims[0]) if gradient is None else place.usual_layout(batch)
-            for place, gradient in zip(self.places, arrived, strict=True)
+            for place, gradient in zip(places, arrived or places, strict=True)
         ]
 
-    def expected_layouts(self, arrived: Sequence[Tensor | None], batch: int) -> list[Layout | None]:
+    def expected_layouts(self, batch: int) -> list[Layout | None]:
         """The usual layouts, None where no dimension can hold the examples."""
-        return [
-            Layout(batch, place.dims[0]) if gradient is None else next(place.layouts(batch), None)
-            for place, gradient in zip(self.places, arrived, strict=True)
-        ]
+        return [next(place.layouts(batch), None) for place in self.places]
 
     def gradients(
-        self, arrived: Sequence[Tensor | None], layouts: Sequence[Layout]
+        self,
+        arrived: Sequence[Tensor | None],
+        layouts: Sequence[Layout],
+        *,
+        piece: Sequence[int] | None = None,
     ) -> dict[Tensor, list[Gradients]]:
         """The per-example gradients, from what arrived at each of `places`.
+
+        Args:
+            piece: the numbers of the places, if these are not all; what the others add is left out.
 
         Returns:
             Parameter -> its uses, whose gradients add up. A parameter on which the losses do not
             depend is absent.
         """
-        count = len(self.records)
+        numbers = range(len(self.records) + len(self.entry_points)) if piece is None else piece
         pairs: list[tuple[Tensor, Gradients]] = []
-        for record, gradient, layout in zip(self.records, arrived, layouts, strict=False):
+        for number, gradient, layout in zip(numbers, arrived, layouts, strict=True):
             if gradient is not None:
-                with naming_refusals(record.place.module):
-                    pairs += record.rule(gradient, layout)
-        for entry_point, gradient, layout in zip(
-            self.entry_points, arrived[count:], layouts[count:], strict=True
-        ):
-            if gradient is not None:
-                pairs.append(self._at_entry(entry_point, gradient, layout))
+                pairs += self._at(number, gradient, layout)
         return self._by_parameter(pairs)
+
+    def _at(
+        self, number: int, gradient: Tensor, layout: Layout
+    ) -> Iterable[tuple[Tensor, Gradients]]:
+        """The per-example gradients from what arrived at one of `places`."""
+        if number >= len(self.records):
+            entry_point = self.entry_points[number - len(self.records)]
+            return [self._at_entry(entry_point, gradient, layout)]
+        record = self.records[number]
+        with naming_refusals(record.place.module):
+            return list(record.rule(gradient, layout))
 
     def _at_entry(
         self, entry_point: EntryPoint, gradient: Tensor, layout: Layout

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dpnlu.engines import ENGINES
 from dpnlu.engines.outcome import OpenUnit
-from dpnlu.engines.separation import find_layouts
+from dpnlu.engines.separation import layouts_of, separate
 from dpnlu.gradients.forms import Gradients, GramCache
 from dpnlu.gradients.rules import OPERATIONS
 from dpnlu.gradients.tape import Tape
@@ -73,11 +73,11 @@ def _taped_gradients(tape: Tape, losses: Tensor) -> dict[Tensor, list[Gradients]
     trace, batch = tape.trace, len(losses)
     with tape.during_backward():
         arrived = trace.backward(losses, retain_graph=True)
-        layouts = trace.expected_layouts(arrived, batch)
+        layouts = trace.expected_layouts(batch)
         if batch > 1:
             generator = torch.Generator().manual_seed(0)
-            layouts = find_layouts(
-                trace, losses, arrived, layouts, chooses_rows=True, generator=generator
+            layouts = layouts_of(
+                separate(trace, losses, layouts, chooses_rows=True, generator=generator)
             )
         return trace.gradients(arrived, layouts)
 
