@@ -26,6 +26,7 @@ PARTS = {
     "engines": ("gradients", "mechanism"),
     "training": ("mechanism", "engines"),
     "runs": ("nlu", "mechanism", "training"),
+    "integrations": ("mechanism", "training", "runs"),
     "compare": ("accounting", "nlu", "mechanism", "training", "runs"),
     "benchmark": ("gradients", "mechanism", "training", "runs"),
     "cli": ("accounting", "mechanism", "runs", "compare", "benchmark"),
