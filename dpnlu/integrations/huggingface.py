@@ -126,7 +126,8 @@ def privatize_trainer(
     private.__class__ = type(f"Private{kind.__name__}", (_PrivateTrainer, kind), {})
     private.private = TrainerPrivacy(chosen, settings, not_covered=chosen_by)
     private._losses_of, private._staging, private._loss = losses, Staging(), None
-    trainer.add_callback(PrivacyCallback(private.private))
+    # The first, so that all others see the epoch that it sets right.
+    trainer.callback_handler.callbacks.insert(0, PrivacyCallback(private.private))
     return trainer
 
 
