@@ -33,6 +33,7 @@ from dpnlu.integrations.trainer_losses import PerExampleLoss, losses_of_trainer
 from dpnlu.integrations.trainer_plan import check_plan, plan_for_trainer
 from dpnlu.integrations.trainer_privacy import Settings, TrainerPrivacy, has_begun
 from dpnlu.integrations.trainer_support import (
+    check_class,
     check_supported,
     private_arguments,
     replaced,
@@ -100,6 +101,7 @@ def privatize_trainer(
     """
     if isinstance(trainer, _PrivateTrainer):
         raise ValueError("Expected a trainer that is not private, got one that is already.")
+    check_class(trainer)
     check_supported(trainer)
     _check_noise(noise)
     chosen = plan or plan_for_trainer(trainer, target_epsilon, target_delta, max_grad_norm)
@@ -153,6 +155,7 @@ class _PrivateTrainer(Trainer):
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
         """As of the Trainer. After SIGTERM a checkpoint is saved and SystemExit raised."""
+        check_supported(self)  # whatever was set since
         folder = Path(self._get_output_dir(trial))
         resumes = bool(resume_from_checkpoint)
         if resume_from_checkpoint is True:
@@ -248,6 +251,16 @@ class _PrivateTrainer(Trainer):
             self._loss[1] += len(losses)
         self._is_first = False
         return losses
+
+    def hyperparameter_search(self, *arguments: Any, **named: Any) -> Any:
+        """Each trial spends a budget of its own; choosing among them is not accounted."""
+        sentence = (
+            "Settings were chosen among trials by scores on validation data; every trial spends ε "
+            "of its own, so that on private data K trials cost up to K times the ε of one."
+        )
+        warnings.warn(sentence, stacklevel=2)
+        self.private.not_covered.append(sentence)
+        return super().hyperparameter_search(*arguments, **named)
 
     # ---- what must not be seen ---------------------------------------------------------------
 

@@ -29,13 +29,27 @@ class Rule:
     said: str
 
 
+def check_class(trainer: Trainer) -> None:
+    """Whether a trainer of this class, which is not private yet, can be made private.
+
+    Raises:
+        ValueError: it does by itself what private training must do.
+    """
+    _refuse(trainer, REFUSED_CLASSES)
+
+
 def check_supported(trainer: Trainer) -> None:
-    """Whether the trainer can be made private.
+    """Whether a trainer with these arguments, data and model can train privately; to be asked once
+    more when training begins.
 
     Raises:
         ValueError: it has something that cannot.
     """
-    for rule in REFUSED:
+    _refuse(trainer, REFUSED)
+
+
+def _refuse(trainer: Trainer, rules: Sequence[Rule]) -> None:
+    for rule in rules:
         if rule.applies(trainer):
             raise ValueError(rule.said)
 
@@ -95,6 +109,19 @@ def _early_stopping(trainer: Trainer) -> bool:
     return any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks)
 
 
+REFUSED_CLASSES = (
+    Rule(
+        _overrides("training_step", "get_batch_samples", "_inner_training_loop", "_run_epoch"),
+        "Expected a trainer with the training_step of transformers, got one with its own: it would "
+        "not clip; put what it does into compute_loss or a callback.",
+    ),
+    Rule(
+        _overrides("get_train_dataloader"),
+        "Expected a trainer with the get_train_dataloader of transformers, got one with its own: "
+        "its batches would not be Poisson samples; hand over `train_dataset` and `data_collator`.",
+    ),
+)
+
 REFUSED = (
     Rule(
         lambda trainer: trainer.train_dataset is None,
@@ -105,16 +132,6 @@ REFUSED = (
         _has_no_size,
         "Expected a data set with a length and indices, got an iterable one: examples cannot be "
         "drawn from a stream by Poisson sampling; hand over a map-style data set.",
-    ),
-    Rule(
-        _overrides("training_step", "get_batch_samples", "_inner_training_loop", "_run_epoch"),
-        "Expected a trainer with the training_step of transformers, got one with its own: it would "
-        "not clip; put what it does into compute_loss or a callback.",
-    ),
-    Rule(
-        _overrides("get_train_dataloader"),
-        "Expected a trainer with the get_train_dataloader of transformers, got one with its own: "
-        "its batches would not be Poisson samples; hand over `train_dataset` and `data_collator`.",
     ),
     Rule(
         lambda trainer: trainer.args.fp16,
