@@ -33,7 +33,7 @@ from dpnlu.integrations.trainer_losses import PerExampleLoss, losses_of_trainer
 from dpnlu.integrations.trainer_plan import check_plan, plan_for_trainer
 from dpnlu.integrations.trainer_privacy import Settings, TrainerPrivacy, has_begun
 from dpnlu.integrations.trainer_support import (
-    check_class,
+    check_not_begun,
     check_supported,
     private_arguments,
     replaced,
@@ -101,7 +101,7 @@ def privatize_trainer(
     """
     if isinstance(trainer, _PrivateTrainer):
         raise ValueError("Expected a trainer that is not private, got one that is already.")
-    check_class(trainer)
+    check_not_begun(trainer)
     check_supported(trainer)
     _check_noise(noise)
     chosen = plan or plan_for_trainer(trainer, target_epsilon, target_delta, max_grad_norm)
@@ -346,7 +346,8 @@ class _Passes:
 
     def __iter__(self) -> Iterator[DrawnBatch]:
         private = self._trainer.private
-        assert private.training is not None
+        if private.training is None:
+            raise RuntimeError("Expected a training to draw batches for: call trainer.train().")
         dataset, collate = training_data(self._trainer)
         loader = private.training.logical_loader(
             dataset,

@@ -75,18 +75,17 @@ class TrainerPrivacy:
         self.not_covered = list(not_covered)
         self.is_terminated = False
         self._handover: Handover | None = None
-        self._gradients: Mapping[nn.Parameter, Tensor] = {}
-        self._steps_taken = self._non_finite_units = 0
+        self._last: PrivateTraining | None = None
 
     @property
     def steps_taken(self) -> int:
         """Releases that the last or present call of `train` has made."""
-        return self._steps_taken if self.training is None else self.training.steps_taken
+        return 0 if self._last is None else self._last.steps_taken
 
     @property
     def non_finite_units(self) -> int:
         """Examples left out so far because their gradient was not finite. Private."""
-        return self._non_finite_units if self.training is None else self.training.non_finite_units
+        return 0 if self._last is None else self._last.non_finite_units
 
     @property
     def remaining_steps(self) -> int:
@@ -96,7 +95,7 @@ class TrainerPrivacy:
     @property
     def gradients(self) -> Mapping[nn.Parameter, Tensor]:
         """The released sums of the last logical batch; see `PrivateTraining.gradients`."""
-        return self._gradients if self.training is None else self.training.gradients
+        return {} if self._last is None else self._last.gradients
 
     def epsilon(self, *, accountant: str = "pld") -> float:
         """ε spent so far, at the plan's δ, from the ledger; 0 before training."""
@@ -126,7 +125,7 @@ class TrainerPrivacy:
         place = folder / FOLDER
         with ExitStack() as stack:
             stack.enter_context(claimed(place))
-            self.ledger = _ledger(place, self.plan, dataset, resumes=resumes)
+            self.ledger, self._last = _ledger(place, self.plan, dataset, resumes=resumes), None
             stack.callback(self.ledger.close)
             self.plan = self.ledger.plan  # as it was calibrated when training began
             if checkpoint is not None:
@@ -141,7 +140,7 @@ class TrainerPrivacy:
         """Attach to the model; the trainer steps the optimizer."""
         assert self.ledger is not None
         self._handover = Handover(optimizer)
-        self.training = privatize(
+        self.training = self._last = privatize(
             model,
             self._handover,
             self.plan,
@@ -160,9 +159,6 @@ class TrainerPrivacy:
     def _end(self) -> None:
         """Detach from the model."""
         if self.training is not None:
-            self._steps_taken = self.training.steps_taken
-            self._non_finite_units = self.training.non_finite_units
-            self._gradients = self.training.gradients
             self.training.close()
         self.training = self._handover = None
 

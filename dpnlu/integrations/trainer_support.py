@@ -29,13 +29,13 @@ class Rule:
     said: str
 
 
-def check_class(trainer: Trainer) -> None:
-    """Whether a trainer of this class, which is not private yet, can be made private.
+def check_not_begun(trainer: Trainer) -> None:
+    """Whether a trainer that is not private yet can be made private.
 
     Raises:
-        ValueError: it does by itself what private training must do.
+        ValueError: its class does by itself what private training must do, or it has trained.
     """
-    _refuse(trainer, REFUSED_CLASSES)
+    _refuse(trainer, REFUSED_AT_FIRST)
 
 
 def check_supported(trainer: Trainer) -> None:
@@ -109,7 +109,12 @@ def _early_stopping(trainer: Trainer) -> bool:
     return any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks)
 
 
-REFUSED_CLASSES = (
+REFUSED_AT_FIRST = (
+    Rule(
+        lambda trainer: trainer.state.global_step > 0,
+        "Expected a trainer before its training, got one that has trained without privacy: what it "
+        "learnt is in its weights; make a new one from the initial model.",
+    ),
     Rule(
         _overrides("training_step", "get_batch_samples", "_inner_training_loop", "_run_epoch"),
         "Expected a trainer with the training_step of transformers, got one with its own: it would "

@@ -25,6 +25,7 @@ PARTS = {
     "mechanism": ("accounting",),
     "engines": ("gradients", "mechanism"),
     "training": ("mechanism", "engines"),
+    "testing": ("mechanism", "engines", "training"),
     "runs": ("nlu", "mechanism", "training"),
     "integrations": ("mechanism", "training", "runs"),
     "compare": ("accounting", "nlu", "mechanism", "training", "runs"),

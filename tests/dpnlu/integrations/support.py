@@ -234,6 +234,18 @@ def _made_at_the_start(folder: Path) -> Trainer:
     return made
 
 
+def _trained_before(folder: Path) -> Trainer:
+    made = _trainer(folder, max_steps=1)
+    made.train()
+    return made
+
+
+def _without_data(folder: Path) -> Trainer:
+    made = _trainer(folder)
+    made.train_dataset = None
+    return made
+
+
 _EVALUATED = {"named": {"eval_dataset": subjects.examples(4)}, "eval_strategy": "steps"}
 _BEST = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "eval_steps": 1}
 _BEST |= {"save_strategy": "steps", "save_steps": 1}
@@ -270,7 +282,8 @@ CASES = [
             | {"named": _EVALUATED["named"] | {"callbacks": [EarlyStoppingCallback()]}}
         ),
     ),
-    Case("no training data", lambda folder: _without_data(folder)),
+    Case("no training data", _without_data),
+    Case("a training without privacy behind it", _trained_before),
     Case("an `IterableDataset`", _with(data=Stream())),
     Case("a data set whose size changes", _with(named={"callbacks": [Growing()]})),
     Case("its own `training_step`", _with(kind=OwnStep)),
@@ -289,12 +302,6 @@ CASES = [
     Case("a scheduler that reads losses", _plateau),
     Case('`lr_scheduler_type="greedy"`', _with_later(lr_scheduler_type="greedy")),
 ]
-
-
-def _without_data(folder: Path) -> Trainer:
-    made = _trainer(folder)
-    made.train_dataset = None
-    return made
 
 
 def verdicts() -> dict[str, Verdict]:

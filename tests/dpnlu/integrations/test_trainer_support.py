@@ -258,11 +258,10 @@ def test_arguments_that_were_handed_over_stay(tmp_path):
     assert (after.max_grad_norm, after.gradient_accumulation_steps) == (0.0, 1)
 
 
-class _Trial(dict):
-    """What tells transformers of a trial."""
+class _Trial:
+    """What a library for searches tells of a trial."""
 
     def __init__(self, number: int) -> None:
-        super().__init__()
         self.number, self.params = number, {}
 
 
@@ -283,6 +282,7 @@ def test_every_trial_of_a_search_has_a_ledger_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setitem(
         transformers.trainer.ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, _Backend
     )
+    monkeypatch.setattr(transformers.trainer_callback, "hp_params", lambda trial: trial.params)
     ordinary = trainer(tmp_path)
     ordinary.model_init = lambda: subjects.model()
     made = private(ordinary, plan=plan(noise_multiplier=1.0))

@@ -5,7 +5,7 @@ request in JSON on standard input. Each training is a fork of this process, so t
 be imported again.
 
     folder      an empty one, to work in
-    moments     seconds from the beginning after which the process is killed; or
+    moments     at which the process is killed, as shares of the time of a whole training; or
     faults      pairs of a key of OPERATIONS and which of them, counted from 0, ends the process
     steps       of the training
 
@@ -138,6 +138,14 @@ def _tried(request: dict[str, Any], moment: float | None, fault: tuple[str, int]
     return found
 
 
+def _seconds(request: dict[str, Any]) -> float:
+    """How long a training takes that nobody kills."""
+    folder = Path(request["folder"]) / "timed"
+    started = time.monotonic()
+    assert Training(folder, request["steps"], resumes=False).ended() == 0
+    return time.monotonic() - started
+
+
 def main() -> None:
     answer = os.dup(1)
     os.dup2(2, 1)  # trainers print their logs
@@ -147,7 +155,8 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     warmed = Path(request["folder"]) / "warm"
     _train(warmed, request["steps"], resumes=False)  # imports all, once for all forks
-    moments = [(moment, None) for moment in request.get("moments", [])]
+    whole = _seconds(request)
+    moments = [(share * whole, None) for share in request.get("moments", [])]
     faults = [(None, (name, number)) for name, number in request.get("faults", [])]
     found = [_tried(request, *one) for one in (*moments, *faults)]
     with os.fdopen(answer, "w", encoding="utf-8") as file:
