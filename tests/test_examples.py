@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 SAYS = {
     "private_loop.py": "ε = ",
     "huggingface_trainer.py": "ε = ",
+    "accelerate_loop.py": "ε = ",
     "attack_your_model.py": "LiRA: AUC",
 }
 

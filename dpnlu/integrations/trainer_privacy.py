@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dpnlu.integrations.records import ResumeError, check_record, record_of
 from dpnlu.integrations.trainer_data import fingerprint, is_same
 from dpnlu.mechanism.durable import remove, write_json
 from dpnlu.mechanism.ledger import Ledger
@@ -33,10 +34,6 @@ from dpnlu.training.handle import PrivateTraining, privatize
 from dpnlu.training.handover import Handover
 
 FOLDER, LEDGER, RUN, RECORD = "_private", "ledger.jsonl", "run.json", "privacy.json"
-
-
-class ResumeError(ValueError):
-    """A checkpoint, a ledger and data that do not belong together, or a folder in use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +126,7 @@ class TrainerPrivacy:
             stack.callback(self.ledger.close)
             self.plan = self.ledger.plan  # as it was calibrated when training began
             if checkpoint is not None:
-                check_record(checkpoint, self.ledger)
+                check_record(read_record(checkpoint), self.ledger, place=str(checkpoint))
             elif len(self.ledger):
                 _check_not_lost(self.ledger, place)
             self.last_step = last_step(self.plan, self.settings.max_epsilon)
@@ -181,43 +178,17 @@ def last_step(plan: PrivacyPlan, max_epsilon: float | None) -> int:
     return found
 
 
-def check_record(checkpoint: Path, ledger: Ledger) -> None:
-    """Whether a checkpoint belongs to a ledger that has forgotten nothing.
-
-    Raises:
-        ResumeError: it is of another training, of one without privacy, or of a longer ledger.
-    """
+def read_record(checkpoint: Path) -> Any:
+    """What is said in a checkpoint of the ledger that it belongs to; None if nothing is."""
     try:
-        record = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
-        releases, identity = int(record["releases"]), str(record["ledger"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ResumeError(
-            f"Expected a checkpoint of a private training at {checkpoint}, found none: what its "
-            f"weights have spent is not known without {RECORD}; train anew in another folder."
-        ) from None
-    if identity != ledger.identity:
-        raise ResumeError(
-            f"Expected the ledger of the training that saved {checkpoint}, got that of another: "
-            "put back the one that it names, or train anew in another folder."
-        )
-    if releases > len(ledger):
-        raise ResumeError(
-            f"Expected a ledger with the {releases} releases of {checkpoint} at least, got "
-            f"{len(ledger)}: what they spent would be forgotten; put back the whole ledger."
-        )
+        return json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def write_record(checkpoint: Path, ledger: Ledger) -> None:
     """Put into a checkpoint what it must never be resumed without."""
-    write_json(
-        checkpoint / RECORD,
-        {
-            "plan": ledger.plan.to_dict(),
-            "ledger": ledger.identity,
-            "releases": len(ledger),
-            "epsilon": str(ledger.epsilon()),
-        },
-    )
+    write_json(checkpoint / RECORD, record_of(ledger))
 
 
 def has_begun(folder: Path) -> bool:

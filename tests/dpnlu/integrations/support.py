@@ -62,6 +62,28 @@ A trainer may have more than can be kept. What becomes of it:
 """
 
 
+_ACCELERATE = """
+## accelerate
+
+A loop on top of accelerate is a plain loop ([example](../examples/accelerate_loop.py)): model and
+optimizer go through `accelerator.prepare`, the loader and the backward pass do not.
+
+```python
+from dpnlu.integrations.accelerate import privatize_accelerated
+
+model, optimizer = accelerator.prepare(model, optimizer)
+private = privatize_accelerated(accelerator, model, optimizer, plan, ledger=path)
+step = private.stepper(per_example_loss)
+for batch in private.loader(dataset, collate_fn=collate, physical_batch_size=64):
+    step(send_to_device(batch, accelerator.device))
+```
+
+`accelerator.save_state` says in each checkpoint which ledger it belongs to and how long that was,
+and `load_state` refuses one whose spending the ledger has forgotten. Several processes, fp16 and
+`gradient_accumulation_steps` are refused.
+"""
+
+
 @dataclass(frozen=True)
 class Case:
     """Something that a trainer may have.
@@ -114,6 +136,7 @@ def document(verdicts: dict[str, Verdict]) -> str:
         "\n".join(["| trainer with | | what is said |", "| --- | --- | --- |", *rows]),
         f"\nMade with transformers {version} by `python -m tests.dpnlu.integrations.support`; a "
         "test holds it against the code.",
+        _ACCELERATE.rstrip(),
     ]
     return "\n".join(parts) + "\n"
 

@@ -378,7 +378,7 @@ def test_the_loss_is_logged_if_that_is_asked_for(tmp_path):
     losses = [log["loss"] for log in made.state.log_history if "loss" in log]
     inputs = collate(subjects.examples(12))
     assert len(losses) == 5
-    assert losses[0] == pytest.approx(float(subjects.model()(**inputs).loss), rel=1e-5)
+    assert losses[0] == pytest.approx(float(subjects.model()(**inputs).loss.detach()), rel=1e-5)
     assert losses[-1] < losses[0]
 
 

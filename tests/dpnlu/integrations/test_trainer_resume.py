@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from dpnlu.integrations.trainer_privacy import ResumeError
+from dpnlu.integrations.records import ResumeError
 from dpnlu.mechanism.ledger import Ledger, LedgerError
 from tests.dpnlu.integrations import subjects
 from tests.dpnlu.integrations.subjects import plan, private, trainer, weights

@@ -282,7 +282,7 @@ def test_every_trial_of_a_search_has_a_ledger_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setitem(
         transformers.trainer.ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, _Backend
     )
-    monkeypatch.setattr(transformers.trainer_callback, "hp_params", lambda trial: trial.params)
+    monkeypatch.setattr(transformers.integrations, "hp_params", lambda trial: trial.params)
     ordinary = trainer(tmp_path)
     ordinary.model_init = lambda: subjects.model()
     made = private(ordinary, plan=plan(noise_multiplier=1.0))
