@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
 from dpnlu.integrations.trainer_callback import PrivacyCallback, show_epsilon, terminable
 from dpnlu.integrations.trainer_card import add_statement
@@ -158,22 +158,22 @@ class _PrivateTrainer(Trainer):
         check_supported(self)  # whatever was set since
         folder = Path(self._get_output_dir(trial))
         resumes = bool(resume_from_checkpoint)
-        if resume_from_checkpoint is True:
-            found = _last_checkpoint(folder)
-            # Without one, lost updates stay spent, and the rest is done from the initial weights.
-            resume_from_checkpoint = found or (None if has_begun(folder) else True)
-        checkpoint = (
-            Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
-        )
+        checkpoint = _checkpoint(resume_from_checkpoint, folder)
         with (
             terminable(self.private),
             self.private.opened(folder, self.train_dataset, resumes=resumes, checkpoint=checkpoint),
         ):
             self._staging.clear(folder)
-            result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            begun = None if checkpoint is None else str(checkpoint)
+            result = super().train(begun, trial, ignore_keys_for_eval)
+            if self.private.is_terminated and not self._is_saved(folder):
+                self._save_checkpoint(self.model_wrapped, trial)  # told to end after its last step
         if self.private.is_terminated:
             raise SystemExit(f"Terminated; a checkpoint is in {folder}: resume from it.")
         return result
+
+    def _is_saved(self, folder: Path) -> bool:
+        return (folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}").is_dir()
 
     def get_train_dataloader(self) -> Any:
         """Logical batches; never by way of accelerate, which repeats examples."""
@@ -359,11 +359,26 @@ class _Passes:
         return islice(iter(loader), max(0, left))
 
 
-def _last_checkpoint(folder: Path) -> str | None:
-    if not folder.is_dir():
+def _checkpoint(asked: Any, folder: Path) -> Path | None:
+    """The checkpoint to go on from; None: training begins, or goes on from the initial weights, as
+    what a ledger without a checkpoint has spent stays spent.
+
+    Args:
+        asked: a path; True: the last one in the folder.
+
+    Raises:
+        ValueError: nothing has begun in the folder.
+    """
+    if not asked:
         return None
-    found: str | None = get_last_checkpoint(str(folder))  # type: ignore[no-untyped-call]
-    return found
+    if asked is not True:
+        return Path(asked)
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None  # type: ignore[no-untyped-call]
+    if found is None and not has_begun(folder):
+        raise ValueError(
+            f"Expected a training to resume in {folder}, found none: begin one by train()."
+        )
+    return None if found is None else Path(found)
 
 
 # ---- before training -------------------------------------------------------------------------

@@ -205,8 +205,26 @@ def test_a_checkpoint_without_privacy_is_refused(tmp_path):
     ordinary = trainer(tmp_path, **SAVING)
     ordinary.train()
     made = _made(tmp_path)
+    for path in (str(tmp_path / "checkpoint-2"), tmp_path / "checkpoint-2"):
+        with pytest.raises(ResumeError, match="a checkpoint of a private training"):
+            made.train(resume_from_checkpoint=path)
     with pytest.raises(ResumeError, match="a checkpoint of a private training"):
-        made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        made.train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_from_elsewhere_is_refused(interrupted, tmp_path):
+    """… in whatever form its path is given."""
+    elsewhere = tmp_path / "elsewhere"
+    trainer(elsewhere, **SAVING).train()
+    made = _made(interrupted)
+    with pytest.raises(ResumeError, match="a checkpoint of a private training"):
+        made.train(resume_from_checkpoint=elsewhere / "checkpoint-2")
+
+
+def test_nothing_is_resumed_where_nothing_has_begun(tmp_path):
+    with pytest.raises(ValueError, match="found none: begin one"):
+        _made(tmp_path).train(resume_from_checkpoint=True)
+    _made(tmp_path).train()
 
 
 class Rival(TrainerCallback):
@@ -246,6 +264,21 @@ class Terminated(TrainerCallback):
     def on_step_begin(self, args, state, control, **named):
         if state.global_step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+class TerminatedLate(TrainerCallback):
+    """The same when all steps are taken."""
+
+    def on_train_end(self, args, state, control, **named):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_training_that_is_told_to_end_after_its_last_step_is_saved(tmp_path):
+    made = _made(tmp_path, TerminatedLate(), ordinary={"save_strategy": "no"})
+    with pytest.raises(SystemExit, match="Terminated; a checkpoint is in"):
+        made.train()
+    kept = type(made.model).from_pretrained(tmp_path / "checkpoint-5")
+    assert torch.equal(weights(kept), weights(made.model))
 
 
 def test_a_training_that_is_told_to_end_saves_a_checkpoint_and_says_so(tmp_path):

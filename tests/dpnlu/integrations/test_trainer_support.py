@@ -116,7 +116,7 @@ CALLED = {
     "_get_collator_with_removed_columns": ["data_collator", "description"],
     "is_world_process_zero": [],
 }
-OURS = {"_losses", "_ledger"}
+OURS = {"_losses", "_ledger", "_is_saved"}
 
 
 def _parameters(function):
