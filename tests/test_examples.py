@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SAYS = {"private_loop.py": "ε = ", "attack_your_model.py": "LiRA: AUC"}
+SAYS = {
+    "private_loop.py": "ε = ",
+    "huggingface_trainer.py": "ε = ",
+    "accelerate_loop.py": "ε = ",
+    "attack_your_model.py": "LiRA: AUC",
+}
 
 
 def test_no_example_is_forgotten() -> None:

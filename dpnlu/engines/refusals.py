@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import Optimizer
 
 from dpnlu.gradients.errors import UnsupportedLayerError
 
 
-def check_trainable(model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
+class HasGroups(Protocol):
+    """An optimizer, as far as its parameters go."""
+
+    @property
+    def param_groups(self) -> Sequence[dict[str, Any]]: ...
+
+
+def check_trainable(model: nn.Module, optimizer: HasGroups) -> list[nn.Parameter]:
     """The parameters to train: those of the model that require a gradient.
 
     Raises:

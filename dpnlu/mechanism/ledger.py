@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 from bisect import bisect_right
 from collections.abc import Callable
 from contextlib import suppress
@@ -38,6 +39,10 @@ class Ledger:
 
     Each line of the file is one JSON object: first the plan and which releases may follow, then one
     line per release. While it is open for writing no other process can open it so.
+
+    Attributes:
+        identity: a random name, by which what is kept elsewhere, a checkpoint say, knows the ledger
+            it belongs to; empty in a file of a version that gave none.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class Ledger:
         """
         self.plan = plan
         self.sampled_only = sampled_only
+        self.identity = secrets.token_hex(16)
         self._releases: list[SampledGaussian] = []
         self._is_as_planned = True
         self._path = path
@@ -66,6 +72,7 @@ class Ledger:
             raise LedgerError(_exists(path)) from None
         try:
             described = {"plan": plan.to_dict(), "sampled_only": sampled_only}
+            described["identity"] = self.identity
             self._file.append(_line({"ledger": _FORMAT} | described))
             sync(path.parent)
         except BaseException:
@@ -340,7 +347,9 @@ def _started(entry: dict[str, Any]) -> Ledger:
     sampled_only = entry["ledger"] > 1 and entry["sampled_only"]
     if not isinstance(sampled_only, bool):
         raise ValueError("`sampled_only` is true or false.")
-    return Ledger(PrivacyPlan.from_dict(entry["plan"]), sampled_only=sampled_only)
+    ledger = Ledger(PrivacyPlan.from_dict(entry["plan"]), sampled_only=sampled_only)
+    ledger.identity = str(entry.get("identity", ""))
+    return ledger
 
 
 def _release(entry: dict[str, Any], *, ledger: Ledger) -> SampledGaussian:

@@ -8,4 +8,7 @@ The way of a batch:
 4. `logical_batch` draws its noise, once, and adds the outcome to it.
 5. `stepping` has the physical batch checked, as often as `dpnlu.engines.checks` says.
 6. `logical_batch` is released with its last physical batch: the ledger first, then the optimizer.
+
+A trainer that counts steps takes logical batches from `logical_loader` instead; where it steps the
+optimizer itself, `handover` stands in the optimizer's place.
 """

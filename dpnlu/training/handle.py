@@ -29,16 +29,18 @@ from dpnlu.engines.refusals import check_trainable
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.noise import entropy_generators
 from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.training.handover import Handover
 from dpnlu.training.loader import PrivateLoader
 from dpnlu.training.logical_batch import Mechanism
 from dpnlu.training.logical_batch import NonFiniteBatchError as NonFiniteBatchError
+from dpnlu.training.logical_loader import LogicalLoader
 from dpnlu.training.stepping import Stepping
 from dpnlu.training.steps import Steps
 
 
 def privatize(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Handover,
     plan: PrivacyPlan,
     *,
     engine: str | None = None,
@@ -54,7 +56,8 @@ def privatize(
 
     Args:
         model: its trainable parameters (`requires_grad`) are trained privately.
-        optimizer: any `torch.optim` optimizer over exactly these parameters.
+        optimizer: any `torch.optim` optimizer over exactly these parameters; or what stands for one
+            that somebody else steps.
         plan: the mechanism.
         engine: "book_keeping", "per_example", "microbatch" or "opacus"; None: what suits the plan's
             clipping unit. All per-example engines give the same result.
@@ -202,6 +205,29 @@ class PrivateTraining:
             collate_fn=collate_fn,
             physical_batch_size=physical_batch_size,
             fixed_size=fixed_size,
+            num_workers=num_workers,
+        )
+
+    def logical_loader(
+        self,
+        dataset: Dataset[Any] | Sequence[Any],
+        *,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        physical_batch_size: int,
+        num_workers: int = 0,
+    ) -> LogicalLoader:
+        """The same for a trainer that counts steps: one item for each logical batch, empty ones
+        included, in passes of `plan.steps_per_epoch`. An item hands out its physical batches.
+
+        Raises:
+            ValueError: the data set has another size than the plan says; on every pass as well.
+        """
+        return LogicalLoader(
+            self.steps,
+            dataset,
+            rng=self._sampling_rng,
+            collate_fn=collate_fn,
+            physical_batch_size=physical_batch_size,
             num_workers=num_workers,
         )
 

@@ -15,6 +15,7 @@ from dpnlu.engines.refusals import check_unchanged
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.noise import fill_gaussian
 from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.training.handover import Handover
 
 
 class NonFiniteBatchError(RuntimeError):
@@ -41,7 +42,7 @@ class Mechanism:
     ledger: Ledger
     model: nn.Module
     parameters: Sequence[nn.Parameter]
-    optimizer: Optimizer
+    optimizer: Optimizer | Handover
     generators: Sequence[torch.Generator]
 
     def check_ready(self) -> None:

@@ -1,0 +1,400 @@
+"""Private training by the Trainer of transformers, with its subclasses, callbacks and adapters.
+
+trainer = privatize_trainer(trainer, target_epsilon=8)
+trainer.train()
+print(trainer.private.epsilon())
+
+One batch of the Trainer is one logical batch, drawn by Poisson sampling, so that its schedulers,
+logs, checkpoints and callbacks count steps as they do without privacy. Physical batches, clipping,
+noise and the ledger are inside `training_step`; the optimizer, which the Trainer steps, finds what
+was released.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
+
+from dpnlu.integrations.trainer_callback import PrivacyCallback, show_epsilon, terminable
+from dpnlu.integrations.trainer_card import add_statement
+from dpnlu.integrations.trainer_checkpoints import Staging, complete
+from dpnlu.integrations.trainer_data import training_data
+from dpnlu.integrations.trainer_losses import PerExampleLoss, losses_of_trainer
+from dpnlu.integrations.trainer_plan import check_plan, plan_for_trainer
+from dpnlu.integrations.trainer_privacy import Settings, TrainerPrivacy, has_begun
+from dpnlu.integrations.trainer_support import (
+    check_not_begun,
+    check_supported,
+    private_arguments,
+    replaced,
+    selections,
+)
+from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.training.handle import privatize
+from dpnlu.training.logical_loader import DrawnBatch
+
+_LOGGER = logging.getLogger(__name__)
+
+# What logs of training tell of the data; the first two with log_private=True are there.
+_LOSSES = ("loss", "train_loss")
+_PRIVATE_LOGS = ("grad_norm", "total_flos", "num_input_tokens_seen", "train_tokens_per_second")
+
+
+def privatize_trainer(
+    trainer: Trainer,
+    *,
+    target_epsilon: float | None = None,
+    target_delta: float | None = None,
+    max_grad_norm: float = 1.0,
+    plan: PrivacyPlan | None = None,
+    per_example_loss: PerExampleLoss | None = None,
+    engine: str | None = None,
+    noise: torch.Generator | Literal["system"] | None = None,
+    sampling_rng: np.random.Generator | None = None,
+    verify: bool = True,
+    max_epsilon: float | None = None,
+    log_private: bool = False,
+) -> Trainer:
+    """Make a trainer private; call it as before.
+
+    The trainer that was given becomes private itself, so that no reference to an ordinary one is
+    left; returned is the same object, of a subclass of its class, with the state of its privacy in
+    `.private`: `plan`, `epsilon()`, `steps_taken`, `gradients`, `ledger`.
+
+    Guarantee: what leaves `train`, as weights, logs, checkpoints and model card, is computed from
+    the releases in the ledger and from public numbers alone. Excepted are scores that the trainer
+    computes on its own evaluation data, and the training loss with `log_private`.
+
+    Args:
+        trainer: any Trainer, before its training. The expected logical batch is
+            `per_device_train_batch_size * gradient_accumulation_steps`; physical batches have
+            `per_device_train_batch_size` examples; epochs or steps are those of its arguments.
+        target_epsilon: > 0, of the whole training; infinity: no noise, and no guarantee.
+        target_delta: in (0, 1); None: 1e-5, or 0.1 / number of examples if that is less.
+        max_grad_norm: bound C > 0 on the gradient norm of an example.
+        plan: the mechanism, in place of the three before; its steps, examples and expected batch
+            must be the trainer's.
+        per_example_loss: (model, inputs of a physical batch) -> (B,), each depending on its example
+            alone. None: the trainer's own `compute_loss` or `compute_loss_func`, which must return
+            (B,); without one by the `problem_type` of a sequence classifier, or for a token
+            classifier as the mean over an example's own tokens; with label smoothing.
+        engine, noise, sampling_rng, verify: see `privatize`. `noise` is no generator of torch's own
+            default, whose state goes into checkpoints.
+        max_epsilon: training stops before the step with which ε would exceed it; None: after all
+            planned steps.
+        log_private: log the training loss, which ε does not cover; the card says so.
+
+    Raises:
+        ValueError: the trainer has something that cannot be made private, in one line; see
+            docs/trainers.md; or a number is out of range.
+        UnsupportedLayerError: see `privatize`.
+    """
+    if isinstance(trainer, _PrivateTrainer):
+        raise ValueError("Expected a trainer that is not private, got one that is already.")
+    check_not_begun(trainer)
+    check_supported(trainer)
+    _check_noise(noise)
+    chosen = plan or plan_for_trainer(trainer, target_epsilon, target_delta, max_grad_norm)
+    if plan is not None:
+        check_plan(trainer, plan, target_epsilon)
+    losses = losses_of_trainer(trainer, per_example_loss)
+    _check_model(trainer, chosen, engine)
+    for sentence in replaced(trainer):
+        _LOGGER.warning(sentence)
+    for sentence in (chosen_by := selections(trainer)):
+        warnings.warn(sentence, stacklevel=2)
+    settings = Settings(
+        physical_batch_size=trainer.args.per_device_train_batch_size,
+        engine=engine,
+        noise=noise,
+        sampling_rng=sampling_rng,
+        verify=verify,
+        max_epsilon=max_epsilon,
+        log_private=log_private,
+    )
+    trainer.args = private_arguments(trainer.args)
+    kind = type(trainer)
+    private: Any = trainer
+    private.__class__ = type(f"Private{kind.__name__}", (_PrivateTrainer, kind), {})
+    private.private = TrainerPrivacy(chosen, settings, not_covered=chosen_by)
+    private._losses_of, private._staging, private._loss = losses, Staging(), None
+    # The first, so that all others see the epoch that it sets right.
+    trainer.callback_handler.callbacks.insert(0, PrivacyCallback(private.private))
+    return trainer
+
+
+class _PrivateTrainer(Trainer):
+    """What is different in a private trainer; made by `privatize_trainer`, never by a call.
+
+    Attributes:
+        private: its privacy.
+    """
+
+    private: TrainerPrivacy
+    _losses_of: PerExampleLoss
+    _staging: Staging
+    #: Of the step that is being taken: sum and number of losses; None: no step is.
+    _loss: list[float] | None
+
+    # ---- training ----------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """As of the Trainer. After SIGTERM a checkpoint is saved and SystemExit raised."""
+        check_supported(self)  # whatever was set since
+        folder = Path(self._get_output_dir(trial))
+        resumes = bool(resume_from_checkpoint)
+        checkpoint = _checkpoint(resume_from_checkpoint, folder)
+        with (
+            terminable(self.private),
+            self.private.opened(folder, self.train_dataset, resumes=resumes, checkpoint=checkpoint),
+        ):
+            self._staging.clear(folder)
+            begun = None if checkpoint is None else str(checkpoint)
+            result = super().train(begun, trial, ignore_keys_for_eval)
+            if self.private.is_terminated and not self._is_saved(folder):
+                self._save_checkpoint(self.model_wrapped, trial)  # told to end after its last step
+        if self.private.is_terminated:
+            raise SystemExit(f"Terminated; a checkpoint is in {folder}: resume from it.")
+        return result
+
+    def _is_saved(self, folder: Path) -> bool:
+        return (folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}").is_dir()
+
+    def get_train_dataloader(self) -> Any:
+        """Logical batches; never by way of accelerate, which repeats examples."""
+        return _Passes(self)
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """Begin where the ledger is: steps whose updates were lost are not taken again."""
+        if max_steps != self.private.plan.steps:
+            raise ValueError(
+                f"Expected the {self.private.plan.steps} steps of the plan, got {max_steps}: leave "
+                "batch size, epochs and steps as they were at privatize_trainer."
+            )
+        super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        made = len(self._ledger)
+        self._lost = made - self.state.global_step
+        self.state.global_step = made
+        return made // num_update_steps_per_epoch, 0
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, Any]:
+        """Attach to the model and to what the Trainer steps."""
+        prepared: Any = super()._prepare_for_training(  # type: ignore[no-untyped-call]
+            max_steps, train_dataloader, resume_from_checkpoint
+        )
+        model: nn.Module = prepared[0]
+        optimizer: Any = self.optimizer
+        scheduler: Any = self.lr_scheduler
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of steps of the scheduler without the optimizer
+            for _ in range(self._lost):
+                scheduler.step()
+        self.private.begin(model, optimizer)
+        return model, prepared[1]
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One logical batch, whose release the optimizer finds as gradients."""
+        training = self.private.training
+        if training is None or not isinstance(inputs, DrawnBatch):
+            raise RuntimeError("Expected batches of the private loader: call trainer.train().")
+        model.train()
+        if callable(begin := getattr(self.optimizer, "train", None)):
+            begin()
+        training.weights_changed()  # by the optimizer, or a callback
+        step = training.stepper(lambda batch: self._losses(model, batch))
+        self._loss = [0.0, 0]
+        try:
+            for batch in inputs:
+                self._is_first = True
+                step(batch)
+            self.private.hand_over()
+            mean = self._loss[0] / max(1, self._loss[1])
+        finally:
+            self._loss = None
+        return torch.tensor(mean, device=self.args.device)
+
+    def _losses(self, model: nn.Module, batch: Any) -> Tensor:
+        """(B,); called again where the independence of examples is checked."""
+        inputs = dict(self._prepare_inputs(batch))
+        with self.compute_loss_context_manager():
+            losses = self._losses_of(model, inputs)
+        if self._is_first and self.private.settings.log_private and self._loss is not None:
+            self._loss[0] += float(losses.detach().sum())
+            self._loss[1] += len(losses)
+        self._is_first = False
+        return losses
+
+    def hyperparameter_search(self, *arguments: Any, **named: Any) -> Any:
+        """Each trial spends a budget of its own; choosing among them is not accounted."""
+        sentence = (
+            "Settings were chosen among trials by scores on validation data; every trial spends ε "
+            "of its own, so that on private data K trials cost up to K times the ε of one."
+        )
+        warnings.warn(sentence, stacklevel=2)
+        self.private.not_covered.append(sentence)
+        return super().hyperparameter_search(*arguments, **named)
+
+    # ---- what must not be seen ---------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Without what is private, with ε; what is logged within a step is left out."""
+        if self._loss is not None and not self.private.settings.log_private:
+            return
+        if self.private.training is not None:
+            hidden = _PRIVATE_LOGS if self.private.settings.log_private else _PRIVATE_LOGS + _LOSSES
+            for name in hidden:
+                logs.pop(name, None)
+            epsilon = self.private.epsilon()
+            show_epsilon(self.callback_handler.callbacks, epsilon)
+            if not any(name.startswith("eval_") for name in logs):  # tables of scores show all
+                logs["epsilon"] = epsilon
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """0: they count tokens."""
+        return 0
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Tokens are not counted."""
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        """None, and no pass over all parameters: it would be that of the noise."""
+
+    def _finalize_training(
+        self, trial: Any, num_train_samples: Any, start_time: Any
+    ) -> TrainOutput:
+        """Without the loss, which was not added up."""
+        output: TrainOutput = super()._finalize_training(  # type: ignore[no-untyped-call]
+            trial, num_train_samples, start_time
+        )
+        if self.private.settings.log_private:
+            return output
+        hidden = _PRIVATE_LOGS + _LOSSES
+        metrics = {name: value for name, value in output.metrics.items() if name not in hidden}
+        return TrainOutput(output.global_step, float("nan"), metrics)
+
+    # ---- checkpoints and the card ------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """While a checkpoint is written, a folder that nobody resumes from."""
+        return self._staging.place or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save it as a whole, with what it must not be resumed without."""
+        folder = Path(self._get_output_dir(trial))
+        with self._staging.begun(folder) as staged:
+            super()._save_checkpoint(model, trial)
+        checkpoint = complete(self, self._ledger, staged, folder)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(checkpoint))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Pushed when it is in its place."""
+        if self._staging.place is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(self, *arguments: Any, **named: Any) -> None:
+        """The card of the Trainer, with what the model claims about privacy."""
+        super().create_model_card(*arguments, **named)
+        if self.is_world_process_zero():
+            folder: Any = self.args.output_dir
+            add_statement(Path(folder) / "README.md", self.private)
+
+    @property
+    def _ledger(self) -> Any:
+        assert self.private.ledger is not None
+        return self.private.ledger
+
+
+class _Passes:
+    """What the Trainer takes for its loader: passes over logical batches, of public length."""
+
+    def __init__(self, trainer: _PrivateTrainer) -> None:
+        self._trainer = trainer
+        self.dataset = trainer.train_dataset
+
+    def __len__(self) -> int:
+        return self._trainer.private.plan.steps_per_epoch
+
+    def __iter__(self) -> Iterator[DrawnBatch]:
+        private = self._trainer.private
+        if private.training is None:
+            raise RuntimeError("Expected a training to draw batches for: call trainer.train().")
+        dataset, collate = training_data(self._trainer)
+        loader = private.training.logical_loader(
+            dataset,
+            collate_fn=collate,
+            physical_batch_size=private.settings.physical_batch_size,
+            num_workers=self._trainer.args.dataloader_num_workers,
+        )
+        left = private.last_step - len(self._trainer._ledger)
+        return islice(iter(loader), max(0, left))
+
+
+def _checkpoint(asked: Any, folder: Path) -> Path | None:
+    """The checkpoint to go on from; None: training begins, or goes on from the initial weights, as
+    what a ledger without a checkpoint has spent stays spent.
+
+    Args:
+        asked: a path; True: the last one in the folder.
+
+    Raises:
+        ValueError: nothing has begun in the folder.
+    """
+    if not asked:
+        return None
+    if asked is not True:
+        return Path(asked)
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None  # type: ignore[no-untyped-call]
+    if found is None and not has_begun(folder):
+        raise ValueError(
+            f"Expected a training to resume in {folder}, found none: begin one by train()."
+        )
+    return None if found is None else Path(found)
+
+
+# ---- before training -------------------------------------------------------------------------
+
+
+def _check_noise(noise: object) -> None:
+    if noise is torch.default_generator:
+        raise ValueError(
+            "Expected a generator of your own for the noise, got torch's default one, whose state "
+            "is saved in checkpoints: make one, torch.Generator()."
+        )
+
+
+def _check_model(trainer: Trainer, plan: PrivacyPlan, engine: str | None) -> None:
+    """Refuse now what `privatize` would refuse when training begins."""
+    model: Any = trainer.model
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = trainer.optimizer or torch.optim.SGD(trained or [torch.zeros(1)], lr=0.0)
+    privatize(model, optimizer, plan, engine=engine).close()
