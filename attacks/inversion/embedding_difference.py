@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from attacks._validate import Bools, Floats, any_array, count, floats
+from attacks._validate import Bools, Floats, any_array, count, floats, shown
 
 # A row counts as moved beyond so many times the typical movement of those that stood still.
 _STILL = 1e-6
+# A larger number is no entry of an embedding table; nor is a row that is shorter than its inverse.
+_LARGEST = 1e100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +60,18 @@ def movement(trained: ArrayLike, initial: ArrayLike) -> Movement:
             f"Expected two tables of one shape (N, d), got {after.shape} and {before.shape}: "
             "compare with the very table that training began with."
         )
+    if not (np.abs(np.stack((after, before))) < _LARGEST).all():
+        raise ValueError(
+            f"Expected tables of numbers below {_LARGEST:g}, got larger or infinite ones: the model "
+            "has diverged."
+        )
     if np.array_equal(after, before):
         raise ValueError(
             "Expected a table that training has moved, got the initial one: the embeddings were "
             "frozen, and unique tokens leave no trace in them."
         )
     squares = (before**2).sum(axis=1)
-    there = squares > 0
+    there = squares > _LARGEST**-2
     # Most rows are of tokens that did not occur; the median is theirs.
     ratios = (after * before).sum(axis=1)[there] / squares[there]
     shrinkage = float(np.median(ratios)) if ratios.size else 1.0
@@ -84,10 +91,14 @@ def most_moved(found: Movement, rows: Sequence[int], *, most: int) -> tuple[int,
         ValueError: an id is not in the table.
     """
     ids = any_array("rows", rows)
-    if ids.dtype.kind not in "iu" or ((ids < 0) | (ids >= found.distance.size)).any():
+    if (
+        ids.ndim != 1
+        or ids.dtype.kind not in "iu"
+        or ((ids < 0) | (ids >= found.distance.size)).any()
+    ):
         raise ValueError(
-            f"Expected `rows` as ids in [0, {found.distance.size}), got {ids.tolist()}: pass the "
-            "rows of the table that the candidates have."
+            f"Expected `rows` as ids in [0, {found.distance.size}), got {shown(ids.tolist())}: pass "
+            "the rows of the table that the candidates have."
         )
     order = np.argsort(-found.distance[ids], kind="stable")
     return tuple(order[: count("most", most, least=1)].tolist())

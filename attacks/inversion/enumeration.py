@@ -20,26 +20,30 @@ def enumerable(objective: Objective) -> bool:
     return all(cloze.combinations <= MOST_SECRETS for cloze in objective.model.clozes)
 
 
-def enumerate_secrets(objective: Objective, *, generator: torch.Generator) -> Found:
-    """Score every secret of every cloze; of several that are best, one at random is returned.
+def enumerate_secrets(
+    objective: Objective, *, keep: int = 100, generator: torch.Generator
+) -> Found:
+    """Score every secret of every cloze, and return the best, equal ones in a random order.
 
     Args:
+        keep: the number of secrets of each cloze that are returned, fewer if a cloze has fewer.
         generator: on the CPU.
 
     Raises:
         ValueError: a cloze has more than a million secrets.
     """
+    kept = min(
+        count("keep", keep, least=1), *(cloze.combinations for cloze in objective.model.clozes)
+    )
     choices, losses = [], []
     for cloze in range(len(objective.model.clozes)):
         scored = losses_of_all(objective, cloze)
-        best = torch.nonzero(scored == scored.min())[:, 0]
-        drawn = int(torch.randint(len(best), (), generator=generator))
-        losses.append(scored[best[drawn]])
-        choices.append(_secrets(objective, cloze, best[drawn, None])[0])
-    lowest = torch.stack(losses)
-    return Found(
-        choices=torch.stack(choices)[:, None], losses=lowest[:, None], history=lowest[None]
-    )
+        order = torch.randperm(len(scored), generator=generator).to(scored.device)
+        lowest, place = scored[order].sort(stable=True)
+        losses.append(lowest[:kept])
+        choices.append(_secrets(objective, cloze, order[place[:kept]]))
+    best = torch.stack(losses)
+    return Found(choices=torch.stack(choices), losses=best, history=best[None, :, 0])
 
 
 def losses_of_all(objective: Objective, cloze: int) -> Tensor:

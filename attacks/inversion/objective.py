@@ -69,6 +69,15 @@ class Objective:
         return self.target != "labels"
 
     @property
+    def has_masks(self) -> bool:
+        """Whether the loss is a mean over dropout masks."""
+        return self._masks > 0
+
+    def in_evaluation_mode(self) -> Objective:
+        """The same without dropout masks."""
+        return Objective(self.model, target=self.target, reference=self.reference)
+
+    @property
     def inputs(self) -> Inputs:
         return self.model.inputs
 

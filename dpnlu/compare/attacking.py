@@ -15,7 +15,6 @@ from scipy import stats
 from attacks.auditing import AuditResult, one_run
 from attacks.blind import BlindBaseline, blind_baseline
 from attacks.canaries import (
-    CanarySpec,
     all_secrets,
     chance_exposure_bits,
     exposure,
@@ -26,6 +25,7 @@ from attacks.canaries import (
 from attacks.evaluation import evaluate
 from attacks.membership import ATTACKS
 from attacks.metrics import roc_band
+from attacks.patterns import CanarySpec
 from dpnlu.compare.preparation import Prepared
 from dpnlu.compare.reading import Reading
 from dpnlu.compare.selection import CANARY_MEASUREMENTS

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attacks.canaries import parse_canary
+from attacks.patterns import parse_canaries
 from dpnlu.compare.budget import Budget
 from dpnlu.compare.selection import needs_references
 from dpnlu.compare.settings import AttackSettings, StudySettings, budget_name
@@ -51,7 +51,7 @@ def prepare_study(settings: StudySettings) -> Prepared:
         corpus,
         audit_examples=min(settings.audit_examples, len(corpus.split("train"))),
         references=settings.references,
-        canaries=[parse_canary(spec) for spec in settings.canaries],
+        canaries=[c for spec in settings.canaries for c in parse_canaries(spec)],
         rng=_membership_rng(settings.seed),
     )
     budgets = tuple(_budget(settings, corpus, study, epsilon) for epsilon in settings.epsilons)
@@ -74,6 +74,7 @@ def _budget(settings: StudySettings, corpus: Corpus, study: Study, epsilon: floa
         ),
         test=corpus.split("test"),
         seed=settings.seed,
+        extract="extraction" in settings.chosen_attacks,
     )
 
 

@@ -139,9 +139,9 @@ def _check_measurement(settings: MeasurementSettings) -> None:
 
 
 def _check_canaries(canaries: Sequence[str]) -> None:
-    from attacks.canaries import parse_canary
+    from attacks.patterns import parse_canaries
 
-    patterns = [parse_canary(spec).pattern.name for spec in canaries]
+    patterns = [parse_canaries(spec)[0].pattern.carrier for spec in canaries]
     if len(set(patterns)) < len(patterns):
         raise ValueError(
             f"Expected canaries of different patterns, got {', '.join(canaries)}: two of "

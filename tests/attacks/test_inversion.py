@@ -406,7 +406,7 @@ class TestObjective:
         assert not model.network.dropout._forward_hooks
 
     def test_a_reference_takes_away_what_any_model_finds_likely(self) -> None:
-        """The model prefers the secret a little, and something else, as the reference does, much."""
+        """The model prefers the secret a little, and what the reference prefers much more."""
         cloze = _cloze(2)
         common = _small([cloze], seed=1)
         secret = (3, 8)

@@ -1,0 +1,106 @@
+"""Secrets recovered from classifiers by inversion: of a study's canaries, or after any prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from attacks.dropout import has_dropout
+from attacks.inversion import Cloze, Extraction, Objective, extract
+from attacks.patterns import CanarySpec, canary_tags
+from dpnlu.compare.inverting import invertible
+from dpnlu.nlu.classifier import Classifier
+
+# What a study measures: the published attack as the control, then the one that is reported.
+STUDY_METHODS = ("published", "refined")
+REPORTED = STUDY_METHODS[-1]
+
+# Of a model with dropout; as many again cost twice the time and change few guesses.
+_MASKS = 200
+
+
+def extract_canaries(
+    classifier: Classifier, canaries: Sequence[CanarySpec], *, seed: int
+) -> dict[str, dict[str, Extraction]]:
+    """Search for the secrets of all canaries at once.
+
+    Args:
+        canaries: with different patterns, each put into training with a secret.
+        seed: of the searches.
+
+    Returns:
+        The extractions of each method of `STUDY_METHODS`, by the name of the pattern.
+
+    Raises:
+        ValueError: candidates that the classifier cannot tell apart, or a text it cannot read.
+    """
+    if not canaries:
+        return {}
+    clozes = [_cloze(classifier, canary) for canary in canaries]
+    by_tags = all(canary.pattern.slot is not None for canary in canaries)
+    objective = objective_for(classifier, clozes, by_tags=by_tags)
+    found = {
+        method: extract(objective, method=method, generator=torch.Generator().manual_seed(seed))
+        for method in STUDY_METHODS
+    }
+    return {
+        canary.pattern.name: {method: found[method][place] for method in STUDY_METHODS}
+        for place, canary in enumerate(canaries)
+    }
+
+
+def objective_for(classifier: Classifier, clozes: Sequence[Cloze], *, by_tags: bool) -> Objective:
+    """What a secret has to explain: the tags (Parikh et al., 2022), or all that there is.
+
+    Args:
+        by_tags: whether the secret is a slot; the carrier phrase has then settled the intent before
+            a secret is read, and the intent's loss blurs the ranking.
+    """
+    model = invertible(classifier, clozes)
+    tags = bool(classifier.encoding.labels.tags) and all(c.tags is not None for c in clozes)
+    intents = bool(classifier.encoding.labels.intents) and all(c.intent is not None for c in clozes)
+    if not tags:
+        target = "intent"
+    else:
+        target = "tags" if by_tags or not intents else "joint"
+    masks = _MASKS if has_dropout(classifier.model) else 0
+    return Objective(model, target=target, masks=masks)
+
+
+def labelled_cloze(
+    classifier: Classifier,
+    carrier: Sequence[str],
+    candidates: Sequence[Sequence[str]],
+    *,
+    intent: str,
+    slot: str | None,
+) -> Cloze:
+    """The cloze of a secret after a carrier phrase, with those labels that the classifier has."""
+    labels, length = classifier.encoding.labels, len(candidates)
+    inside = (f"B-{slot}", *[f"I-{slot}"] * (length - 1)) if slot else ("O",) * length
+    return Cloze(
+        tokens=(*carrier, *[None] * length),
+        candidates=tuple(map(tuple, candidates)),
+        intent=intent if labels.intents else None,
+        tags=(*["O"] * len(carrier), *inside) if labels.tags else None,
+    )
+
+
+def _cloze(classifier: Classifier, canary: CanarySpec) -> Cloze:
+    pattern, labels = canary.pattern, classifier.encoding.labels
+    return Cloze(
+        tokens=(*pattern.carrier, *[None] * canary.length),
+        candidates=canary.candidates,
+        intent=pattern.intent if labels.intents else None,
+        tags=canary_tags(pattern, canary.length) if labels.tags else None,
+    )
+
+
+def as_texts(found: Extraction) -> Mapping[str, object]:
+    """An extraction as an entry of a report, without what it should have found."""
+    return {
+        "carrier": " ".join(token for token in found.cloze.tokens if token is not None),
+        "recovered": list(found.secret),
+        "loss": found.loss,
+    }
