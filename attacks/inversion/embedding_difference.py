@@ -62,8 +62,8 @@ def movement(trained: ArrayLike, initial: ArrayLike) -> Movement:
         )
     if not (np.abs(np.stack((after, before))) < _LARGEST).all():
         raise ValueError(
-            f"Expected tables of numbers below {_LARGEST:g}, got larger or infinite ones: the model "
-            "has diverged."
+            f"Expected tables of numbers below {_LARGEST:g}, got larger ones: the model has "
+            "diverged."
         )
     if np.array_equal(after, before):
         raise ValueError(
@@ -97,8 +97,8 @@ def most_moved(found: Movement, rows: Sequence[int], *, most: int) -> tuple[int,
         or ((ids < 0) | (ids >= found.distance.size)).any()
     ):
         raise ValueError(
-            f"Expected `rows` as ids in [0, {found.distance.size}), got {shown(ids.tolist())}: pass "
-            "the rows of the table that the candidates have."
+            f"Expected `rows` as ids in [0, {found.distance.size}), got {shown(ids.tolist())}: "
+            "pass the rows of the table that the candidates have."
         )
     order = np.argsort(-found.distance[ids], kind="stable")
     return tuple(order[: count("most", most, least=1)].tolist())

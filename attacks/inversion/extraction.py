@@ -23,7 +23,7 @@ from attacks.inversion.relaxation import PUBLISHED, relax
 Search: TypeAlias = Callable[[Objective, torch.Generator], Found]
 
 # So many fillings of a search in evaluation mode are scored under dropout masks.
-_RESCORED = 100
+_RESCORED = 30
 # The controls, and what is the optimum without it.
 _UNREFINED = ("published", "relaxation")
 

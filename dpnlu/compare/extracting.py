@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -68,25 +68,6 @@ def objective_for(classifier: Classifier, clozes: Sequence[Cloze], *, by_tags: b
     return Objective(model, target=target, masks=masks)
 
 
-def labelled_cloze(
-    classifier: Classifier,
-    carrier: Sequence[str],
-    candidates: Sequence[Sequence[str]],
-    *,
-    intent: str,
-    slot: str | None,
-) -> Cloze:
-    """The cloze of a secret after a carrier phrase, with those labels that the classifier has."""
-    labels, length = classifier.encoding.labels, len(candidates)
-    inside = (f"B-{slot}", *[f"I-{slot}"] * (length - 1)) if slot else ("O",) * length
-    return Cloze(
-        tokens=(*carrier, *[None] * length),
-        candidates=tuple(map(tuple, candidates)),
-        intent=intent if labels.intents else None,
-        tags=(*["O"] * len(carrier), *inside) if labels.tags else None,
-    )
-
-
 def _cloze(classifier: Classifier, canary: CanarySpec) -> Cloze:
     pattern, labels = canary.pattern, classifier.encoding.labels
     return Cloze(
@@ -95,12 +76,3 @@ def _cloze(classifier: Classifier, canary: CanarySpec) -> Cloze:
         intent=pattern.intent if labels.intents else None,
         tags=canary_tags(pattern, canary.length) if labels.tags else None,
     )
-
-
-def as_texts(found: Extraction) -> Mapping[str, object]:
-    """An extraction as an entry of a report, without what it should have found."""
-    return {
-        "carrier": " ".join(token for token in found.cloze.tokens if token is not None),
-        "recovered": list(found.secret),
-        "loss": found.loss,
-    }

@@ -40,20 +40,24 @@ def invertible(classifier: Classifier, clozes: Sequence[Cloze]) -> TorchModel:
 
 
 def _check_known(classifier: Classifier, clozes: Sequence[Cloze]) -> None:
-    """Raise where a word list turns a candidate into the id of all unknown words."""
-    words = (
-        classifier.encoding.vocabulary if isinstance(classifier.encoding, WordEncoding) else None
-    )
-    if not isinstance(words, WordList):
-        return
+    """Raise where a candidate is read as the one entry that all unknown words share."""
     candidates = [token for cloze in clozes for tokens in cloze.candidates for token in tokens]
-    ids = words.encode(candidates)
-    unknown = [token for token, number in zip(candidates, ids, strict=True) if number == UNKNOWN_ID]
+    unknown = [token for token in dict.fromkeys(candidates) if _is_unknown(classifier, token)]
     if unknown:
         raise ValueError(
             f"Expected candidates that the model's vocabulary holds, got {unknown[0]!r}: leave it "
             "out, or train with a vocabulary that holds every candidate."
         )
+
+
+def _is_unknown(classifier: Classifier, token: str) -> bool:
+    encoding = classifier.encoding
+    if isinstance(encoding, SubwordEncoding):
+        unknown = encoding.tokenizer.unk_token_id
+        pieces = encoding.tokenizer([token], is_split_into_words=True)["input_ids"]
+        return unknown is not None and unknown in pieces
+    words = encoding.vocabulary if isinstance(encoding, WordEncoding) else None
+    return isinstance(words, WordList) and words.encode([token]) == [UNKNOWN_ID]
 
 
 def _layout(classifier: Classifier, tokens: Sequence[str]) -> Layout:

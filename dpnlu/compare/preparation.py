@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from attacks.patterns import parse_canaries
 from dpnlu.compare.budget import Budget
 from dpnlu.compare.selection import needs_references
-from dpnlu.compare.settings import AttackSettings, StudySettings, budget_name
+from dpnlu.compare.settings import (
+    AttackSettings,
+    MeasurementSettings,
+    StudySettings,
+    budget_name,
+)
 from dpnlu.compare.study import Study
 from dpnlu.nlu.data import Corpus, HashedVocabulary, RepeatReport, drop_repeated, load_corpus
 from dpnlu.nlu.encoding import WordEncoding
@@ -94,7 +99,7 @@ def prepare_attack(saved: SavedModel, settings: AttackSettings, *, name: str) ->
     """
     spent = Results.from_dict(saved.metrics).epsilon
     settings_of_study = StudySettings(
-        **vars(settings),
+        **{field.name: getattr(settings, field.name) for field in fields(MeasurementSettings)},
         model=saved.classifier.architecture.name,
         epsilons=(math.inf if spent is None else spent,),
         delta=saved.plan.target_delta if saved.plan else StudySettings.delta,

@@ -55,7 +55,39 @@ class AttackSettings(MeasurementSettings):
         ValueError: a setting is out of range, or two of them contradict each other.
     """
 
+    data: str = setting(
+        "what the model was trained on, and more of the kind: a corpus as for `dpnlu train`; not "
+        "needed with --prefix",
+        default="",
+        metavar="SPEC",
+    )
+    prefix: tuple[str, ...] = setting(
+        'phrases before a secret, such as "my pin code is": the model completes each, which takes '
+        "no data; for --attacks extraction alone",
+        default=(),
+        metavar="TEXT",
+    )
+    length: int = setting("tokens of the secret after each prefix", default=4)
+    candidates: tuple[str, ...] = setting(
+        "tokens that the secret is made of (default: the ten digits)", default=(), metavar="TOKEN"
+    )
+    intent: str = setting("label of the secret's utterance", default="canary", metavar="LABEL")
+    slot: str = setting("slot of the secret's tokens", default="canary", metavar="LABEL")
+    search: str = setting(
+        "how secrets are searched: refined, relaxation, published, coordinates, "
+        "coordinate_gradient, beam or enumeration",
+        default="refined",
+        metavar="METHOD",
+    )
+
     def __post_init__(self) -> None:
+        if self.prefix:
+            _check_completion(self)
+        elif not self.data:
+            raise ValueError(
+                "Expected --data or --prefix, got neither: name the data that the model was "
+                "trained on, or the words before a secret."
+            )
         _check_measurement(self)
 
 
@@ -100,6 +132,21 @@ class StudySettings(RecipeSettings, MeasurementSettings):
 def budget_name(epsilon: float) -> str:
     """What a budget is called in the report and in file names: "eps-8" or "eps-inf"."""
     return f"eps-{epsilon:g}"
+
+
+def _check_completion(settings: AttackSettings) -> None:
+    """Raise unless phrases can be completed: with extraction alone, and no data."""
+    from attacks.patterns import LONGEST_SECRET
+
+    if settings.attacks != ("extraction",) or settings.data:
+        raise ValueError(
+            "Expected --prefix with --attacks extraction alone and without --data, got "
+            f"{', '.join(settings.attacks or ('no attacks',))}: run other attacks by themselves."
+        )
+    if not 1 <= settings.length <= LONGEST_SECRET:
+        raise ValueError(
+            f"Expected a secret of 1 to {LONGEST_SECRET} tokens, got {settings.length}."
+        )
 
 
 def _check_epsilons(epsilons: Sequence[float]) -> None:
