@@ -77,7 +77,7 @@ def _with_its_words(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 def _help(option: Option, field: Field[Any]) -> str:
     """The help of the field and, unless it says so itself, its default."""
     text = option.help.replace("%", "%%")
-    if field.default is MISSING or field.default in (None, (), ""):
+    if field.default is MISSING or field.default in (None, ()):
         return text
     several = isinstance(field.default, tuple)
     values: Sequence[Any] = field.default if several else (field.default,)

@@ -16,6 +16,7 @@ from attacks.canaries import (
     exposure,
     group_epsilon_from_extraction,
     recovery,
+    secret_index,
 )
 from attacks.inversion.measures import estimated_exposure, guessing_curve, position_matches
 from attacks.patterns import CanarySpec
@@ -88,7 +89,10 @@ def _exposures(
 ) -> dict[str, Any]:
     """Exact where all secrets were scored, else estimated from a sample."""
     if canary.is_enumerable:
-        exact = [exposure(reading.losses, reading.place) for reading in readings]
+        exact = [
+            exposure(reading.losses, secret_index(reading.secret, candidates=canary.sizes))
+            for reading in readings
+        ]
         bits = [found.bits for found in exact]
         ranks = [found.rank for found in exact]
         curve = guessing_curve(ranks, candidates=canary.combinations, confidence=confidence)
@@ -99,9 +103,7 @@ def _exposures(
     else:
         estimates = [
             estimated_exposure(
-                reading.losses[reading.place],
-                np.delete(reading.losses, reading.place),
-                candidates=canary.combinations,
+                reading.losses[0], reading.losses[1:], candidates=canary.combinations
             )
             for reading in readings
         ]

@@ -104,7 +104,7 @@ def prepare_attack(saved: SavedModel, settings: AttackSettings, *, name: str) ->
         epsilons=(math.inf if spent is None else spent,),
         delta=saved.plan.target_delta if saved.plan else StudySettings.delta,
     )
-    corpus, repeats = drop_repeated(load_corpus(settings.data, seed=settings.seed))
+    corpus, repeats = drop_repeated(load_corpus(settings_of_study.data, seed=settings.seed))
     study = _study_of_splits(corpus, settings)
     study.check_sides(for_references=needs_references(settings.chosen_attacks))
     budget = Budget(

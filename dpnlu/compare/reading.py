@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from attacks.canaries import all_secrets, secret_index
+from attacks.canaries import all_secrets
 from attacks.dropout import common_dropout, has_dropout
 from attacks.farm import Arrays
 from attacks.inversion import Extraction
@@ -31,7 +31,7 @@ _LIKELIEST, _MASKS = 100, 1000
 
 # Names in files.
 _ACCURACY, _SECONDS, _LOSSES, _SECRET = "intent_accuracy", "train_seconds", "-losses", "-secret"
-_PLACE, _GUESS, _SCORES = "-place", "-guess-", "-scores"
+_GUESS, _SCORES = "-guess-", "-scores"
 
 # Of so many secrets drawn at random losses are read where there are too many to read them all.
 _SAMPLE = 5000
@@ -42,9 +42,8 @@ class CanaryReading:
     """What a model says about the canaries of one pattern.
 
     Attributes:
-        losses: (C,) by which it ranks C secrets: all, in lexicographic order, or its own and a
-            random sample where there are too many.
-        place: which of them is its own.
+        losses: (C,) by which it ranks C secrets: all, in lexicographic order, or, where there are
+            too many, its own and a random sample.
         secret: (length,) what it was trained with, as indices of tokens.
         guesses: (length,) what each search recovered, by the name of its method; empty: none was
             asked for.
@@ -53,18 +52,13 @@ class CanaryReading:
     """
 
     losses: NDArray[np.float64]
-    place: int
     secret: NDArray[np.int64]
-    guesses: Mapping[str, NDArray[np.int64]]
+    guesses: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
     scores: NDArray[np.float64] | None = None
 
     def to_arrays(self, name: str) -> Arrays:
         """The reading, for files, under the name of its pattern."""
-        arrays: Arrays = {
-            name + _LOSSES: self.losses,
-            name + _PLACE: np.array(self.place),
-            name + _SECRET: self.secret,
-        }
+        arrays: Arrays = {name + _LOSSES: self.losses, name + _SECRET: self.secret}
         arrays |= {name + _GUESS + method: guess for method, guess in self.guesses.items()}
         return arrays if self.scores is None else arrays | {name + _SCORES: self.scores}
 
@@ -74,7 +68,6 @@ class CanaryReading:
         start = name + _GUESS
         return cls(
             losses=arrays[name + _LOSSES],
-            place=int(arrays[name + _PLACE]),
             secret=arrays[name + _SECRET],
             guesses={k.removeprefix(start): v for k, v in arrays.items() if k.startswith(start)},
             scores=arrays.get(name + _SCORES),
@@ -116,7 +109,7 @@ class Reading:
             ValueError: an array is missing.
         """
         patterns = [name.removesuffix(_LOSSES) for name in arrays if name.endswith(_LOSSES)]
-        known = [field.name for field in fields(Signals) if field.name in arrays]
+        known = [signal.name for signal in fields(Signals) if signal.name in arrays]
         try:
             return cls(
                 signals=Signals(**{name: arrays[name] for name in known}),
@@ -152,14 +145,12 @@ def read_canary(
     """
     if canary.is_enumerable:
         losses = read_canary_losses(classifier, canary)
-        place = secret_index(secret, candidates=canary.sizes)
     else:
         sample = np.random.default_rng(0).integers(canary.sizes, size=(_SAMPLE, canary.length))
-        losses, place = _losses_of(classifier, canary, np.concatenate((secret[None], sample))), 0
+        losses = _losses_of(classifier, canary, np.concatenate((secret[None], sample)))
     *_, last = (None, *extracted.values())
     return CanaryReading(
         losses=losses,
-        place=place,
         secret=secret,
         guesses={method: np.array(found.choices) for method, found in extracted.items()},
         scores=None if last is None else _padded(last.scores),

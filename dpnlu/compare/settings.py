@@ -55,15 +55,16 @@ class AttackSettings(MeasurementSettings):
         ValueError: a setting is out of range, or two of them contradict each other.
     """
 
-    data: str = setting(
-        "what the model was trained on, and more of the kind: a corpus as for `dpnlu train`; not "
-        "needed with --prefix",
-        default="",
+    # Wider than what other settings take: a model may be all that there is.
+    data: str | None = setting(  # type: ignore[assignment]
+        "what the model was trained on, and more of the kind: a corpus as for `dpnlu train` "
+        "(default: none, with --prefix)",
+        default=None,
         metavar="SPEC",
     )
     prefix: tuple[str, ...] = setting(
-        'phrases before a secret, such as "my pin code is": the model completes each, which takes '
-        "no data; for --attacks extraction alone",
+        'phrases before a secret, such as "my pin code is", each of which the model completes; '
+        "for --attacks extraction alone, without data (default: none)",
         default=(),
         metavar="TEXT",
     )

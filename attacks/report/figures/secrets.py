@@ -63,7 +63,12 @@ def _draw(axes: Axes, name: str, example: Mapping[str, Any]) -> None:
             axes.barh(row, 0.96, left=column - 0.48, height=0.9, linewidth=0, **cell)
             style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": look.SMALL}
             if token == original[row]:
-                style["bbox"] = {"boxstyle": "square,pad=0.2", "fill": False, "linewidth": 0.8}
+                style["bbox"] = {
+                    "boxstyle": "square,pad=0.2",
+                    "fill": False,
+                    "ec": look.INK,
+                    "lw": 0.8,
+                }
             weight = "bold" if token == example["recovered"][row] else "normal"
             axes.text(column, row, shortened(token, _LONGEST_TOKEN), weight=weight, **style)
     axes.set_title(f"{name}, {caption_of(example)}", loc="left", fontsize=look.SMALL)
