@@ -5,7 +5,7 @@ that the others can only reach. Give a model by `TorchModel`, or by the protocol
 """
 
 from attacks.inversion.extraction import METHODS, Extraction, extract
-from attacks.inversion.objective import TARGETS, Objective
+from attacks.inversion.objective import TARGETS, DivergedError, Objective
 from attacks.inversion.protocol import Cloze, Inputs, Invertible
 from attacks.inversion.torch_model import Layout, Rows, TorchModel
 
@@ -13,6 +13,7 @@ __all__ = [
     "METHODS",
     "TARGETS",
     "Cloze",
+    "DivergedError",
     "Extraction",
     "Inputs",
     "Invertible",

@@ -77,8 +77,8 @@ def extract(
         by beam search, and the notes say so.
 
     Raises:
-        ValueError: an unknown method, one that needs a gradient where there is none, or a model
-            that returns no numbers.
+        ValueError: an unknown method, or one that needs a gradient where there is none.
+        DivergedError: the model returns no numbers.
     """
     one_of("method", method, choices=tuple(METHODS))
     if not objective.has_masks:

@@ -18,6 +18,10 @@ from attacks.signals import Predictions
 _CHUNK = 2048
 
 
+class DivergedError(ValueError):
+    """A model whose losses are no numbers."""
+
+
 class Objective:
     """The loss of fillings, of whole candidates or of mixtures of them.
 
@@ -100,12 +104,12 @@ class Objective:
             choices: (B, n) indices of candidates; 0 in a hole that the cloze does not have.
 
         Raises:
-            ValueError: the model returns no numbers.
+            DivergedError: the model returns no numbers.
         """
         pieces = zip(torch.split(rows, _CHUNK), torch.split(choices, _CHUNK), strict=True)
         losses = torch.cat([self._of_whole(some, chosen) for some, chosen in pieces])
         if torch.isnan(losses).any():
-            raise ValueError(
+            raise DivergedError(
                 f"Expected losses that are numbers, got {int(torch.isnan(losses).sum())} NaN of "
                 f"{len(losses)}: the model has diverged, and gives nothing away."
             )

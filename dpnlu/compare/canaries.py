@@ -129,7 +129,9 @@ def _guesses(canary: CanarySpec, readings: Sequence[CanaryReading]) -> dict[str,
         secrets = all_secrets(canary.length, candidates=canary.sizes)
         places = [int(reading.losses.argmin()) for reading in readings]
         found["enumeration"] = secrets[places]
-    methods = sorted(readings[0].guesses, key=lambda method: method != REPORTED)
+    # Of a model that has diverged there are none.
+    everywhere = [m for m in readings[0].guesses if all(m in r.guesses for r in readings)]
+    methods = sorted(everywhere, key=lambda method: method != REPORTED)
     return found | {
         method: np.stack([reading.guesses[method] for reading in readings]) for method in methods
     }

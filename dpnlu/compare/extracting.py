@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from attacks.dropout import has_dropout
-from attacks.inversion import Cloze, Extraction, Objective, extract
+from attacks.inversion import Cloze, DivergedError, Extraction, Objective, extract
 from attacks.patterns import CanarySpec, canary_tags
 from dpnlu.compare.inverting import invertible
 from dpnlu.nlu.classifier import Classifier
@@ -20,6 +20,15 @@ REPORTED = STUDY_METHODS[-1]
 _MASKS = 200
 
 
+def check_searchable(classifier: Classifier, canaries: Sequence[CanarySpec]) -> None:
+    """Raise ValueError if secrets of these canaries cannot be searched in such a classifier.
+
+    Before any is trained: the search comes last.
+    """
+    if canaries:
+        invertible(classifier, [_cloze(classifier, canary) for canary in canaries])
+
+
 def extract_canaries(
     classifier: Classifier, canaries: Sequence[CanarySpec], *, seed: int
 ) -> dict[str, dict[str, Extraction]]:
@@ -30,20 +39,24 @@ def extract_canaries(
         seed: of the searches.
 
     Returns:
-        The extractions of each method of `STUDY_METHODS`, by the name of the pattern.
+        The extractions of each method of `STUDY_METHODS`, by the name of the pattern; nothing of a
+        classifier whose losses are no numbers.
 
     Raises:
-        ValueError: candidates that the classifier cannot tell apart, or a text it cannot read.
+        ValueError: as `check_searchable`.
     """
     if not canaries:
         return {}
     clozes = [_cloze(classifier, canary) for canary in canaries]
     by_tags = all(canary.pattern.slot is not None for canary in canaries)
     objective = objective_for(classifier, clozes, by_tags=by_tags)
-    found = {
-        method: extract(objective, method=method, generator=torch.Generator().manual_seed(seed))
-        for method in STUDY_METHODS
-    }
+    try:
+        found = {
+            method: extract(objective, method=method, generator=torch.Generator().manual_seed(seed))
+            for method in STUDY_METHODS
+        }
+    except DivergedError:
+        return {}
     return {
         canary.pattern.name: {method: found[method][place] for method in STUDY_METHODS}
         for place, canary in enumerate(canaries)

@@ -9,6 +9,7 @@ import numpy as np
 
 from attacks.patterns import parse_canaries
 from dpnlu.compare.budget import Budget
+from dpnlu.compare.extracting import check_searchable
 from dpnlu.compare.selection import needs_references
 from dpnlu.compare.settings import (
     AttackSettings,
@@ -61,7 +62,9 @@ def prepare_study(settings: StudySettings) -> Prepared:
     )
     budgets = tuple(_budget(settings, corpus, study, epsilon) for epsilon in settings.epsilons)
     study.check_sides(for_references=needs_references(settings.chosen_attacks))
-    new_classifier(budgets[0].experiment, seed=settings.seed)
+    untrained = new_classifier(budgets[0].experiment, seed=settings.seed)
+    if budgets[0].extract:
+        check_searchable(untrained, study.canaries)
     return Prepared(settings=settings, corpus=corpus, repeats=repeats, study=study, budgets=budgets)
 
 

@@ -235,6 +235,26 @@ class TestStudies:
     def test_no_canary_no_search(self) -> None:
         assert extract_canaries(_lstm(), (), seed=0) == {}
 
+    def test_a_model_that_has_diverged_costs_no_study_its_report(self) -> None:
+        classifier = _lstm()
+        with torch.no_grad():
+            classifier.model.slot_head.bias.fill_(torch.nan)
+        assert extract_canaries(classifier, self.CANARIES, seed=0) == {}
+        canary = parse_canary("pin:2:R=1")
+        good = self._reading(canary, [4, 2], model=0)
+        without = CanaryReading(losses=good.losses, secret=good.secret)
+        entry = canary_entry(canary, [good, without], delta=1e-5, confidence=0.95)
+        assert set(entry["extraction"]) == {"enumeration"}
+
+    def test_candidates_that_cannot_be_searched_are_refused_before_training(
+        self, tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        command = ["compare", "--data", "synthetic:300", "--model", f"encoder:{tiny_encoder}"]
+        command += ["--canaries", "name:2:R=5", "--quiet", "--out", str(tmp_path / "out")]
+        assert main(command) == 2
+        assert "piece(s) of the model's tokenizer" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
     def test_under_dropout_the_masked_loss_decides(self) -> None:
         classifier = _lstm(dropout=0.5)
         canary = parse_canary("pin:2:R=1")
