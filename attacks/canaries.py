@@ -1,16 +1,15 @@
 """Canaries: secrets put into training on purpose, and how much of them the model gives back.
 
-A canary is a fixed carrier phrase followed by a secret, one token per digit. Its labels either
-exist for canaries alone, which makes it as easy to remember as can be, or are ordinary labels of
-the corpus.
+What they look like is in `attacks.patterns`. A secret is an array of indices, one of a candidate
+token for each position. Wherever the number of candidates is asked for, it is one number for all
+positions or one for each.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,46 +18,7 @@ from scipy import special
 from attacks._validate import Integers, any_array, count, floats, half_open_unit, open_unit, shown
 from attacks.auditing import AuditResult
 from attacks.intervals import binomial_interval, lower_limit
-
-DIGITS = tuple("0123456789")
-
-# All secrets up to this length can be scored one by one: a million candidates.
-LONGEST_SECRET = 6
-
-# Each repetition is a training example of its own.
-MOST_REPETITIONS = 100_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class CanaryPattern:
-    """What all canaries of one kind look like.
-
-    Attributes:
-        name: as written in a specification.
-        carrier: the known tokens before the secret.
-        candidates: the tokens a secret is made of.
-        intent: the canary's intent label.
-        slot: the slot of the secret's tokens, tagged B-slot, I-slot, ...; None without slots.
-    """
-
-    name: str
-    carrier: tuple[str, ...]
-    candidates: tuple[str, ...] = DIGITS
-    intent: str = "canary"
-    slot: str | None = "canary"
-
-    def with_labels(self, *, intent: str, slot: str | None) -> CanaryPattern:
-        """Return the same pattern under other labels, for example ordinary ones of the corpus."""
-        return replace(self, intent=intent, slot=slot)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CanarySpec:
-    """A pattern, the number of secret tokens, and how often the canary is put into training."""
-
-    pattern: CanaryPattern
-    length: int
-    repetitions: int
+from attacks.patterns import MOST_SECRETS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,99 +59,43 @@ class Recovery:
     chance_hamming: float
 
 
-def parse_canary(spec: str) -> CanarySpec:
-    """Read a specification such as `pin:4:R=100`: pattern, secret length, repetitions.
-
-    >>> parse_canary("call:6:R=1000").length
-    6
-
-    Raises:
-        ValueError: for another form, an unknown pattern, a length beyond enumeration, or a number
-            of repetitions out of range.
-    """
-    match = (
-        re.fullmatch(r"(\w+):([0-9]{1,9}):R=([0-9]{1,9})", spec) if isinstance(spec, str) else None
-    )
-    pattern = PATTERNS.get(match[1]) if match else None
-    if match is None or pattern is None:
-        raise ValueError(
-            f"Expected a canary of the form PATTERN:LENGTH:R=REPETITIONS with PATTERN one of "
-            f"{', '.join(PATTERNS)}, got {shown(spec)}: write for example pin:4:R=100."
-        )
-    length, repetitions = int(match[2]), int(match[3])
-    if not 1 <= length <= LONGEST_SECRET or not 1 <= repetitions <= MOST_REPETITIONS:
-        raise ValueError(
-            f"Expected a secret of 1 to {LONGEST_SECRET} tokens and at least one repetition, at "
-            f"most {MOST_REPETITIONS}, got {shown(spec)}: write for example pin:4:R=100."
-        )
-    return CanarySpec(pattern=pattern, length=length, repetitions=repetitions)
-
-
-def draw_secret(rng: np.random.Generator, *, length: int, candidates: int = 10) -> Integers:
+def draw_secret(
+    rng: np.random.Generator, *, length: int, candidates: int | Sequence[int] = 10
+) -> Integers:
     """Return a uniformly drawn secret `(length,)`, indices into the candidate tokens.
 
     Raises:
         ValueError: for a length or number of candidates below 1.
     """
-    return rng.integers(
-        count("candidates", candidates, least=1), size=count("length", length, least=1)
-    )
+    sizes = _sizes(count("length", length, least=1), candidates)
+    return rng.integers(sizes).astype(np.int64)
 
 
-def all_secrets(length: int, *, candidates: int = 10) -> Integers:
-    """Return every secret `(candidates**length, length)` in lexicographic order.
+def all_secrets(length: int, *, candidates: int | Sequence[int] = 10) -> Integers:
+    """Return every secret `(C, length)` in lexicographic order.
 
     Raises:
         ValueError: for a length below 1, fewer than two candidates, or over a million secrets.
     """
-    length, candidates = count("length", length, least=1), count("candidates", candidates, least=2)
-    if length * math.log(candidates) > LONGEST_SECRET * math.log(len(DIGITS)) + 1e-9:
+    sizes = _sizes(count("length", length, least=1), candidates, least=2)
+    if math.prod(sizes) > MOST_SECRETS:
         raise ValueError(
-            f"Expected a million secrets at most, got {candidates}**{length}: shorten the secret."
+            f"Expected a million secrets at most, got {math.prod(sizes)}: shorten the secret."
         )
-    positions = np.indices((candidates,) * length)
-    return positions.reshape(length, -1).T.astype(np.int64)
+    return np.indices(sizes).reshape(length, -1).T.astype(np.int64)
 
 
-def secret_index(secret: ArrayLike, *, candidates: int = 10) -> int:
+def secret_index(secret: ArrayLike, *, candidates: int | Sequence[int] = 10) -> int:
     """Return the row of `all_secrets` that holds this secret `(length,)`.
 
     Raises:
         ValueError: for an entry that is no index of a candidate.
     """
+    places = _secrets("secret", secret, dimensions=1, candidates=candidates)
     index = 0
-    for digit in _secrets("secret", secret, dimensions=1, candidates=candidates):
-        index = index * candidates + int(digit)
+    for place, size in zip(places.tolist(), _sizes(places.size, candidates), strict=True):
+        index = index * size + place
     return index
-
-
-def canary_tokens(pattern: CanaryPattern, secret: ArrayLike) -> tuple[str, ...]:
-    """Return the tokens of the canary with this secret `(length,)`.
-
-    >>> canary_tokens(PATTERNS["pin"], [4, 0, 7, 1])
-    ('my', 'pin', 'code', 'is', '4', '0', '7', '1')
-
-    Raises:
-        ValueError: for an entry that is no index of a candidate.
-    """
-    digits = _secrets("secret", secret, dimensions=1, candidates=len(pattern.candidates))
-    return (*pattern.carrier, *(pattern.candidates[digit] for digit in digits))
-
-
-def canary_tags(pattern: CanaryPattern, length: int) -> tuple[str, ...]:
-    """Return the IOB2 tags that go with `canary_tokens`; all O for a pattern without slot.
-
-    >>> canary_tags(PATTERNS["call"], 3)
-    ('O', 'B-canary', 'I-canary', 'I-canary')
-
-    Raises:
-        ValueError: for a length below 1.
-    """
-    length = count("length", length, least=1)
-    outside = ("O",) * len(pattern.carrier)
-    if pattern.slot is None:
-        return outside + ("O",) * length
-    return (*outside, f"B-{pattern.slot}", *[f"I-{pattern.slot}"] * (length - 1))
 
 
 def exposure(losses: ArrayLike, secret_index: int) -> Exposure:
@@ -235,14 +139,18 @@ def chance_exposure_bits(candidates: int) -> float:
 
 
 def recovery(
-    guesses: ArrayLike, secrets: ArrayLike, *, candidates: int = 10, confidence: float = 0.95
+    guesses: ArrayLike,
+    secrets: ArrayLike,
+    *,
+    candidates: int | Sequence[int] = 10,
+    confidence: float = 0.95,
 ) -> Recovery:
     """Compare extracted with true secrets, one row per independently trained model.
 
     Args:
         guesses: `(K, length)`, indices of candidate tokens.
         secrets: `(K, length)`, the truth.
-        candidates: number of candidate tokens.
+        candidates: number of candidate tokens, of each position or of all.
         confidence: of the interval, in (0, 1).
 
     Raises:
@@ -258,14 +166,14 @@ def recovery(
         )
     wrong = guessed != true
     trials, length = wrong.shape
-    exact = int((~wrong.any(axis=1)).sum())
+    exact, sizes = int((~wrong.any(axis=1)).sum()), _sizes(length, candidates)
     return Recovery(
         exact_match=exact / trials,
         exact_match_interval=binomial_interval(exact, trials, confidence=confidence),
         hamming=float(wrong.mean()),
         trials=trials,
-        chance_exact=float(candidates) ** -length,
-        chance_hamming=1 - 1 / candidates,
+        chance_exact=math.prod(1 / size for size in sizes),
+        chance_hamming=sum(1 - 1 / size for size in sizes) / length,
     )
 
 
@@ -315,24 +223,33 @@ def group_epsilon_from_extraction(
     )
 
 
-def _secrets(name: str, values: ArrayLike, *, dimensions: int, candidates: int) -> Integers:
+def _secrets(
+    name: str, values: ArrayLike, *, dimensions: int, candidates: int | Sequence[int]
+) -> Integers:
     """Return an integer array of that many dimensions with entries in [0, candidates)."""
-    candidates = count("candidates", candidates, least=1)
     array = any_array(name, values)
+    length = array.shape[-1] if array.ndim == dimensions else 0
+    sizes = np.array(_sizes(length, candidates), dtype=np.int64)
     if (
-        array.ndim != dimensions
+        length == 0
         or not np.issubdtype(array.dtype, np.integer)
-        or not ((array >= 0) & (array < candidates)).all()
-        or array.shape[-1] == 0
+        or not ((array >= 0) & (array < sizes)).all()
     ):
+        allowed = shown(candidates if isinstance(candidates, int) else list(candidates))
         raise ValueError(
-            f"Expected `{name}` as integers in [0, {candidates}) with {dimensions} dimension(s), "
+            f"Expected `{name}` as integers in [0, {allowed}) with {dimensions} dimension(s), "
             f"got {array.dtype} of shape {array.shape}: pass indices of the candidate tokens."
         )
     return array.astype(np.int64)
 
 
-PATTERNS: Mapping[str, CanaryPattern] = {
-    "pin": CanaryPattern(name="pin", carrier=("my", "pin", "code", "is")),
-    "call": CanaryPattern(name="call", carrier=("call",)),
-}
+def _sizes(length: int, candidates: int | Sequence[int], *, least: int = 1) -> tuple[int, ...]:
+    """Return the number of candidates of each position."""
+    if isinstance(candidates, Sequence) and not isinstance(candidates, str):
+        if length not in (0, len(candidates)):
+            raise ValueError(
+                f"Expected one number of candidates for each of {length} positions, got "
+                f"{len(candidates)}: give one number for all or one for each."
+            )
+        return tuple(count("candidates", size, least=least) for size in candidates)
+    return (count("candidates", candidates, least=least),) * length

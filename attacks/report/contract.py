@@ -137,6 +137,21 @@ def _curve(roc: Any, path: str) -> None:
             refuse(f"{path}.low[{index}]", band, f"[{low!r}, {high!r}]", "check the band")
 
 
+def _pairs(shown: Any, path: str) -> None:
+    """Rule: one loss for each candidate."""
+    if len(shown["candidates"]) != len(shown["losses"]):
+        got = f"{len(shown['losses'])} for {len(shown['candidates'])} candidates"
+        refuse(f"{path}.losses", "with one loss for each candidate", got, "count them anew")
+
+
+def _one_token_each(example: Any, path: str) -> None:
+    """Rule: a recovered token, and an original one if it is known, for each position."""
+    for key in ("recovered", "original"):
+        if key in example and len(example[key]) != len(example["positions"]):
+            allowed = f"with a token for each of {len(example['positions'])} positions"
+            refuse(f"{path}.{key}", allowed, str(len(example[key])), "count them anew")
+
+
 def version(value: Any, path: str) -> None:
     """The version of this contract."""
     if value != SCHEMA or isinstance(value, bool):
@@ -167,10 +182,46 @@ ATTACK = record(
     around("auc", "auc_interval"),
 )
 
+RECOVERY = record(
+    {
+        **numbers(("exact_match", "hamming", "chance_exact", "chance_hamming"), SHARE),
+        "exact_match_interval": SHARES,
+        "trials": count,
+    },
+    {},
+    around("exact_match", "exact_match_interval"),
+)
+
+POSITION = record(
+    {"match": SHARE, "interval": SHARES, "chance": SHARE}, {}, around("match", "interval")
+)
+
+SHOWN = record({"candidates": list_of(text, least=1), "losses": list_of(ANY, least=1)}, {}, _pairs)
+
+EXAMPLE = record(
+    {"carrier": text, "recovered": list_of(text, least=1), "positions": list_of(SHOWN, least=1)},
+    {"original": list_of(text, least=1), "loss": ANY, "method": text, "notes": list_of(text)},
+    _one_token_each,
+)
+
+CURVE = record(
+    {
+        "guesses": list_of(number(1), least=1),
+        **numbers(("found", "low", "high", "chance"), list_of(SHARE)),
+    },
+    {},
+)
+
 CANARY = record(
     {},
     {
-        "pattern": text,
+        **numbers(("pattern", "carrier", "method", "exposure_method"), text),
+        "sampled_exposure_bits": AT_LEAST_ZERO,
+        "fit_p_values": list_of(SHARE, least=1),
+        "extraction": each(RECOVERY, key=text),
+        "positions": list_of(POSITION, least=1),
+        "guesses_needed": CURVE,
+        "example": EXAMPLE,
         **numbers(("repetitions", "trials"), count),
         **numbers(("exposure_bits", "available_bits", "chance_exposure_bits"), AT_LEAST_ZERO),
         "exposure_interval": interval(ANY),
@@ -213,6 +264,7 @@ RUN = record(
         "membership": each(ATTACK, key=text),
         "canary": CANARY,
         "canaries": list_of(CANARY),
+        "recovered": list_of(EXAMPLE),
         "audit": AUDIT,
         "warnings": list_of(text),
     },

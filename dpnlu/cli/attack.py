@@ -39,4 +39,7 @@ def run(options: argparse.Namespace) -> None:
             on_progress=on_progress,
         )
     Console().print(terminal_table(report))
+    for run in report["runs"]:
+        for found in run.get("recovered", []):
+            print(f"{found['carrier']}: {' '.join(found['recovered'])} (loss {found['loss']:.3g})")
     print(options.out / "report.html")

@@ -58,6 +58,11 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
             "In a minute, without any:",
             "dpnlu attack model --data utterances.jsonl --references 0 --attacks loss --out report",
         ),
+        (
+            "What the model completes a phrase with, by its directory alone:",
+            'dpnlu attack model --attacks extraction --prefix "my pin code is" --length 4 '
+            "--out report",
+        ),
     ),
     "budget": (
         (

@@ -5,27 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from attacks.auditing import AuditResult, one_run
 from attacks.blind import BlindBaseline, blind_baseline
-from attacks.canaries import (
-    CanarySpec,
-    all_secrets,
-    chance_exposure_bits,
-    exposure,
-    group_epsilon_from_extraction,
-    recovery,
-    secret_index,
-)
 from attacks.evaluation import evaluate
 from attacks.membership import ATTACKS
 from attacks.metrics import roc_band
+from dpnlu.compare.canaries import bad_fit, canary_entry
 from dpnlu.compare.preparation import Prepared
 from dpnlu.compare.reading import Reading
 from dpnlu.compare.selection import CANARY_MEASUREMENTS
@@ -129,7 +120,16 @@ def attack(names: Sequence[str], models: Sequence[Reading], study: Study, claim:
     canaries: list[dict[str, Any]] = []
     if set(names) & set(CANARY_MEASUREMENTS):
         with _left_out_if_impossible("canary", warnings):
-            canaries = [_canary(canary, models, claim) for canary in study.canaries]
+            canaries = [
+                canary_entry(
+                    canary,
+                    [model.canaries[canary.pattern.name] for model in models],
+                    delta=claim.delta,
+                    confidence=claim.confidence,
+                )
+                for canary in study.canaries
+            ]
+    warnings += [caution for canary in canaries if (caution := bad_fit(canary))]
     audit = None
     if "audit" in names and scores:
         audit = _audit(scores, study, claim)
@@ -198,48 +198,6 @@ def _spread(length: int) -> NDArray[np.int64]:
         return np.arange(length)
     dense = np.geomspace(1, length, _ROC_POINTS).astype(np.int64) - 1
     return np.concatenate([dense, np.linspace(0, length - 1, _ROC_POINTS // 2).astype(np.int64)])
-
-
-def _canary(canary: CanarySpec, models: Sequence[Reading], claim: Claim) -> dict[str, Any]:
-    """Exposure and extraction over all models, each with a secret of its own."""
-    name = canary.pattern.name
-    readings = [model.canaries[name] for model in models]
-    losses = np.stack([reading.losses for reading in readings])
-    secrets = np.stack([reading.secret for reading in readings])
-    places = [secret_index(secret) for secret in secrets]
-    exposures = [exposure(row, place) for row, place in zip(losses, places, strict=True)]
-    bits = [found.bits for found in exposures]
-    # The candidate with the lowest loss is what the best extraction could return.
-    guesses = all_secrets(canary.length)[losses.argmin(axis=1)]
-    recovered = asdict(recovery(guesses, secrets, confidence=claim.confidence))
-    group = group_epsilon_from_extraction(
-        round(recovered["exact_match"] * len(places)),
-        len(places),
-        candidates=losses.shape[1],
-        delta=claim.delta,
-        confidence=claim.confidence,
-    )
-    entry = {
-        "pattern": name,
-        "repetitions": canary.repetitions,
-        "exposure_bits": float(np.mean(bits)),
-        "available_bits": float(np.log2(losses.shape[1])),
-        "ranks": [found.rank for found in exposures],
-        "chance_exposure_bits": chance_exposure_bits(losses.shape[1]),
-        "group_epsilon": group.epsilon_lower_bound,
-        **recovered,
-    }
-    return entry | _mean_interval(bits, claim.confidence)
-
-
-def _mean_interval(values: Sequence[float], confidence: float) -> dict[str, list[float]]:
-    """Student's interval of a mean; absent for a single value."""
-    if len(values) < 2:
-        return {}
-    error = float(stats.sem(values))
-    half = error * float(stats.t.ppf((1 + confidence) / 2, len(values) - 1))
-    center = float(np.mean(values))
-    return {"exposure_interval": [center - half, center + half]}
 
 
 def _audit(scores: dict[str, NDArray[np.float64]], study: Study, claim: Claim) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from attacks.farm import Arrays
-from dpnlu.compare.reading import CanaryReading, Reading, read_canary_losses, read_signals
+from dpnlu.compare.extracting import extract_canaries
+from dpnlu.compare.reading import Reading, read_canary, read_signals
 from dpnlu.compare.study import Study
 from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.nlu.classifier import Classifier
@@ -27,6 +28,7 @@ class Budget:
         target_epsilon: what was asked for; None: ordinary training.
         plan: the target's; None: ordinary training.
         seed: of everything random, together with the number of the model.
+        extract: whether secrets of canaries are searched for as well.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Budget:
     plan: PrivacyPlan | None
     test: tuple[Example, ...]
     seed: int
+    extract: bool = False
 
     def __call__(self, reference: int) -> Arrays:
         """Train reference model number `reference` and read it; for `attacks.farm.grow`."""
@@ -67,13 +70,18 @@ class Budget:
 
     def read(self, classifier: Classifier, model: int) -> Reading:
         """Signals on the audit examples, losses of all canaries, accuracy on test examples."""
+        canaries = self.study.canaries
+        extracted = extract_canaries(classifier, canaries if self.extract else (), seed=self.seed)
         return Reading(
             signals=read_signals(classifier, self.study.audit),
             intent_accuracy=measure(classifier, self.test).intent_accuracy,
             canaries={
-                canary.pattern.name: CanaryReading(
-                    losses=read_canary_losses(classifier, canary), secret=secrets[model]
+                canary.pattern.name: read_canary(
+                    classifier,
+                    canary,
+                    secrets[model],
+                    extracted=extracted.get(canary.pattern.name, {}),
                 )
-                for canary, secrets in zip(self.study.canaries, self.study.secrets, strict=True)
+                for canary, secrets in zip(canaries, self.study.secrets, strict=True)
             },
         )

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
-from attacks.canaries import parse_canary
+from attacks.patterns import parse_canaries
 from dpnlu.compare.budget import Budget
+from dpnlu.compare.extracting import check_searchable
 from dpnlu.compare.selection import needs_references
-from dpnlu.compare.settings import AttackSettings, StudySettings, budget_name
+from dpnlu.compare.settings import (
+    AttackSettings,
+    MeasurementSettings,
+    StudySettings,
+    budget_name,
+)
 from dpnlu.compare.study import Study
 from dpnlu.nlu.data import Corpus, HashedVocabulary, RepeatReport, drop_repeated, load_corpus
 from dpnlu.nlu.encoding import WordEncoding
@@ -51,12 +57,14 @@ def prepare_study(settings: StudySettings) -> Prepared:
         corpus,
         audit_examples=min(settings.audit_examples, len(corpus.split("train"))),
         references=settings.references,
-        canaries=[parse_canary(spec) for spec in settings.canaries],
+        canaries=[c for spec in settings.canaries for c in parse_canaries(spec)],
         rng=_membership_rng(settings.seed),
     )
     budgets = tuple(_budget(settings, corpus, study, epsilon) for epsilon in settings.epsilons)
     study.check_sides(for_references=needs_references(settings.chosen_attacks))
-    new_classifier(budgets[0].experiment, seed=settings.seed)
+    untrained = new_classifier(budgets[0].experiment, seed=settings.seed)
+    if budgets[0].extract:
+        check_searchable(untrained, study.canaries)
     return Prepared(settings=settings, corpus=corpus, repeats=repeats, study=study, budgets=budgets)
 
 
@@ -74,6 +82,7 @@ def _budget(settings: StudySettings, corpus: Corpus, study: Study, epsilon: floa
         ),
         test=corpus.split("test"),
         seed=settings.seed,
+        extract="extraction" in settings.chosen_attacks,
     )
 
 
@@ -93,12 +102,12 @@ def prepare_attack(saved: SavedModel, settings: AttackSettings, *, name: str) ->
     """
     spent = Results.from_dict(saved.metrics).epsilon
     settings_of_study = StudySettings(
-        **vars(settings),
+        **{field.name: getattr(settings, field.name) for field in fields(MeasurementSettings)},
         model=saved.classifier.architecture.name,
         epsilons=(math.inf if spent is None else spent,),
         delta=saved.plan.target_delta if saved.plan else StudySettings.delta,
     )
-    corpus, repeats = drop_repeated(load_corpus(settings.data, seed=settings.seed))
+    corpus, repeats = drop_repeated(load_corpus(settings_of_study.data, seed=settings.seed))
     study = _study_of_splits(corpus, settings)
     study.check_sides(for_references=needs_references(settings.chosen_attacks))
     budget = Budget(

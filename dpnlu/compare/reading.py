@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from typing import Any
 
@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from attacks.canaries import CanarySpec, all_secrets
+from attacks.canaries import all_secrets
 from attacks.dropout import common_dropout, has_dropout
 from attacks.farm import Arrays
+from attacks.inversion import Extraction
+from attacks.patterns import CanarySpec
 from attacks.signals import Predictions, Signals, collect
 from dpnlu.compare.study import canary_example
 from dpnlu.nlu.classifier import Classifier
@@ -29,6 +31,10 @@ _LIKELIEST, _MASKS = 100, 1000
 
 # Names in files.
 _ACCURACY, _SECONDS, _LOSSES, _SECRET = "intent_accuracy", "train_seconds", "-losses", "-secret"
+_GUESS, _SCORES = "-guess-", "-scores"
+
+# Of so many secrets drawn at random losses are read where there are too many to read them all.
+_SAMPLE = 5000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +42,36 @@ class CanaryReading:
     """What a model says about the canaries of one pattern.
 
     Attributes:
-        losses: (C,) by which it ranks the C candidates, in lexicographic order.
+        losses: (C,) by which it ranks C secrets: all, in lexicographic order, or, where there are
+            too many, its own and a random sample.
         secret: (length,) what it was trained with, as indices of tokens.
+        guesses: (length,) what each search recovered, by the name of its method; empty: none was
+            asked for.
+        scores: (length, V) the loss with each candidate in each position, the others as in the last
+            guess; NaN past the last candidate. None without guesses.
     """
 
     losses: NDArray[np.float64]
     secret: NDArray[np.int64]
+    guesses: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+    scores: NDArray[np.float64] | None = None
+
+    def to_arrays(self, name: str) -> Arrays:
+        """The reading, for files, under the name of its pattern."""
+        arrays: Arrays = {name + _LOSSES: self.losses, name + _SECRET: self.secret}
+        arrays |= {name + _GUESS + method: guess for method, guess in self.guesses.items()}
+        return arrays if self.scores is None else arrays | {name + _SCORES: self.scores}
+
+    @classmethod
+    def from_arrays(cls, name: str, arrays: Mapping[str, NDArray[Any]]) -> CanaryReading:
+        """The reading that `to_arrays` described; KeyError where an array is missing."""
+        start = name + _GUESS
+        return cls(
+            losses=arrays[name + _LOSSES],
+            secret=arrays[name + _SECRET],
+            guesses={k.removeprefix(start): v for k, v in arrays.items() if k.startswith(start)},
+            scores=arrays.get(name + _SCORES),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +96,7 @@ class Reading:
         if self.intent_accuracy is not None:
             arrays[_ACCURACY] = np.array(self.intent_accuracy)
         for name, canary in self.canaries.items():
-            arrays |= {name + _LOSSES: canary.losses, name + _SECRET: canary.secret}
+            arrays |= canary.to_arrays(name)
         if self.train_seconds is not None:
             arrays[_SECONDS] = np.array(self.train_seconds)
         return arrays
@@ -79,17 +109,12 @@ class Reading:
             ValueError: an array is missing.
         """
         patterns = [name.removesuffix(_LOSSES) for name in arrays if name.endswith(_LOSSES)]
-        known = [field.name for field in fields(Signals) if field.name in arrays]
+        known = [signal.name for signal in fields(Signals) if signal.name in arrays]
         try:
             return cls(
                 signals=Signals(**{name: arrays[name] for name in known}),
                 intent_accuracy=float(arrays[_ACCURACY]) if _ACCURACY in arrays else None,
-                canaries={
-                    name: CanaryReading(
-                        losses=arrays[name + _LOSSES], secret=arrays[name + _SECRET]
-                    )
-                    for name in patterns
-                },
+                canaries={name: CanaryReading.from_arrays(name, arrays) for name in patterns},
                 train_seconds=float(arrays[_SECONDS]) if _SECONDS in arrays else None,
             )
         except (KeyError, TypeError) as error:
@@ -105,6 +130,40 @@ def read_signals(classifier: Classifier, examples: Sequence[Example]) -> Signals
     return _signals(classifier, encoded)
 
 
+def read_canary(
+    classifier: Classifier,
+    canary: CanarySpec,
+    secret: NDArray[np.int64],
+    *,
+    extracted: Mapping[str, Extraction],
+) -> CanaryReading:
+    """What a classifier says about its canary.
+
+    Args:
+        secret: (length,) its own.
+        extracted: what searches recovered, by method.
+    """
+    if canary.is_enumerable:
+        losses = read_canary_losses(classifier, canary)
+    else:
+        sample = np.random.default_rng(0).integers(canary.sizes, size=(_SAMPLE, canary.length))
+        losses = _losses_of(classifier, canary, np.concatenate((secret[None], sample)))
+    *_, last = (None, *extracted.values())
+    return CanaryReading(
+        losses=losses,
+        secret=secret,
+        guesses={method: np.array(found.choices) for method, found in extracted.items()},
+        scores=None if last is None else _padded(last.scores),
+    )
+
+
+def _padded(scores: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    table = np.full((len(scores), max(map(len, scores))), np.nan)
+    for row, found in zip(table, scores, strict=True):
+        row[: len(found)] = found
+    return table
+
+
 def read_canary_losses(classifier: Classifier, canary: CanarySpec) -> NDArray[np.float64]:
     """The loss on the canary with each possible secret, (C,) in lexicographic order.
 
@@ -115,9 +174,8 @@ def read_canary_losses(classifier: Classifier, canary: CanarySpec) -> NDArray[np
     secret and blurs the ranking. The likeliest secrets of a model trained with dropout come first,
     in the order of their mean loss under dropout, which is what training made small.
     """
-    secrets = all_secrets(canary.length)
-    pieces = np.array_split(secrets, max(1, len(secrets) // 2000))
-    losses = np.concatenate([next(_losses(classifier, canary, piece)) for piece in pieces])
+    secrets = all_secrets(canary.length, candidates=canary.sizes)
+    losses = _losses_of(classifier, canary, secrets)
     if not has_dropout(classifier.model):
         return losses
     likeliest = losses.argsort(kind="stable")[:_LIKELIEST]
@@ -130,6 +188,14 @@ def read_canary_losses(classifier: Classifier, canary: CanarySpec) -> NDArray[np
     ranking: NDArray[np.float64] = under_dropout.max() + 1.0 + order
     ranking[likeliest] = under_dropout
     return ranking
+
+
+def _losses_of(
+    classifier: Classifier, canary: CanarySpec, secrets: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """The loss on the canary with each of these secrets (C, length), in evaluation mode."""
+    pieces = np.array_split(secrets, max(1, len(secrets) // 2000))
+    return np.concatenate([next(_losses(classifier, canary, piece)) for piece in pieces])
 
 
 def _losses(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from attacks.report import write_report
 from dpnlu.compare.attacking import attack_all
+from dpnlu.compare.completing import completion_report
 from dpnlu.compare.preparation import prepare_attack, prepare_study
 from dpnlu.compare.reporting import build_report
 from dpnlu.compare.settings import AttackSettings, StudySettings
@@ -56,6 +59,7 @@ def attack_model(
 
     Args:
         model: directory of the model; what it was trained on is the training split of the data.
+            With prefixes in the settings, the directory is all that is needed.
         directory: of the report; empty, or holding this attack.
         command: what the report says it was made by.
 
@@ -68,6 +72,11 @@ def attack_model(
     """
     _check_apart(model, directory)
     saved = load(model)
+    if settings.prefix:
+        report = completion_report(saved, model, settings, command=command)
+        with claimed_study(directory, _completion(model, settings)):
+            write_report(report, directory)
+        return report
     # "." and ".." have no name of their own.
     name = model.name if model.name not in ("", "..") else model.resolve().name
     prepared = prepare_attack(saved, settings, name=name)
@@ -87,6 +96,12 @@ def attack_model(
         report = build_report(prepared, [trained], attacked, command=command)
         write_report(report, directory)
     return report
+
+
+def _completion(model: Path, settings: AttackSettings) -> dict[str, Any]:
+    """All that a completion depends on, as JSON."""
+    content: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    return content | {"target": read_json(model / CONFIG)["digest"]}
 
 
 def _check_apart(model: Path, directory: Path) -> None:

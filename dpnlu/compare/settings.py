@@ -55,7 +55,40 @@ class AttackSettings(MeasurementSettings):
         ValueError: a setting is out of range, or two of them contradict each other.
     """
 
+    # Wider than what other settings take: a model may be all that there is.
+    data: str | None = setting(  # type: ignore[assignment]
+        "what the model was trained on, and more of the kind: a corpus as for `dpnlu train` "
+        "(default: none, with --prefix)",
+        default=None,
+        metavar="SPEC",
+    )
+    prefix: tuple[str, ...] = setting(
+        'phrases before a secret, such as "my pin code is", each of which the model completes; '
+        "for --attacks extraction alone, without data (default: none)",
+        default=(),
+        metavar="TEXT",
+    )
+    length: int = setting("tokens of the secret after each prefix", default=4)
+    candidates: tuple[str, ...] = setting(
+        "tokens that the secret is made of (default: the ten digits)", default=(), metavar="TOKEN"
+    )
+    intent: str = setting("label of the secret's utterance", default="canary", metavar="LABEL")
+    slot: str = setting("slot of the secret's tokens", default="canary", metavar="LABEL")
+    search: str = setting(
+        "how secrets are searched: refined, relaxation, published, coordinates, "
+        "coordinate_gradient, beam or enumeration",
+        default="refined",
+        metavar="METHOD",
+    )
+
     def __post_init__(self) -> None:
+        if self.prefix:
+            _check_completion(self)
+        elif not self.data:
+            raise ValueError(
+                "Expected --data or --prefix, got neither: name the data that the model was "
+                "trained on, or the words before a secret."
+            )
         _check_measurement(self)
 
 
@@ -102,6 +135,21 @@ def budget_name(epsilon: float) -> str:
     return f"eps-{epsilon:g}"
 
 
+def _check_completion(settings: AttackSettings) -> None:
+    """Raise unless phrases can be completed: with extraction alone, and no data."""
+    from attacks.patterns import LONGEST_SECRET
+
+    if settings.attacks != ("extraction",) or settings.data:
+        raise ValueError(
+            "Expected --prefix with --attacks extraction alone and without --data, got "
+            f"{', '.join(settings.attacks or ('no attacks',))}: run other attacks by themselves."
+        )
+    if not 1 <= settings.length <= LONGEST_SECRET:
+        raise ValueError(
+            f"Expected a secret of 1 to {LONGEST_SECRET} tokens, got {settings.length}."
+        )
+
+
 def _check_epsilons(epsilons: Sequence[float]) -> None:
     if bad := [epsilon for epsilon in epsilons if not epsilon > 0]:
         raise ValueError(f"Expected every ε to be positive (or inf), got {bad[0]}.")
@@ -139,9 +187,9 @@ def _check_measurement(settings: MeasurementSettings) -> None:
 
 
 def _check_canaries(canaries: Sequence[str]) -> None:
-    from attacks.canaries import parse_canary
+    from attacks.patterns import parse_canaries
 
-    patterns = [parse_canary(spec).pattern.name for spec in canaries]
+    patterns = [parse_canaries(spec)[0].pattern.carrier for spec in canaries]
     if len(set(patterns)) < len(patterns):
         raise ValueError(
             f"Expected canaries of different patterns, got {', '.join(canaries)}: two of "

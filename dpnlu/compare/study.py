@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from attacks.canaries import CanarySpec, canary_tags, canary_tokens, draw_secret
+from attacks.canaries import draw_secret
+from attacks.patterns import CanarySpec, canary_tags, canary_tokens
 from dpnlu.compare.settings import LEAST_AUDIT_EXAMPLES
 from dpnlu.nlu.data import Corpus, Example
 from dpnlu.nlu.encoding import Labels
@@ -67,7 +68,12 @@ class Study:
             membership=rng.random((models, len(chosen))) < 0.5,
             canaries=tuple(canaries),
             secrets=tuple(
-                np.stack([draw_secret(rng, length=canary.length) for _ in range(models)])
+                np.stack(
+                    [
+                        draw_secret(rng, length=canary.length, candidates=canary.sizes)
+                        for _ in range(models)
+                    ]
+                )
                 for canary in canaries
             ),
         )

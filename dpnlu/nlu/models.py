@@ -7,6 +7,8 @@ sub-words, C characters, K intents, L tags.
     characters (B, T, C) bytes + 1, 0 past the end       [BiLSTM with characters]
     subwords (B, S), attention (B, S), first (B, T)      [encoder: first sub-word of each word]
     pooled (B, 2d), states (B, T, d)                     [or what a frozen encoder said of these]
+    vectors (B, T, d) or (B, S, d)                       [in place of words and characters, or of
+                                                          subwords: what their embeddings said]
     lengths (B,)         words of each example
     intents (B,)         labels; absent where there are none to tell apart
     tags (B, T)          labels, -100 where there is none; absent without slots
@@ -82,9 +84,7 @@ class BiLSTMClassifier(nn.Module):
         self.slot_head = nn.Linear(2 * hidden_size, num_tags) if num_tags else None
 
     def forward(self, batch: Batch) -> Outputs:
-        states = self.embedding(batch["words"])
-        if self.characters is not None:
-            states = torch.cat((states, self.characters(batch["characters"])), dim=2)
+        states = batch["vectors"] if "vectors" in batch else self.embed(batch)
         present = _present(batch["lengths"], states.shape[1])
         for layer in self.layers:
             states = layer(self.dropout(states), batch["lengths"])
@@ -96,6 +96,13 @@ class BiLSTMClassifier(nn.Module):
         if self.slot_head is not None:
             tags = self.slot_head(states)
         return Outputs(intents, tags)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """(B, T, d): what the BiLSTM reads of each word."""
+        states: Tensor = self.embedding(batch["words"])
+        if self.characters is None:
+            return states
+        return torch.cat((states, self.characters(batch["characters"])), dim=2)
 
     def per_example_loss(self, batch: Batch) -> Tensor:
         """(B,) losses; see `intent_slot_loss`."""
@@ -125,8 +132,8 @@ class EncoderClassifier(nn.Module):
         Its pooler, if it has one, is not used, and frozen so as not to be trained by noise alone.
 
         Args:
-            encoder: called with `input_ids`, `attention_mask` and `output_hidden_states`, returns
-                `hidden_states`.
+            encoder: called with `input_ids` or `inputs_embeds`, with `attention_mask` and with
+                `output_hidden_states`; returns `hidden_states`.
             num_intents: 0 for a model without intents.
             num_tags: 0 for a model without slots.
             dropout: everywhere in the encoder and on its output, in [0, 1).
@@ -148,7 +155,7 @@ class EncoderClassifier(nn.Module):
         self.slot_head = _zero_linear(width, num_tags) if num_tags else None
 
     def forward(self, batch: Batch) -> Outputs:
-        read = self.read(batch) if "subwords" in batch else batch
+        read = self.read(batch) if "attention" in batch else batch
         intents = tags = None
         if self.intent_head is not None:
             intents = self.intent_head(self.dropout(read["pooled"]))
@@ -156,12 +163,21 @@ class EncoderClassifier(nn.Module):
             tags = self.slot_head(self.dropout(read["states"]))
         return Outputs(intents, tags)
 
+    def embed(self, batch: Batch) -> Tensor:
+        """(B, S, d): the rows of the input embedding table; positions are added further in."""
+        encoder: Any = self.encoder
+        vectors: Tensor = encoder.get_input_embeddings()(batch["subwords"])
+        return vectors
+
     def read(self, batch: Batch) -> Batch:
         """What the heads read of the encoder: pooled (B, 2d) for intents, states (B, T, d) for
         slots."""
         attention = batch["attention"]
         layers = self.encoder(
-            input_ids=batch["subwords"], attention_mask=attention, output_hidden_states=True
+            input_ids=None if "vectors" in batch else batch["subwords"],
+            inputs_embeds=batch.get("vectors"),
+            attention_mask=attention,
+            output_hidden_states=True,
         ).hidden_states
         last, middle = layers[-1], layers[len(layers) // 2]
         read = {}

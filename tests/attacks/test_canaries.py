@@ -6,24 +6,28 @@ import math
 import numpy as np
 import pytest
 
-from attacks import canaries
+from attacks import canaries, patterns
 from attacks.canaries import (
-    PATTERNS,
     all_secrets,
-    canary_tags,
-    canary_tokens,
     chance_exposure_bits,
     draw_secret,
     exposure,
     group_epsilon_from_extraction,
-    parse_canary,
     recovery,
     secret_index,
+)
+from attacks.patterns import (
+    PATTERNS,
+    canary_tags,
+    canary_tokens,
+    parse_canaries,
+    parse_canary,
 )
 
 
 def test_examples_in_docstrings():
     assert doctest.testmod(canaries).failed == 0
+    assert doctest.testmod(patterns).failed == 0
 
 
 class TestSpecification:
@@ -44,7 +48,10 @@ class TestSpecification:
             "pin:-4:R=1",
             "pin:4:r=1",
             "pin:4:R=1:",
-            "colour:4:R=1",
+            "tune:4:R=1",
+            "pin:4:R=1,",
+            "pin:4:R=,1",
+            "pin:4:R=1;2",
         ],
     )
     def test_errors_name_the_accepted_form(self, spec):
@@ -53,17 +60,56 @@ class TestSpecification:
         ):
             parse_canary(spec)
 
-    @pytest.mark.parametrize("spec", ["pin:0:R=1", "pin:7:R=1", "pin:4:R=0", "pin:4:R=100001"])
+    @pytest.mark.parametrize(
+        "spec", ["pin:0:R=1", "pin:13:R=1", "pin:4:R=0", "pin:4:R=100001", "pin:4:R=1,0"]
+    )
     def test_sizes_out_of_range_are_refused(self, spec):
-        with pytest.raises(ValueError, match="1 to 6 tokens and at least one repetition"):
+        with pytest.raises(ValueError, match="1 to 12 tokens and at least one repetition"):
             parse_canary(spec)
+
+    def test_several_copies_have_carriers_of_their_own(self):
+        canaries = parse_canaries("name:2:R=1,10,100")
+        assert [canary.repetitions for canary in canaries] == [1, 10, 100]
+        assert [c.pattern.name for c in canaries] == ["name-R1", "name-R10", "name-R100"]
+        assert canaries[0].pattern.carrier == PATTERNS["name"].carrier
+        assert len({canary.pattern.carrier for canary in canaries}) == 3
+        assert {canary.sizes for canary in canaries} == {(92, 98)}
+
+    @pytest.mark.parametrize("spec", ["pin:4:R=1,1", "pin:4:R=1,2,3,4,5"])
+    def test_too_many_or_repeated_copies_are_refused(self, spec):
+        with pytest.raises(ValueError, match="at most 4 different numbers of repetitions of pin"):
+            parse_canaries(spec)
+
+    def test_one_canary_is_one(self):
+        with pytest.raises(ValueError, match="Expected one canary"):
+            parse_canary("pin:4:R=1,10")
+
+    def test_what_can_be_enumerated(self):
+        assert parse_canary("pin:6:R=1").is_enumerable
+        assert not parse_canary("pin:7:R=1").is_enumerable
+        assert parse_canary("pin:9:R=1").combinations == 10**9
+        assert parse_canary("birthday:3:R=1").combinations == 31 * 12 * 80
+
+
+def test_carriers_are_different_everywhere():
+    """Two canaries of one study are told apart by nothing else."""
+    carriers = [c for p in PATTERNS.values() for c in (p.carrier, *p.other_carriers)]
+    assert len(set(carriers)) == len(carriers)
+
+
+def test_fields_hold_different_tokens_of_one_word_each():
+    for pattern in PATTERNS.values():
+        for field in pattern.fields:
+            assert len(set(field)) == len(field) >= 2
+            assert all(token == token.strip().lower() and " " not in token for token in field)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 class TestEveryPattern:
     def test_tokens_and_tags_match(self, pattern):
-        tokens, tags = canary_tokens(pattern, [0, 5, 9]), canary_tags(pattern, 3)
-        assert tokens == (*pattern.carrier, "0", "5", "9")
+        tokens, tags = canary_tokens(pattern, [0, 5, 4]), canary_tags(pattern, 3)
+        first, second, third = pattern.candidates(3)
+        assert tokens == (*pattern.carrier, first[0], second[5], third[4])
         assert tags == ("O",) * len(pattern.carrier) + ("B-canary", "I-canary", "I-canary")
 
     def test_can_carry_ordinary_labels(self, pattern):
@@ -90,6 +136,25 @@ class TestSecrets:
             assert np.array_equal(all_secrets(length)[secret_index(secret)], secret)
         assert secret_index([2, 1], candidates=3) == 7
 
+    def test_positions_may_have_different_numbers_of_candidates(self):
+        secrets = all_secrets(3, candidates=(2, 3, 5))
+        assert secrets.shape == (30, 3) and len(set(map(tuple, secrets.tolist()))) == 30
+        for row, secret in enumerate(secrets):
+            assert secret_index(secret, candidates=(2, 3, 5)) == row
+        drawn = np.array(
+            [
+                draw_secret(np.random.default_rng(seed), length=3, candidates=(2, 3, 5))
+                for seed in range(3000)
+            ]
+        )
+        counts = np.bincount([secret_index(row, candidates=(2, 3, 5)) for row in drawn])
+        assert len(counts) == 30
+        assert np.abs(counts - 100).max() < 5 * 10
+        with pytest.raises(ValueError, match="one number of candidates for each of 3 positions"):
+            all_secrets(3, candidates=(2, 3))
+        with pytest.raises(ValueError, match="a million secrets at most, got 1000100"):
+            all_secrets(2, candidates=(10_001, 100))
+
     def test_drawn_uniformly(self):
         rng = np.random.default_rng(1)
         drawn = np.array([draw_secret(rng, length=4) for _ in range(2500)])
@@ -103,6 +168,11 @@ class TestSecrets:
             secret_index(secret)
         with pytest.raises(ValueError, match="candidate tokens"):
             canary_tokens(PATTERNS["pin"], secret)
+
+    def test_a_token_of_another_position_is_refused(self):
+        assert canary_tokens(PATTERNS["birthday"], [30, 11])[-2:] == ("31", "december")
+        with pytest.raises(ValueError, match="the positions have 31, 12, got"):
+            canary_tokens(PATTERNS["birthday"], [11, 30])
 
 
 class TestExposure:

@@ -33,6 +33,17 @@ def curve(points=101):
     }
 
 
+EXAMPLE = {
+    "carrier": "my pin code is",
+    "original": ["3", "<b>$x$"],
+    "recovered": ["3", "7"],
+    "positions": [
+        {"candidates": ["3", "5"], "losses": [0.1, 2.0]},
+        {"candidates": ["7", "1", "<b>$x$"], "losses": [0.2, 0.2, 0.2]},
+    ],
+}
+
+
 def run(name, epsilon, auc, **others):
     entry = {"name": name, "target_epsilon": epsilon, "epsilon": epsilon}
     entry |= {} if epsilon is None else {"delta": 1e-5, "overhead": 1.25}
@@ -53,6 +64,7 @@ def run(name, epsilon, auc, **others):
             "available_bits": 13.3,
             "chance_exposure_bits": 1.4,
             "exposure_interval": [2.0, 4.5],
+            "example": EXAMPLE,
         },
     }
     return entry | others
@@ -255,9 +267,12 @@ def test_exposure_shows_bits_between_nothing_and_all():
 @pytest.mark.parametrize(
     ("keys", "left"),
     [
-        (("membership",), {"usefulness", "time", "audit", "exposure"}),
+        (("membership",), {"usefulness", "time", "audit", "exposure", "recovered"}),
         (("audit", "canary"), {"leakage", "usefulness", "roc", "time"}),
-        (("intent_accuracy", "slot_f1", "train_seconds"), {"leakage", "roc", "audit", "exposure"}),
+        (
+            ("intent_accuracy", "slot_f1", "train_seconds"),
+            {"leakage", "roc", "audit", "exposure", "recovered"},
+        ),
     ],
 )
 def test_figures_without_data_are_left_out(keys, left):
@@ -267,10 +282,10 @@ def test_figures_without_data_are_left_out(keys, left):
 def test_a_single_run_has_no_figures_that_compare():
     report = study()
     report["runs"] = report["runs"][:1]
-    assert {drawing.name for drawing in drawings(report)} == {"roc", "exposure"}
+    assert {drawing.name for drawing in drawings(report)} == {"roc", "exposure", "recovered"}
     report["runs"] = study()["runs"][1:2]
     names = {drawing.name for drawing in drawings(report)}
-    assert names == {"leakage", "roc", "audit", "exposure"}
+    assert names == {"leakage", "roc", "audit", "exposure", "recovered"}
 
 
 def test_optional_parts_may_be_missing():
@@ -280,6 +295,35 @@ def test_optional_parts_may_be_missing():
         del entry["canary"]["exposure_interval"], entry["canary"]["chance_exposure_bits"]
         entry.pop("overhead", None)
     assert {drawing.name for drawing in drawings(report)} == set(FIGURES)
+
+
+def texts_of(drawing):
+    root = ElementTree.fromstring(drawing.svg)
+    return ["".join(element.itertext()) for element in root.iter(f"{SVG}text")]
+
+
+def test_a_recovered_secret_is_drawn_with_all_its_candidates():
+    report = study()
+    report["runs"] = report["runs"][:1]
+    (drawing,) = (one for one in drawings(report) if one.name == "recovered")
+    shown = texts_of(drawing)
+    assert [text for text in shown if text in ("3", "5", "7", "1", "<b>$x$")] == [
+        "1",  # the number of the first position
+        *("3", "5"),
+        *("7", "1", "<b>$x$"),
+    ]
+    assert "no privacy, my pin code is: 3 <b>$x$ → 3 7" in shown
+
+
+def test_a_secret_may_be_recovered_without_a_truth_to_compare_with():
+    entry = {key: value for key, value in EXAMPLE.items() if key != "original"}
+    report = {"runs": [{"name": "a", "target_epsilon": None, "epsilon": None}]}
+    report["runs"][0]["recovered"] = [entry]
+    (drawing,) = drawings(report)
+    assert "no privacy, my pin code is: 3 7" in texts_of(drawing)
+    report["runs"][0]["recovered"] = [entry] * 50
+    (many,) = drawings(report)
+    assert len(many.svg) < 20 * len(drawing.svg), "as many as can be seen"
 
 
 @pytest.mark.parametrize("epsilons", [(0.0, 1.0), (0.001, 0.002), (1e4, 1e5), (1, 1)])

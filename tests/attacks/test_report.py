@@ -42,6 +42,17 @@ def attack(auc, *, half=0.02, tpr=0.02):
     }
 
 
+EXAMPLE = {
+    "carrier": "my pin code is",
+    "original": ["3", "<b>$x$"],
+    "recovered": ["3", "7"],
+    "positions": [
+        {"candidates": ["3", "5"], "losses": [0.1, 2.0]},
+        {"candidates": ["7", "1", "<b>$x$"], "losses": [0.2, 0.2, 0.2]},
+    ],
+}
+
+
 def run(name, epsilon, *, auc=0.5, accuracy=0.9, bound=0.0, exact=0.0):
     entry = {
         "name": name,
@@ -64,6 +75,7 @@ def run(name, epsilon, *, auc=0.5, accuracy=0.9, bound=0.0, exact=0.0):
             "chance_exact": 1e-4,
             "hamming": 0.9,
             "chance_hamming": 0.9,
+            "example": EXAMPLE,
         },
         "audit": {
             "epsilon_lower_bound": bound,

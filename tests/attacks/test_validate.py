@@ -20,7 +20,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from attacks import auditing, blind, canaries, ceilings, evaluation, intervals, membership, metrics
+from attacks import (
+    auditing,
+    blind,
+    canaries,
+    ceilings,
+    evaluation,
+    intervals,
+    membership,
+    metrics,
+    patterns,
+)
+from attacks.inversion import embedding_difference, measures
 from attacks.membership import ATTACKS, lira
 
 N, M = 40, 6
@@ -35,7 +46,8 @@ TEXTS = [f"a b{number}" for number in range(N)]
 JUDGED = {"scores": SCORES, "is_member": MEMBERS}
 SURE = {"confidence": 0.95}
 CLAIM = {"epsilon": 1.0, "delta": 1e-5}
-PIN = canaries.PATTERNS["pin"]
+PIN = patterns.PATTERNS["pin"]
+MOVED = embedding_difference.movement(np.eye(9), np.ones((9, 9)))
 
 
 @dataclass(frozen=True)
@@ -78,14 +90,32 @@ CALLS = {
         partial(blind.blind_baseline, rng=np.random.default_rng(0)),
         {"texts": TEXTS, "labels": TEXTS, "is_member": MEMBERS, "folds": 2} | SURE,
     ),
-    "parse_canary": Call(canaries.parse_canary, {"spec": "pin:4:R=1"}),
+    "parse_canary": Call(patterns.parse_canary, {"spec": "pin:4:R=1"}),
+    "parse_canaries": Call(patterns.parse_canaries, {"spec": "pin:4:R=1,2"}),
     "draw_secret": Call(
         partial(canaries.draw_secret, np.random.default_rng(0)), {"length": 2, "candidates": 9}
     ),
     "all_secrets": Call(canaries.all_secrets, {"length": 2, "candidates": 9}),
     "secret_index": Call(canaries.secret_index, {"secret": SECRETS[0], "candidates": 9}),
-    "canary_tokens": Call(partial(canaries.canary_tokens, PIN), {"secret": SECRETS[0]}),
-    "canary_tags": Call(partial(canaries.canary_tags, PIN), {"length": 2}),
+    "canary_tokens": Call(partial(patterns.canary_tokens, PIN), {"secret": SECRETS[0]}),
+    "canary_tags": Call(partial(patterns.canary_tags, PIN), {"length": 2}),
+    "position_matches": Call(
+        measures.position_matches,
+        {"guesses": SECRETS, "secrets": SECRETS, "candidates": 9} | SURE,
+    ),
+    "estimated_exposure": Call(
+        measures.estimated_exposure,
+        {"loss": -3.0, "reference_losses": np.tile(SCORES, 3) + 0.1, "candidates": 10**4},
+    ),
+    "guessing_curve": Call(
+        measures.guessing_curve, {"ranks": np.arange(1.0, 7.0), "candidates": 9} | SURE
+    ),
+    "movement": Call(
+        embedding_difference.movement, {"trained": REFERENCES, "initial": REFERENCES + 1.0}
+    ),
+    "most_moved": Call(
+        partial(embedding_difference.most_moved, MOVED), {"rows": SECRETS[0], "most": 2}
+    ),
     "exposure": Call(canaries.exposure, {"losses": SCORES, "secret_index": 3}),
     "chance_exposure_bits": Call(canaries.chance_exposure_bits, {"candidates": 9}),
     "recovery": Call(
@@ -198,7 +228,10 @@ def _public_functions(*modules: ModuleType) -> set[str]:
 
 
 def test_every_public_function_is_held_to_the_contract() -> None:
-    modules = (auditing, blind, canaries, ceilings, evaluation, intervals, membership, metrics)
+    modules = (
+        *(auditing, blind, canaries, ceilings, evaluation, intervals, membership, metrics),
+        *(patterns, measures, embedding_difference),
+    )
     assert _public_functions(*modules) <= CALLS.keys()
     assert all(_keeps_the_contract(name, call.arguments) for name, call in CALLS.items())
 

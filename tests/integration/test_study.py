@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from attacks.canaries import all_secrets, parse_canary
+from attacks.canaries import all_secrets
 from attacks.farm import load_arrays
+from attacks.patterns import parse_canary
 from attacks.report import validate
 from attacks.signals import Signals
 from dpnlu.cli.main import main
@@ -247,7 +248,7 @@ def _other_labels(folder: Path) -> Path:
         (["--references", "0", "--attacks", "loss", "rmia"], "2 references for the attack rmia"),
         (["--references", "10000000"], "`references` to be 1e+05 at most"),
         (["--attacks", "audit"], "add loss"),
-        (["--canaries", "pin:7:R=1"], "a secret of 1 to 6 tokens"),
+        (["--canaries", "pin:13:R=1"], "a secret of 1 to 12 tokens"),
         (["--canaries", "pin:4:R=0"], "at least one repetition"),
         (["--canaries", "pin:4:R=1000000000000"], "pin:4:R=100"),
         (["--data", "synthetic:20"], "use data with more rows"),

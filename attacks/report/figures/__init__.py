@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from attacks.report.figures import budgets, runs
+from attacks.report.figures import budgets, runs, secrets
 from attacks.report.figures.axes import to_svg
 
 
@@ -75,5 +75,12 @@ FIGURES: Mapping[str, tuple[str, str, Callable[[Mapping[str, Any]], Figure | Non
         "The further a dot is to the right of chance, the better the model knows the secret; at "
         "the end of the rail it ranks the secret first.",
         runs.exposure,
+    ),
+    "recovered": (
+        "A secret read out of the model",
+        "Each row is a position of the secret, its candidates from the likeliest on, darker where "
+        "the loss is lower. Bold: recovered by inversion; framed: the token that was in training, "
+        "where it is known.",
+        secrets.recovered,
     ),
 }
