@@ -141,6 +141,7 @@ def main(arguments: list[str]) -> None:
             f"processor {processor()}, threads {options.threads}, python "
             f"{platform.python_version()}, torch {torch.__version__}"
         )
+        options.out.mkdir(parents=True, exist_ok=True)
         path = options.out / f"{day}-checks"
         rows = [asdict(cost) | {"shares": cost.shares} for cost in costs]
         content = {"command": command, "date": day, "machine": facts, "rows": rows}

@@ -87,48 +87,54 @@ def run(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)  # now, and not after all was measured
+    text = ""
     with bars(quiet=options.quiet) as on_progress:
-        rows, text = _MEASUREMENTS[options.what](chosen, options, on_progress)
+        # Written after each row: measuring takes long, and may be interrupted.
+        for rows, text in _MEASUREMENTS[options.what](chosen, options, on_progress):
+            if options.out is not None:
+                path = _keep(options, rows, text)
     print(text)
-    if options.out is not None:
-        path = _keep(options, rows, text)
-        if options.what == "sweep":
-            from dpnlu.benchmark.sweep import plot
+    if options.out is not None and options.what == "sweep":
+        from dpnlu.benchmark.sweep import plot
 
-            plot(rows, path.with_suffix(".svg"))
+        plot(rows, path.with_suffix(".svg"))
 
 
-def _overhead(cases: Sequence[Any], options: Any, on_progress: OnProgress) -> tuple[list[Any], str]:
+# What was measured so far, and the table of it.
+_Tables = Iterator[tuple[list[Any], str]]
+
+
+def _overhead(cases: Sequence[Any], options: Any, on_progress: OnProgress) -> _Tables:
     from dpnlu.benchmark import overhead
 
-    rows = [
-        overhead.measure(case, pairs=options.pairs, device=options.device)
-        for case in _counted(cases, on_progress)
-    ]
-    return rows, overhead.table(rows)
+    rows = []
+    for case in _counted(cases, on_progress):
+        rows.append(overhead.measure(case, pairs=options.pairs, device=options.device))
+        yield rows, overhead.table(rows)
 
 
-def _compiled(cases: Sequence[Any], options: Any, on_progress: OnProgress) -> tuple[list[Any], str]:
+def _compiled(cases: Sequence[Any], options: Any, on_progress: OnProgress) -> _Tables:
     from dpnlu.benchmark import compiled
 
     suited = [case for case in cases if compiled.can_compile(case)]
     if not suited:
         raise ValueError("Expected --cases without recurrent networks, which are not compiled.")
-    rows = [
-        compiled.measure(case, pairs=options.pairs, device=options.device)
-        for case in _counted(suited, on_progress)
-    ]
-    return rows, compiled.table(rows)
+    rows = []
+    for case in _counted(suited, on_progress):
+        rows.append(compiled.measure(case, pairs=options.pairs, device=options.device))
+        yield rows, compiled.table(rows)
 
 
-def _memory(cases: Sequence[Any], options: Any, on_progress: OnProgress) -> tuple[list[Any], str]:
+def _memory(cases: Sequence[Any], options: Any, on_progress: OnProgress) -> _Tables:
     from dpnlu.benchmark import memory
 
-    rows = [memory.measure(case, device=options.device) for case in _counted(cases, on_progress)]
-    return rows, memory.table(rows)
+    rows = []
+    for case in _counted(cases, on_progress):
+        rows.append(memory.measure(case, device=options.device))
+        yield rows, memory.table(rows)
 
 
-def _sweep(cases: Sequence[Any], options: Any, on_progress: OnProgress) -> tuple[list[Any], str]:
+def _sweep(cases: Sequence[Any], options: Any, on_progress: OnProgress) -> _Tables:
     from dpnlu.benchmark import sweep
 
     if options.cases:
@@ -136,7 +142,7 @@ def _sweep(cases: Sequence[Any], options: Any, on_progress: OnProgress) -> tuple
     if options.device != "cpu":
         raise ValueError(f"Expected --device cpu for a sweep, got {options.device}.")
     points = sweep.measure(on_progress, pairs=options.pairs)
-    return points, sweep.table(points)
+    yield points, sweep.table(points)
 
 
 def _counted(cases: Sequence[Any], on_progress: OnProgress) -> Iterator[Any]:
@@ -145,7 +151,7 @@ def _counted(cases: Sequence[Any], on_progress: OnProgress) -> Iterator[Any]:
         on_progress("benchmark", done, len(cases))
 
 
-_MEASUREMENTS: dict[str, Callable[..., tuple[list[Any], str]]] = {
+_MEASUREMENTS: dict[str, Callable[..., _Tables]] = {
     "overhead": _overhead,
     "compiled": _compiled,
     "memory": _memory,

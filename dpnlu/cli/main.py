@@ -65,8 +65,9 @@ def _answer(arguments: list[str]) -> int:
             warnings.showwarning = _show_warning
             options.run(options)
     except KeyboardInterrupt:
-        hint = " --resume" if options.command == "train" else ""
-        return _failed(f"interrupted; to go on, run the same command again{hint}", status=1)
+        again = "to go on, run the same command again"
+        hints = {"train": f"{again} --resume", "benchmark": "--out has what was measured"}
+        return _failed(f"interrupted; {hints.get(options.command, again)}", status=1)
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as error:

@@ -8,7 +8,7 @@ sizes of the examples' gradients, then for the comparison.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,7 @@ from dpnlu.gradients.forms import Gradients
 from dpnlu.gradients.layout import Layout
 from dpnlu.gradients.rounding import full_precision, growth
 from dpnlu.gradients.trace import Trace
+from dpnlu.gradients.uses import combine
 
 # Error of a sum of gradients that passes as rounding inside an operation, relative to the sum of
 # the norms of all its terms.
@@ -44,6 +45,14 @@ class Sketch:
     layouts: dict[int, Layout] = field(default_factory=dict)
     pieces: list[list[int]] = field(default_factory=list)
     used: list[list[Tensor]] = field(default_factory=list)
+
+    def add(self, some: Separated, gradients: Mapping[Tensor, Sequence[Gradients]]) -> None:
+        """Add a piece, with the gradients of the parameters that are used in it."""
+        parts = {parameter: combine(uses) for parameter, uses in gradients.items()}
+        self.squares = self.squares + gradient_norms(parts, self.squares).values
+        self.layouts |= zip(some.piece, some.layouts, strict=True)
+        self.pieces.append(some.piece)
+        self.used.append(list(parts))
 
     @property
     def in_order(self) -> list[Layout]:
@@ -80,11 +89,8 @@ def sketch(trace: Trace, losses: Tensor, separated: Iterable[Separated]) -> Sket
     found = Sketch(losses.detach().new_zeros(len(losses)))
     for some in separated:
         with full_precision(losses.device):
-            gradients = trace.gradients(some.arrived, some.layouts, piece=some.piece)
-        found.squares = found.squares + gradient_norms(gradients, losses.detach()).values
-        found.layouts |= zip(some.piece, some.layouts, strict=True)
-        found.pieces.append(some.piece)
-        found.used.append(list(gradients))
+            found.add(some, trace.gradients(some.arrived, some.layouts, piece=some.piece))
+        del some  # before there is more
     return found
 
 

@@ -128,19 +128,7 @@ def separate(
     weights = draw_weights(losses, narrow=narrow, generator=generator)
     mixed: list[tuple[int, Tensor, Tensor]] = []
     for piece in trace.pieces():
-        first = trace.backward(losses, piece=piece, retain_graph=True)
-        second = trace.backward(losses * weights, piece=piece, retain_graph=True)
-        layouts = _fitting_layouts(trace, piece, first, second, expected, weights)
-        found = Separated([], [], [])
-        for number, one, other, layout in zip(piece, first, second, layouts, strict=True):
-            if layout is not None:
-                found.piece.append(number)
-                found.arrived.append(one)
-                found.layouts.append(layout)
-            elif one is not None and other is not None:
-                mixed.append((number, one, other))
-        del first, second
-        yield found
+        yield _separated(trace, losses, weights, piece, expected, mixed)
     if not mixed:
         return
     numbers, arrived = [number for number, *_ in mixed], [first for _, first, _ in mixed]
@@ -150,6 +138,30 @@ def separate(
         if owner is None or not bool(rows_agree(one, other, owner, weights).all()):
             raise UnsupportedLayerError(_mixing(trace, losses, number, chooses_rows=chooses_rows))
     yield Separated(numbers, list(arrived), [owned[number] for number in numbers])
+
+
+def _separated(
+    trace: Trace,
+    losses: Tensor,
+    weights: Tensor,
+    piece: Sequence[int],
+    expected: Sequence[Layout | None],
+    mixed: list[tuple[int, Tensor, Tensor]],
+) -> Separated:
+    """The places of a piece where a layout fits; of the others, the number and what arrived without
+    weights and with them are added to `mixed`."""
+    first = trace.backward(losses, piece=piece, retain_graph=True)
+    second = trace.backward(losses * weights, piece=piece, retain_graph=True)
+    layouts = _fitting_layouts(trace, piece, first, second, expected, weights)
+    found = Separated([], [], [])
+    for number, one, other, layout in zip(piece, first, second, layouts, strict=True):
+        if layout is not None:
+            found.piece.append(number)
+            found.arrived.append(one)
+            found.layouts.append(layout)
+        elif one is not None and other is not None:
+            mixed.append((number, one, other))
+    return found
 
 
 def layouts_of(pieces: Iterable[Separated]) -> list[Layout]:

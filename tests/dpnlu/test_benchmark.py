@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dpnlu.benchmark import compiled, memory, overhead, sweep
-from dpnlu.benchmark.cases import CASES, RecurrentClassifier, RecurrentTagger, named
+from dpnlu.benchmark.cases import CASES, Case, RecurrentClassifier, RecurrentTagger, named
 from dpnlu.benchmark.process import EQUAL_KERNELS, KEEPS_MEMORY
 from dpnlu.benchmark.steps import ordinary, private
 from dpnlu.cli.main import main
@@ -134,9 +134,28 @@ def test_the_command_keeps_its_table(tmp_path: Path, what: str) -> None:
     (data,) = tmp_path.glob("*.json")
     content = json.loads(data.read_text(encoding="utf-8"))
     (row,) = content["rows"]
-    assert row["case"] == "BiLSTM 100/100" and row["ratio"] > 0
-    assert "BiLSTM 100/100" in table.read_text(encoding="utf-8")
+    assert row["case"] == "BiGRU 300/256" and row["ratio"] > 0
+    assert "BiGRU 300/256" in table.read_text(encoding="utf-8")
     assert content["machine"]["torch"] == torch.__version__
+
+
+def test_what_was_measured_is_kept_when_the_rest_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured: list[str] = []
+
+    def measure(case: Case, *, device: str) -> memory.Memory:
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(case.name)
+        return memory.Memory(case=case.name, ordinary_mib=1.0, private_mib=1.5, ratio=1.5)
+
+    monkeypatch.setattr(memory, "measure", measure)
+    command = ["benchmark", "memory", "--cases", "BiLSTM 100/100", "--quiet"]
+    assert main([*command, "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "dpnlu: error: interrupted; --out has what was measured\n"
+    (data,) = tmp_path.glob("*.json")
+    assert [row["case"] for row in json.loads(data.read_text())["rows"]] == measured
 
 
 def test_a_case_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
