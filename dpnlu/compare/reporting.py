@@ -134,7 +134,7 @@ def _run(
     if plan is not None:
         kept = ("noise_multiplier", "max_grad_norm", "sample_rate", "steps", "adjacency", "unit")
         entry |= {name: getattr(plan, name) for name in kept} | {"accountant": "pld"}
-        entry |= _second_opinion(plan, results.epsilon, delta=settings.delta)
+        entry |= _second_opinion(plan, results.epsilon, steps=results.steps, delta=settings.delta)
     if ordinary_seconds is not None:
         entry["overhead"] = results.train_seconds / ordinary_seconds
     accuracies = [r.intent_accuracy for r in run.references if r.intent_accuracy is not None]
@@ -143,13 +143,15 @@ def _run(
     return entry
 
 
-def _second_opinion(plan: PrivacyPlan, epsilon: float | None, *, delta: float) -> dict[str, Any]:
-    """What a second accountant says of ε, if one can tell.
+def _second_opinion(
+    plan: PrivacyPlan, epsilon: float | None, *, steps: int, delta: float
+) -> dict[str, Any]:
+    """What a second accountant says of the ε of the plan's first `steps` releases, if one can tell.
 
     Raises:
         UnconfirmedError: it contradicts: the report would state an ε that may be too small.
     """
-    second = None if epsilon is None else confirm(epsilon, plan.events(), delta=delta)
+    second = None if epsilon is None else confirm(epsilon, plan.events(steps=steps), delta=delta)
     if second is None:
         return {}
     return {"second_accountant": second.accountant, "second_epsilon": second.epsilon}

@@ -106,12 +106,12 @@ class TrainerPrivacy:
     ) -> Iterator[None]:
         """In here steps may be taken, and nobody else takes any in this folder.
 
-        Guarantee: a ledger is gone on with or begun, never rewound or replaced.
+        Guarantee: a ledger is continued or begun, never rewound or replaced.
 
         Args:
             folder: the trainer's, with its checkpoints.
             dataset: that is trained on.
-            resumes: whether a training is to be gone on with; if not, none may have begun here.
+            resumes: whether a training continues; if not, none may have begun here.
             checkpoint: whose weights it goes on from; None: the initial ones.
 
         Raises:

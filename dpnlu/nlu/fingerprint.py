@@ -1,4 +1,4 @@
-"""Whether a training is gone on with on the data that it was begun with."""
+"""Whether a training continues on the data that it was begun with."""
 
 from __future__ import annotations
 

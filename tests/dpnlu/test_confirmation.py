@@ -105,12 +105,23 @@ def test_an_accountant_of_ours_that_says_too_little_is_found_out(monkeypatch, ma
     second = ledger.confirmed()
     assert f"dp-accounting says ε = {_rounded_up(second.epsilon)}" in stated
     expected = {"second_accountant": "dp-accounting", "second_epsilon": second.epsilon}
-    assert _second_opinion(plan, ledger.epsilon(), delta=plan.target_delta) == expected
+    told = {"steps": plan.steps, "delta": plan.target_delta}
+    assert _second_opinion(plan, ledger.epsilon(), **told) == expected
     monkeypatch.setitem(ACCOUNTANTS, "pld", lambda events, delta: mistake * right(events, delta))
     with pytest.raises(UnconfirmedError):
         privacy_statement(plan, ledger)
     with pytest.raises(UnconfirmedError):
-        _second_opinion(plan, ledger.epsilon(), delta=plan.target_delta)
+        _second_opinion(plan, ledger.epsilon(), **told)
+
+
+def test_a_report_confirms_what_was_spent_and_not_what_was_planned(make_plan):
+    """A model whose training ended early has a smaller ε than its plan."""
+    plan = make_plan()
+    half = plan.steps // 2
+    spent, delta = plan.epsilon(steps=half), plan.target_delta
+    assert _second_opinion(plan, spent, steps=half, delta=delta)["second_epsilon"] <= 1.03 * spent
+    with pytest.raises(UnconfirmedError):
+        _second_opinion(plan, spent, steps=plan.steps, delta=delta)
 
 
 def test_a_training_whose_epsilon_is_contradicted_releases_no_model(monkeypatch, tmp_path, capsys):
