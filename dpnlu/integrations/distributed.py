@@ -90,6 +90,7 @@ def privatize_distributed(
         stack.callback(processes.close)
         with processes.reporting():
             _check_device(model)
+            privatize(model, optimizer, plan, engine=engine).close()  # what it would refuse later
             _check_same(processes, model, optimizer, plan, engine)
             with _ledger(processes, plan, ledger, resume=resume) as kept:
                 processes.copy_first(_state(model))

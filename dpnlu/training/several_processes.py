@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from enum import IntEnum
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -122,7 +123,7 @@ class SeveralProcesses:
             # As bytes: not every backend knows every type.
             flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
             if flat.numel():
-                self._waited(lambda flat=flat: dist.broadcast(flat, src=0, group=self._sums))
+                self._waited(partial(dist.broadcast, flat, src=0, group=self._sums))
                 with torch.no_grad():
                     tensor.copy_(flat.view(tensor.dtype).view(tensor.shape))
 

@@ -101,7 +101,9 @@ def course(
             late -= 1
             if late < 0:
                 break
-    done.weights, done.gradients = weights(model), flat(private.gradients)
+    done.weights = weights(model)
+    if private.gradients:
+        done.gradients = flat(private.gradients)
     done.epsilon, done.releases = private.epsilon(), len(private.ledger)
     return done
 

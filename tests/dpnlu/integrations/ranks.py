@@ -37,7 +37,8 @@ class Ranks:
     """
 
     def __init__(self, count: int = 2) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.dpnlu.integrations.rank_tasks"])  # imported once
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
         self._pipes: list[Connection] = []
