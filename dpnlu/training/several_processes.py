@@ -86,11 +86,17 @@ class SeveralProcesses:
         """
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         self._plan, self._splits_noise = plan, splits_noise
-        # One group for what they tell each other, so that whoever fails can say so while others
-        # add up sums; on processors, where nobody has to wait for a device.
-        self._control: Any = dist.new_group(backend="gloo", timeout=timeout)
-        self._sums: Any = dist.new_group(timeout=timeout)
+        self._control: Any = None
+        self._sums: Any = None
         self._is_over = False
+        self._waited(lambda: self._join(timeout))
+
+    def _join(self, timeout: timedelta) -> None:
+        """Make the groups, with all other processes."""
+        # One for what they tell each other, so that whoever fails can say so while others add up
+        # sums; on processors, where nobody has to wait for a device.
+        self._control = dist.new_group(backend="gloo", timeout=timeout)
+        self._sums = dist.new_group(timeout=timeout)
 
     # ---- before training ---------------------------------------------------------------------
 

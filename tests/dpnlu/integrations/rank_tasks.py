@@ -21,10 +21,12 @@ from dpnlu.integrations.losses import sequence_losses
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.training.handle import PrivateTraining
+from dpnlu.training.several_processes import SeveralProcesses
 from tests.dpnlu.integrations import subjects
 from tests.dpnlu.integrations.subjects import flat, weights
 
 TIMEOUT = timedelta(seconds=60)
+KINDS = (torch.float32, torch.float64)
 
 
 @dataclass
@@ -237,6 +239,10 @@ def differently(rank: int, plan: PrivacyPlan, *, kind: str, folder: Path) -> Any
     if kind == "batch normalisation":
         model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2) if is_other else nn.LayerNorm(2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    if kind == "momentum":
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+        for parameter in model.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.full_like(parameter, float(rank))
     if kind == "wrapped":
         model = DistributedDataParallel(model)
     if kind == "sharded":
@@ -304,6 +310,76 @@ def ending(rank: int, plan: PrivacyPlan, *, ledger: Path, who: int, where: str) 
         done.parts, done.releases = [[f"{type(error).__name__}: {error}"]], len(private.ledger)  # type: ignore[list-item]
     done.applied = applied
     return done
+
+
+def ready(rank: int) -> None:
+    """Say that the rank is there."""
+
+
+def counting(rank: int, plan: PrivacyPlan, *, folder: Path) -> Course:
+    """Train, and keep count of the updates that are begun, whatever becomes of the process."""
+    model = subjects.model().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    count = (folder / f"applied-{rank}").open("wb", buffering=0)
+
+    def add(*_: Any) -> None:
+        count.write(b".")
+
+    optimizer.register_step_pre_hook(add)
+    with privatize_distributed(
+        model, optimizer, plan, ledger=folder / "ledger.jsonl", timeout=TIMEOUT, verify=False
+    ) as private:
+        return course(private, model)
+
+
+def counted(folder: Path, rank: int) -> int:
+    """How many updates a rank has begun."""
+    path = folder / f"applied-{rank}"
+    return path.stat().st_size if path.exists() else 0
+
+
+# ---- tensors ---------------------------------------------------------------------------------
+
+
+def tensors_of(rank: int) -> list[Tensor]:
+    """Tensors as models have them."""
+    generator = torch.Generator().manual_seed(rank)
+    return [
+        torch.randn(3, 4, generator=generator).t(),
+        torch.randn(5, generator=generator).bfloat16(),
+        torch.tensor(float(rank), dtype=torch.float64),
+        torch.tensor([rank == 0, True]),
+        torch.empty(0),
+        torch.arange(3) + rank,
+    ]
+
+
+def copied(rank: int) -> list[Tensor]:
+    """What rank 0 has."""
+    processes = SeveralProcesses(subjects.plan(), timeout=TIMEOUT, splits_noise=True)
+    found = tensors_of(rank)
+    processes.copy_first(found)
+    processes.close()
+    return found
+
+
+def sums_of_ranks() -> list[list[Tensor]]:
+    """Of two ranks: large and small ones, in turn, of two types."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2**20 + 3,), (5,), (0,), (3, 4), (), (2**19,), (2**19, 2), (2**19,)]
+    return [
+        [torch.randn(shape, generator=generator).to(kind) for shape in shapes for kind in KINDS]
+        for _ in range(2)
+    ]
+
+
+def added(rank: int) -> list[Tensor]:
+    """The sums of all ranks."""
+    processes = SeveralProcesses(subjects.plan(), timeout=TIMEOUT, splits_noise=True)
+    found = sums_of_ranks()[rank]
+    processes.add_up(found)
+    processes.close()
+    return found
 
 
 def releases(path: Path) -> int:

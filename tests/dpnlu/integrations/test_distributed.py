@@ -1,5 +1,6 @@
 """Several processes train as one does: the same samples, sums, noise and ε, and end together."""
 
+import random
 import re
 import time
 from collections.abc import Iterator
@@ -132,6 +133,19 @@ def test_noise_is_added_to_the_sum_of_all_ranks(pair: Ranks) -> None:
     assert stats.kstest(noise, "norm", args=(0, 1.5 * std)).pvalue < 1e-3
 
 
+def test_sums_of_all_shapes_and_types_are_added_up(pair: Ranks) -> None:
+    found = pair.call(rank_tasks.added)
+    for one, other, *mine in zip(*found, *rank_tasks.sums_of_ranks(), strict=True):
+        assert torch.equal(one, other) and one.dtype == mine[0].dtype
+        assert torch.allclose(one, mine[0] + mine[1])
+
+
+def test_weights_of_all_kinds_are_those_of_rank_0(pair: Ranks) -> None:
+    for found in pair.call(rank_tasks.copied):
+        for one, wanted in zip(found, rank_tasks.tensors_of(0), strict=True):
+            assert torch.equal(one, wanted) and one.dtype == wanted.dtype
+
+
 # ---- the ledger ------------------------------------------------------------------------------
 
 
@@ -160,7 +174,8 @@ REFUSED = {
     "plan": "the same plan on all ranks, got another on rank 1",
     "learning rate": "the same optimizer on all ranks, got another on rank 1",
     "parameters": "the same model on all ranks",
-    "batch normalisation": "the same model on all ranks",
+    "batch normalisation": "batch normalisation mixes examples",
+    "momentum": "the same state of the optimizer on all ranks, got another on rank 1",
     "data": "the same examples at the same places",
     "ledger": "found a ledger",
     "unsampled": "Expected batches of private.loader, of which each rank gets its part",
@@ -237,3 +252,25 @@ def test_a_rank_that_ends_stops_the_others(
     assert message.startswith("ProcessesError: Expected all ranks to go on"), message
     assert left.applied == 2
     assert rank_tasks.releases(path) == recorded
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(12))
+def test_a_rank_may_be_killed_at_any_moment(tmp_path: Path, seed: int) -> None:
+    """… and the training is resumed to its end by others."""
+    chance = random.Random(seed)
+    path, noisy = tmp_path / "ledger.jsonl", plan(noise_multiplier=1.0, steps=40)
+    who = chance.randrange(2)
+    with Ranks() as ranks:
+        ranks.call(rank_tasks.ready)
+        ranks.begin(rank_tasks.counting, noisy, folder=tmp_path)
+        time.sleep(chance.uniform(0.1, 1.5))
+        ranks.processes[who].kill()
+        left = ranks.answer(1 - who)
+    assert isinstance(left, Course) or left.kind == "ProcessesError", left
+    recorded = len(Ledger.read(path)) if path.exists() else 0
+    applied = [rank_tasks.counted(tmp_path, rank) for rank in range(2)]
+    assert max(applied) <= recorded <= max(applied) + 1
+    with Ranks() as ranks:
+        for one in ranks.call(rank_tasks.together, noisy, ledger=path, resume=path.exists()):
+            assert one.releases == 40, one
