@@ -156,12 +156,28 @@ def _scales_by_frequency(module: nn.Module) -> bool:
     return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.scale_grad_by_freq
 
 
+def _has_class(*names: str) -> Callable[[nn.Module], bool]:
+    """Whether a module is of one of these classes, which to import would take long."""
+    return lambda module: any(kind.__name__ in names for kind in type(module).__mro__)
+
+
 def _keeps_statistics(module: nn.Module) -> bool:
     is_instance_norm = isinstance(module, nn.modules.instancenorm._InstanceNorm)
     return is_instance_norm and bool(module.track_running_stats)
 
 
 _REFUSED: tuple[tuple[Callable[[nn.Module], bool], str], ...] = (
+    (
+        _has_class("DistributedDataParallel", "DataParallel"),
+        "adds up gradients of several devices, unclipped; hand over the model that it wraps, "
+        "model.module, to dpnlu.integrations.distributed.privatize_distributed on every rank.",
+    ),
+    (
+        _has_class("FSDPModule", "FullyShardedDataParallel"),
+        "exchanges its parameters for others during every pass, so that their uses cannot be seen; "
+        "keep the whole model on every rank, and use "
+        "dpnlu.integrations.distributed.privatize_distributed.",
+    ),
     (
         # To torch instance normalisation is a batch normalisation, but it keeps examples apart.
         lambda module: (

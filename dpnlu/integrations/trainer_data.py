@@ -8,14 +8,11 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
 from torch.utils.data import Dataset
 from transformers import Trainer
 from transformers.utils.import_utils import is_datasets_available
 
-# Evenly spread over the data set; all of a large one would take minutes.
-_TOLD_BY = 1000
+from dpnlu.training.data_digest import digest_of
 
 
 def training_data(trainer: Trainer) -> tuple[Any, Callable[[list[Any]], Any]]:
@@ -43,7 +40,7 @@ def fingerprint(dataset: Dataset[Any] | Sequence[Any], *, key: str | None = None
         "key" and "digest"; an empty digest if the data set answers otherwise each time it is asked.
     """
     key = key or secrets.token_hex(32)
-    first, second = _digest(dataset, key), _digest(dataset, key)
+    first, second = digest_of(dataset, key=key), digest_of(dataset, key=key)
     return {"key": key, "digest": first if first == second else ""}
 
 
@@ -51,26 +48,4 @@ def is_same(dataset: Dataset[Any] | Sequence[Any], known: Mapping[str, str]) -> 
     """Whether the fingerprint may be that of this data set."""
     if not known["digest"]:
         return True
-    return hmac.compare_digest(known["digest"], _digest(dataset, known["key"]))
-
-
-def _digest(dataset: Any, key: str) -> str:
-    size = len(dataset)
-    numbers = np.unique(np.linspace(0, size - 1, num=min(size, _TOLD_BY)).round().astype(int))
-    found = hmac.new(bytes.fromhex(key), f"{size}\n".encode(), digestmod="sha256")
-    for number in numbers.tolist():
-        found.update(repr(_plain(dataset[number])).encode() + b"\n")
-    return found.hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """An example as numbers, strings and lists, whatever holds them."""
-    if isinstance(value, Mapping):
-        return [(str(name), _plain(value[name])) for name in sorted(value, key=str)]
-    if isinstance(value, torch.Tensor):
-        return value.tolist()
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return value if isinstance(value, str | bytes | int | float | None) else type(value).__name__
+    return hmac.compare_digest(known["digest"], digest_of(dataset, key=known["key"]))

@@ -71,9 +71,7 @@ class Ledger:
         except FileExistsError:
             raise LedgerError(_exists(path)) from None
         try:
-            described = {"plan": plan.to_dict(), "sampled_only": sampled_only}
-            described["identity"] = self.identity
-            self._file.append(_line({"ledger": _FORMAT} | described))
+            self._file.append(self._first_line())
             sync(path.parent)
         except BaseException:
             path.unlink(missing_ok=True)
@@ -118,6 +116,18 @@ class Ledger:
         except OSError as error:
             raise LedgerError(f"Expected a ledger at {path}: {error.strerror}.") from None
         return _parse(content, path)[0]
+
+    @classmethod
+    def copied(cls, content: bytes) -> Ledger:
+        """A ledger in memory alone, from what `content` says of another."""
+        ledger, _ = _parse(content, Path("another ledger"))
+        ledger._path = None
+        return ledger
+
+    def content(self) -> bytes:
+        """All that it holds, in the form of its file."""
+        lines = [_release_line(number, one) for number, one in enumerate(self._releases)]
+        return b"".join([self._first_line(), *lines])
 
     def append(self, release: SampledGaussian) -> None:
         """Record one release; on return it is on disk. Call before the update is applied.
@@ -188,6 +198,10 @@ class Ledger:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _first_line(self) -> bytes:
+        described = {"plan": self.plan.to_dict(), "sampled_only": self.sampled_only}
+        return _line({"ledger": _FORMAT} | described | {"identity": self.identity})
 
     def _possible(self) -> list[SampledGaussian]:
         """The events that the plan allows next: sampled and, unless all are, not sampled."""

@@ -68,7 +68,7 @@ def _fill_side_by_side(
 
     if sum(tensor.numel() for tensor in tensors) < _WORTH_A_THREAD:
         generators = generators[:1]
-    first, *others = zip(_shares(tensors, len(generators)), generators, strict=True)
+    first, *others = zip(equal_shares(tensors, len(generators)), generators, strict=True)
     threads = [Thread(target=fill, args=share) for share in others]
     for thread in threads:
         thread.start()
@@ -79,8 +79,11 @@ def _fill_side_by_side(
         raise failures[0]
 
 
-def _shares(tensors: list[Tensor], count: int) -> list[list[Tensor]]:
-    """Cut tensors into `count` lists of views with equally many entries."""
+def equal_shares(tensors: Sequence[Tensor], count: int) -> list[list[Tensor]]:
+    """Cut contiguous tensors into `count` lists of flat views with equally many entries.
+
+    Guarantee: every entry is in exactly one view.
+    """
     size = -(-sum(tensor.numel() for tensor in tensors) // count)
     shares: list[list[Tensor]] = [[] for _ in range(count)]
     place, missing = 0, size

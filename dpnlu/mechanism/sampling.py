@@ -62,6 +62,23 @@ def logical_batches(plan: PrivacyPlan, *, rng: np.random.Generator) -> Iterator[
         yield LogicalBatch(_groups(ids, plan.microbatches, rng))
 
 
+def part_of(
+    batch: LogicalBatch, *, rank: int, count: int, clipping_unit: str = "example"
+) -> LogicalBatch:
+    """The examples of a logical batch that one of `count` processes computes.
+
+    Guarantee: the parts of all ranks are disjoint and make up the batch, and no clipping unit is in
+    two of them.
+
+    Args:
+        rank: of the process, counted from 0.
+        clipping_unit: of the plan: single examples are dealt out, or whole micro-batches.
+    """
+    if clipping_unit == "microbatch":
+        return LogicalBatch(batch.units[rank::count])
+    return LogicalBatch(tuple(unit[rank::count] for unit in batch.units))
+
+
 def physical_batches(
     batch: LogicalBatch, *, size: int, fixed_size: bool = False
 ) -> list[PhysicalBatch]:

@@ -34,6 +34,7 @@ from dpnlu.training.loader import PrivateLoader
 from dpnlu.training.logical_batch import Mechanism
 from dpnlu.training.logical_batch import NonFiniteBatchError as NonFiniteBatchError
 from dpnlu.training.logical_loader import LogicalLoader
+from dpnlu.training.processes import OneProcess, Processes
 from dpnlu.training.stepping import Stepping
 from dpnlu.training.steps import Steps
 
@@ -48,6 +49,7 @@ def privatize(
     noise: torch.Generator | Literal["system"] | None = None,
     sampling_rng: np.random.Generator | None = None,
     verify: bool = True,
+    processes: Processes | None = None,
 ) -> PrivateTraining:
     """Make the training of `model` by `optimizer` follow `plan`.
 
@@ -73,6 +75,7 @@ def privatize(
             no example changes another's gradient, loss or norm, and that gradients are those
             of plain automatic differentiation: the first of every batch, the others as often as
             `dpnlu.engines.checks` says.
+        processes: what `dpnlu.integrations.distributed` hands over; None: this one trains alone.
 
     Raises:
         UnsupportedLayerError: the model has a layer that mixes examples or modifies weights by
@@ -100,6 +103,7 @@ def privatize(
             parameters=parameters,
             optimizer=optimizer,
             generators=generators,
+            processes=processes or OneProcess(),
         )
         return PrivateTraining(
             mechanism,
@@ -129,7 +133,7 @@ class PrivateTraining:
     ) -> None:
         self.plan, self.ledger = mechanism.plan, mechanism.ledger
         self._engine, self._attached = engine, attached
-        self._sampling_rng = sampling_rng
+        self._sampling_rng, self._processes = sampling_rng, mechanism.processes
         # A micro-batch is clipped as a whole: what its members do to each other does not matter.
         checks = verify and self.plan.clipping_unit == "example"
         independence = Independence(mechanism.model) if checks else None
@@ -145,7 +149,8 @@ class PrivateTraining:
 
     @property
     def non_finite_units(self) -> int:
-        """Clipping units left out so far because their gradient was not finite. Private."""
+        """Clipping units that this process has left out so far because their gradient was not
+        finite. Private."""
         return self.steps.non_finite_units
 
     @property
@@ -249,7 +254,11 @@ class PrivateTraining:
             over the loader, its examples count as one whole logical batch.
         """
 
-        return lambda batch: self._stepping.by_function(losses_of, batch)
+        def step(batch: Any) -> bool:
+            with self._processes.reporting():
+                return self._stepping.by_function(losses_of, batch)
+
+        return step
 
     def step(self, losses: Tensor) -> bool:
         """Clip and add up the gradients of these examples; release at the end of a logical batch.
@@ -273,7 +282,8 @@ class PrivateTraining:
             RuntimeError: the loader's batch was stepped already, all planned steps are taken, the
                 training is closed, or a gradient was left by a call of backward.
         """
-        return self._stepping.by_losses(losses)
+        with self._processes.reporting():
+            return self._stepping.by_losses(losses)
 
     def compile(
         self, losses_of: Callable[[Any], Tensor], *, backend: str = "inductor"
@@ -308,7 +318,12 @@ class PrivateTraining:
         from dpnlu.engines.compiled import CompiledClipping  # loads torch's compiler
 
         clipping = CompiledClipping(self._engine, losses_of, backend=backend)
-        return lambda batch: self._stepping.by_program(clipping, batch)
+
+        def step(batch: Any) -> bool:
+            with self._processes.reporting():
+                return self._stepping.by_program(clipping, batch)
+
+        return step
 
     def weights_changed(self) -> None:
         """Somebody else than the optimizer has changed weights: what was all zero may not be."""
@@ -318,6 +333,7 @@ class PrivateTraining:
         """Detach from the model and close the ledger; `epsilon()` keeps answering."""
         self.steps.close()
         self._attached.close()
+        self._processes.close()
 
     def __enter__(self) -> PrivateTraining:
         return self

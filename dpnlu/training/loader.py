@@ -61,6 +61,7 @@ class PrivateLoader:
                 "Expected `physical_batch_size` for batches of a fixed size, got None: say how "
                 "many examples to compute at once."
             )
+        steps.mechanism.processes.check_data(dataset)
         self._steps, self._rng = steps, rng
         self._dataset, self._collate = dataset, collate_fn or default_collate
         self._size, self._fixed = physical_batch_size or size, fixed_size
@@ -73,19 +74,22 @@ class PrivateLoader:
     def __iter__(self) -> Iterator[Any]:
         steps = self._steps
         loop = steps.begin_loop()
+        processes = steps.mechanism.processes
+        rng = processes.shared(self._rng)
         plan: deque[list[PhysicalBatch]] = deque()
         data = iter(
             DataLoader(
                 self._dataset,  # type: ignore[arg-type]
-                batch_sampler=self._ids(plan),
+                batch_sampler=self._ids(plan, rng),
                 collate_fn=self._collate,
                 num_workers=self._workers,
             )
         )
         try:
-            for batch in self._batches(plan, data):
-                yield batch
-                steps.check_answered(loop)
+            with processes.reporting():
+                for batch in self._batches(plan, data):
+                    yield batch
+                    steps.check_answered(loop)
         finally:
             steps.end_loop(loop)
 
@@ -109,10 +113,14 @@ class PrivateLoader:
             self._steps.release_empty()
         return pieces
 
-    def _ids(self, plan: deque[list[PhysicalBatch]]) -> Iterator[list[int]]:
+    def _ids(
+        self, plan: deque[list[PhysicalBatch]], rng: np.random.Generator
+    ) -> Iterator[list[int]]:
         """Ids of the physical batches; what they belong to is noted in `plan`."""
-        batches = logical_batches(self._steps.mechanism.plan, rng=self._rng)
+        mechanism = self._steps.mechanism
+        batches = logical_batches(mechanism.plan, rng=rng)
         for _ in range(self._steps.remaining):
-            pieces = physical_batches(next(batches), size=self._size, fixed_size=self._fixed)
+            part = mechanism.processes.part_of(next(batches))
+            pieces = physical_batches(part, size=self._size, fixed_size=self._fixed)
             plan.append(pieces)
             yield from (piece.ids.tolist() for piece in pieces)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.noise import fill_gaussian
 from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.training.handover import Handover
+from dpnlu.training.processes import Counts, OneProcess, Processes
 
 
 class NonFiniteBatchError(RuntimeError):
@@ -36,6 +38,7 @@ class Mechanism:
         model: whose trainable parameters are `parameters`.
         optimizer: acts on what is released, and on nothing else.
         generators: where the noise comes from; none at all stands for the operating system.
+        processes: that train together, each with a mechanism of its own.
     """
 
     plan: PrivacyPlan
@@ -44,6 +47,7 @@ class Mechanism:
     parameters: Sequence[nn.Parameter]
     optimizer: Optimizer | Handover
     generators: Sequence[torch.Generator]
+    processes: Processes = field(default_factory=OneProcess)
 
     def check_ready(self) -> None:
         """Whether another logical batch may begin.
@@ -81,7 +85,8 @@ class _State(Enum):
 
 class LogicalBatch:
     """The sum behind one step of the optimizer. It is begun, added to any number of times, and then
-    either released or abandoned; nothing is seen of it unless it is released.
+    either released or abandoned; nothing is seen of it unless it is released. Of several processes
+    each has one, for its part of the examples; they are released together.
 
     Guarantee: what is released is the sum of what was added plus noise, drawn independently for
     every entry, with the standard deviation that the plan states for this release; and the ledger
@@ -142,8 +147,8 @@ class LogicalBatch:
         self._state, self._buffers = _State.ABANDONED, {}
 
     def release(self, *, sampled: bool) -> None:
-        """Record the release, then let the optimizer act on it. If it cannot be recorded, the batch
-        is abandoned.
+        """Record the release, then let the optimizer act on it. If it cannot be recorded, or
+        another process does not come, the batch is abandoned.
 
         Args:
             sampled: whether the examples were drawn as planned; else the release is accounted
@@ -153,19 +158,27 @@ class LogicalBatch:
             NonFiniteBatchError: there are several clipping units, and none is finite.
             RuntimeError: the logical batch is not open, or there are gradients of somebody else.
             LedgerError, OSError: the ledger cannot hold the release.
+            ProcessesError: another process has failed or ended.
         """
         self._check_open()
         ledger, plan = self._mechanism.ledger, self._mechanism.plan
+        processes = self._mechanism.processes
         try:
-            self._check_finite()
             self._mechanism.check_no_gradients()
+            # What fails on one process alone must fail before all agree, or the others would wait.
             self._draw_noise()
-            ledger.append(plan.event_at(len(ledger), sampled=sampled))
+            counts = Counts(units=self._units, non_finite=self.non_finite)
+            _check_finite(processes.agree(len(ledger), counts, sampled=sampled))
+            processes.add_up(list(self._buffers.values()))
+            event = plan.event_at(len(ledger), sampled=sampled)
+            processes.record(partial(ledger.append, event))
         except BaseException:
             self.abandon()
             raise
         self._state = _State.RELEASED
         self._step()
+        is_last = len(ledger) == plan.steps
+        processes.compare(self._mechanism.parameters, releases=len(ledger), is_last=is_last)
 
     def _draw_noise(self) -> None:
         """Have the sums begin as noise, once.
@@ -177,8 +190,9 @@ class LogicalBatch:
         if self._buffers:
             return
         buffers = {parameter: buffer_like(parameter) for parameter in self._mechanism.parameters}
+        ours = self._mechanism.processes.noisy_part_of(list(buffers.values()))
         std, generators = self._std / self._divisor, self._mechanism.generators
-        fill_gaussian(buffers.values(), std=std, generators=generators)
+        fill_gaussian(ours, std=std, generators=generators)
         self._buffers = buffers
 
     def _step(self) -> None:
@@ -199,9 +213,10 @@ class LogicalBatch:
                 "begin another."
             )
 
-    def _check_finite(self) -> None:
-        if self._units > 1 and self.non_finite == self._units:
-            raise NonFiniteBatchError(
-                f"None of the {self._units} gradients of a logical batch is finite: training has "
-                "diverged, or the loss overflows. Lower the learning rate, or compute in float32."
-            )
+
+def _check_finite(counts: Counts) -> None:
+    if counts.units > 1 and counts.non_finite == counts.units:
+        raise NonFiniteBatchError(
+            f"None of the {counts.units} gradients of a logical batch is finite: training has "
+            "diverged, or the loss overflows. Lower the learning rate, or compute in float32."
+        )

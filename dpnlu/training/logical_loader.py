@@ -62,6 +62,7 @@ class LogicalLoader:
         self._dataset, self._collate = dataset, collate_fn or default_collate
         self._size, self._workers = physical_batch_size, num_workers
         self._check_size()
+        steps.mechanism.processes.check_data(dataset)
 
     def __len__(self) -> int:
         """Number of logical batches in a whole pass: 1 / sample rate, which is public."""
@@ -73,8 +74,10 @@ class LogicalLoader:
         ledger = self._steps.mechanism.ledger
         count = min(len(self) - len(ledger) % len(self), self._steps.remaining)
         loop = self._steps.begin_loop()
-        drawn = logical_batches(self._steps.mechanism.plan, rng=self._rng)
-        plan = [physical_batches(batch, size=self._size) for batch in islice(drawn, count)]
+        mechanism = self._steps.mechanism
+        drawn = logical_batches(mechanism.plan, rng=mechanism.processes.shared(self._rng))
+        parts = (mechanism.processes.part_of(batch) for batch in islice(drawn, count))
+        plan = [physical_batches(part, size=self._size) for part in parts]
         data = iter(
             DataLoader(
                 self._dataset,  # type: ignore[arg-type]

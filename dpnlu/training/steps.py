@@ -117,6 +117,11 @@ class Steps:
 
     def check_may_be_unsampled(self) -> None:
         """Nothing is due: whether examples may be stepped on that no loader handed out."""
+        if self.mechanism.processes.count > 1:
+            raise RuntimeError(
+                "Expected batches of private.loader, of which each rank gets its part, got others: "
+                "what is handed over on several ranks may be the same examples."
+            )
         if self._loop is not None:
             raise RuntimeError(
                 "Expected one private.step(losses) for each batch of the loader, got a second: its "

@@ -1,0 +1,205 @@
+"""What a private Lightning trainer has spent, and how it goes on after an interruption.
+
+In the trainer's `default_root_dir`:
+
+_private/ledger.jsonl    what was released so far; never rewound
+_private/run.json        the keyed fingerprint of the data; to be kept as secret as they are
+
+Every checkpoint says which ledger it belongs to, and how far that was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from dpnlu.integrations.lightning_support import check_training, planned_steps
+from dpnlu.integrations.records import ResumeError
+from dpnlu.integrations.trainer_data import fingerprint, is_same
+from dpnlu.mechanism.durable import make_directory, write_json
+from dpnlu.mechanism.ledger import Ledger
+from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.training.handle import PrivateTraining, privatize
+from dpnlu.training.handover import Handover
+from dpnlu.training.logical_loader import DrawnBatch
+
+FOLDER, LEDGER, RUN = "_private", "ledger.jsonl", "run.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What `privatize_trainer` was told; see there."""
+
+    target_epsilon: float | None
+    target_delta: float | None
+    max_grad_norm: float
+    plan: PrivacyPlan | None
+    physical_batch_size: int | None
+    resume: bool
+    engine: str | None
+    noise: torch.Generator | Literal["system"] | None
+    sampling_rng: np.random.Generator | None
+    verify: bool
+    log_private: bool
+
+
+class LightningPrivacy:
+    """The privacy of one trainer: its plan, and what `fit` has spent of it.
+
+    Attributes:
+        plan, ledger: of the last or present call of `fit`; None: there was none.
+        training: of the present call; None: there is none.
+        is_repeated: whether the losses of a batch are being computed once more.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.plan = settings.plan
+        self.ledger: Ledger | None = None
+        self.training: PrivateTraining | None = None
+        self.is_repeated = False
+        self._last: PrivateTraining | None = None
+        self._handover: Handover | None = None
+        self._loader: DataLoader[Any] | None = None
+
+    @property
+    def steps_taken(self) -> int:
+        """Releases that the last or present call of `fit` has made."""
+        return 0 if self._last is None else self._last.steps_taken
+
+    @property
+    def gradients(self) -> Mapping[nn.Parameter, Tensor]:
+        """The released sums of the last logical batch; see `PrivateTraining.gradients`."""
+        return {} if self._last is None else self._last.gradients
+
+    def epsilon(self, *, accountant: str = "pld") -> float:
+        """ε spent so far, at the plan's δ, from the ledger; 0 before training."""
+        return 0.0 if self.ledger is None else self.ledger.epsilon(accountant=accountant)
+
+    # ---- for the trainer ---------------------------------------------------------------------
+
+    @contextmanager
+    def opened(self, trainer: Trainer, loader: DataLoader[Any]) -> Iterator[None]:
+        """In here steps may be taken on the data of a loader.
+
+        Raises:
+            LedgerError: there is a ledger and it is not to be resumed, or the other way round.
+            ResumeError: it was begun with other data.
+        """
+        if self.settings.plan is not None:
+            _check_plan(trainer, self.settings.plan)
+        self.plan = self.settings.plan or _planned(trainer, loader, self.settings)
+        place = Path(trainer.default_root_dir) / FOLDER
+        self.ledger, self._last = _ledger(place, self.plan, loader.dataset, self.settings), None
+        self.plan, self._loader = self.ledger.plan, loader
+        try:
+            yield
+        finally:
+            if self.training is not None:
+                self.training.close()
+            self.ledger.close()
+            if not len(self.ledger):
+                (place / LEDGER).unlink(missing_ok=True)  # it records nothing
+            self.training = self._handover = self._loader = None
+
+    def begin(self, trainer: Trainer, module: LightningModule) -> None:
+        """Attach to the module and the optimizer that was configured for it."""
+        check_training(trainer)
+        assert self.plan is not None and self.ledger is not None
+        self._handover = Handover(trainer.optimizers[0])
+        self.training = self._last = privatize(
+            module,
+            self._handover,
+            self.plan,
+            engine=self.settings.engine,
+            ledger=self.ledger,
+            noise=self.settings.noise,
+            sampling_rng=self.settings.sampling_rng,
+            verify=self.settings.verify,
+        )
+
+    def hand_over(self) -> None:
+        """Leave what was released last as gradients."""
+        assert self._handover is not None
+        self._handover.hand_over()
+
+    def batches(self) -> Iterator[DrawnBatch]:
+        """What is left of the pass over the data that the ledger stands in."""
+        if self.training is None or self._loader is None:
+            raise RuntimeError("Expected a training to draw batches for: call trainer.fit().")
+        size = self.settings.physical_batch_size or self._loader.batch_size
+        assert size is not None
+        return iter(
+            self.training.logical_loader(
+                self._loader.dataset,
+                collate_fn=self._loader.collate_fn,
+                physical_batch_size=size,
+                num_workers=self._loader.num_workers,
+            )
+        )
+
+
+def _planned(trainer: Trainer, loader: DataLoader[Any], settings: Settings) -> PrivacyPlan:
+    """The plan with the least noise for the trainer's epochs or steps."""
+    size, batch = len(loader.dataset), loader.batch_size  # type: ignore[arg-type]
+    assert settings.target_epsilon is not None and batch is not None
+    if batch > size:
+        raise ValueError(
+            f"Expected a logical batch of at most the {size} training examples, got {batch}: lower "
+            "the loader's batch_size."
+        )
+    delta = settings.target_delta
+    return PrivacyPlan.calibrate(
+        target_epsilon=settings.target_epsilon,
+        target_delta=min(1e-5, 0.1 / size) if delta is None else delta,
+        num_examples=size,
+        expected_batch_size=batch,
+        steps=planned_steps(trainer, per_pass=max(1, round(size / batch))),
+        max_grad_norm=settings.max_grad_norm,
+    )
+
+
+def _check_plan(trainer: Trainer, plan: PrivacyPlan) -> None:
+    """Raise ValueError unless a plan is one for the steps that the trainer will take."""
+    steps = planned_steps(trainer, per_pass=plan.steps_per_epoch)
+    if steps != plan.steps:
+        raise ValueError(
+            f"Expected a plan for the trainer's {steps} steps, got one for {plan.steps}: plan for "
+            "what is trained."
+        )
+
+
+def _ledger(place: Path, plan: PrivacyPlan, dataset: Any, settings: Settings) -> Ledger:
+    """The ledger of a training that begins, or goes on."""
+    path = place / LEDGER
+    if not settings.resume:
+        make_directory(place)
+        ledger = Ledger(plan, path=path, sampled_only=True)
+        write_json(place / RUN, fingerprint(dataset))
+        return ledger
+    ledger = Ledger.resume(path)
+    if not _is_same(dataset, place / RUN):
+        ledger.close()
+        raise ResumeError(
+            f"Expected the data with which the training in {place} was begun, got others, or in "
+            "another order: restore them, or train anew in another folder."
+        )
+    return ledger
+
+
+def _is_same(dataset: Any, run: Path) -> bool:
+    """Whether the fingerprint in a file may be that of the data set."""
+    try:
+        return is_same(dataset, json.loads(run.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
