@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SAYS = {
     "private_loop.py": "ε = ",
+    "user_level.py": "for each user",
     "huggingface_trainer.py": "ε = ",
     "accelerate_loop.py": "ε = ",
     "two_processes.py": "ε = ",

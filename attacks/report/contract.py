@@ -256,7 +256,7 @@ RUN = record(
         **numbers(("noise_multiplier", "train_seconds", "attack_seconds"), AT_LEAST_ZERO),
         **numbers(("max_grad_norm", "overhead", "peak_memory_mib"), POSITIVE),
         "sample_rate": number(0, 1, ends="(]"),
-        **numbers(("steps", "references"), count),
+        **numbers(("steps", "references", "examples_per_user"), count),
         **numbers(("accountant", "second_accountant", "adjacency", "unit"), text),
         "second_epsilon": AT_LEAST_ZERO,
         **numbers(("intent_accuracy", "slot_f1", "frame_accuracy", "reference_accuracy"), SHARE),
@@ -285,10 +285,12 @@ DATA = record(
         **numbers(("name", "spec"), text),
         **numbers(("train", "valid", "test", "intents", "slots"), count),
         **numbers(("repeated_rows_dropped", "audit_examples", "members"), count),
+        **numbers(("audit_users", "member_users"), count),
         **numbers(("labels_are_public", "vocabulary_is_public"), truth),
         "blind": BLIND,
     },
     at_most("members", "audit_examples"),
+    at_most("member_users", "audit_users"),
 )
 
 REPORT = record(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from attacks.report import wording as write
@@ -251,19 +251,33 @@ def _limits(report: Mapping[str, Any]) -> Iterator[str]:
         yield "The blind baseline succeeds, so no attack result here can be put down to the model."
     if any("canary" in run for run in runs):
         yield (
-            "Canaries are worst cases on purpose. ε speaks of one copy; many copies together have "
-            "the much weaker guarantee of a group, so their extraction need not contradict ε."
+            "Canaries are worst cases on purpose. "
+            + (
+                "All copies of one are those of one user, of whom ε speaks."
+                if _units(runs) == ["user"]
+                else "ε speaks of one copy; many copies together have the much weaker guarantee of "
+                "a group, so their extraction need not contradict ε."
+            )
         )
+
+
+def _units(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What ε protects."""
+    return _distinct(clean(run["unit"]) for run in runs if "unit" in run) or ["example"]
 
 
 def _covered(report: Mapping[str, Any]) -> str:
     """What ε protects and what it leaves out."""
     runs, data = report["runs"], report.get("data", {})
-    units = _distinct(clean(run["unit"]) for run in runs if "unit" in run) or ["example"]
+    units = _units(runs)
+    fewer = (
+        "All examples of a user are protected together, as far as the data name their user rightly;"
+        if units == ["user"]
+        else "Somebody with several of them in the data is protected less,"
+    )
     text = (
-        f"ε protects one {' or '.join(units)}. Somebody with several of them in the data is "
-        "protected less, and choices made by looking at the data, such as hyper-parameters, are "
-        "not counted"
+        f"ε protects one {' or '.join(units)}. {fewer} and choices made by looking at the data, "
+        "such as hyper-parameters, are not counted"
     )
     private = [
         name

@@ -347,4 +347,5 @@ MECHANISM: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("second_accountant", "second accountant", clean),
     ("adjacency", "adjacency", clean),
     ("unit", "unit", clean),
+    ("examples_per_user", "examples per user, at most", write.count),
 )

@@ -35,6 +35,11 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
             "--labels labels.json --out model",
         ),
         (
+            "Protect people, named in the data, with all of their texts:",
+            "dpnlu train --data utterances.jsonl --unit user --examples-per-user 8 --epsilon 8 "
+            "--delta 1e-4 --out model",
+        ),
+        (
             "Without privacy, for comparison:",
             "dpnlu train --data utterances.jsonl --epsilon inf --out ordinary",
         ),

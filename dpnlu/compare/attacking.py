@@ -93,9 +93,9 @@ def attack_all(prepared: Prepared, trained: Sequence[TrainedBudget]) -> Attacked
             for budget in trained
         ),
         blind=blind_baseline(
-            [example.text for example in study.audit],
-            study.membership[0],
-            labels=[e.intent for e in study.audit if e.intent is not None] or None,
+            study.texts(),
+            study.members[0],
+            labels=_labels(study),
             rng=np.random.default_rng([settings.seed, 2]),
             confidence=settings.confidence,
         ),
@@ -112,7 +112,7 @@ def attack(names: Sequence[str], models: Sequence[Reading], study: Study, claim:
     scores = {}
     for name in (name for name in ATTACKS if name in names):
         with _left_out_if_impossible(name, warnings):
-            scores[name] = _scores(name, models, study)
+            scores[name] = study.of_units(_scores(name, models, study))
     membership = {}
     for name, values in scores.items():
         membership[name], cautions = _verdict(values, study, claim)
@@ -172,7 +172,7 @@ def _signal(model: Reading, signal: str) -> NDArray[np.float64]:
 def _verdict(
     scores: NDArray[np.float64], study: Study, claim: Claim
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    is_member = study.membership[0]
+    is_member = study.members[0]
     verdict = evaluate(
         scores,
         is_member,
@@ -192,6 +192,13 @@ def _verdict(
     return entry, verdict.warnings
 
 
+def _labels(study: Study) -> list[str] | None:
+    """The intents of the audit examples, as evidence without a model; users have no label."""
+    if study.users is not None:
+        return None
+    return [e.intent for e in study.audit if e.intent is not None] or None
+
+
 def _spread(length: int) -> NDArray[np.int64]:
     """Places of a long curve to keep: dense at its beginning, where low FPRs lie."""
     if length <= _ROC_POINTS:
@@ -203,7 +210,7 @@ def _spread(length: int) -> NDArray[np.int64]:
 def _audit(scores: dict[str, NDArray[np.float64]], study: Study, claim: Claim) -> dict[str, Any]:
     audited = next((name for name in _AUDITED if name in scores), next(iter(scores)))
     result: AuditResult = one_run(
-        scores[audited], study.membership[0], delta=claim.delta, confidence=claim.confidence
+        scores[audited], study.members[0], delta=claim.delta, confidence=claim.confidence
     )
     kept = ("epsilon_lower_bound", "confidence", "method", "ceiling", "canaries", "assumption")
     return {name: getattr(result, name) for name in kept} | {"scores": audited}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from dpnlu.compare.study import Study
 from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.nlu.classifier import Classifier
 from dpnlu.nlu.data import Example
-from dpnlu.runs.experiment import Experiment
+from dpnlu.runs.experiment import Experiment, size_in_units
 from dpnlu.runs.train import Trained, measure, new_classifier, train
 from dpnlu.training.loop import Progress
 
@@ -57,16 +58,19 @@ class Budget:
             examples,
             recipe=self.experiment.recipe,
             compute=self.experiment.compute,
-            plan=self.plan_for(len(examples)),
+            plan=self.plan_for(examples),
             seed=seed,
             repeatable_noise=True,
             ledger=ledger,
             on_progress=on_progress,
         )
 
-    def plan_for(self, num_examples: int) -> PrivacyPlan | None:
-        """The same mechanism, hence the same ε, on a slightly different number of examples."""
-        return None if self.plan is None else replace(self.plan, num_examples=num_examples)
+    def plan_for(self, examples: Sequence[Example]) -> PrivacyPlan | None:
+        """The same mechanism, hence the same ε, on a slightly different number of examples or
+        users."""
+        if self.plan is None:
+            return None
+        return replace(self.plan, num_examples=size_in_units(examples, self.plan.unit))
 
     def read(self, classifier: Classifier, model: int) -> Reading:
         """Signals on the audit examples, losses of all canaries, accuracy on test examples."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -18,10 +19,24 @@ from dpnlu.compare.settings import (
     budget_name,
 )
 from dpnlu.compare.study import Study
-from dpnlu.nlu.data import Corpus, HashedVocabulary, RepeatReport, drop_repeated, load_corpus
+from dpnlu.mechanism.users import Users
+from dpnlu.nlu.data import (
+    Corpus,
+    Example,
+    HashedVocabulary,
+    RepeatReport,
+    drop_repeated,
+    load_corpus,
+)
 from dpnlu.nlu.encoding import WordEncoding
 from dpnlu.runs import recipes
-from dpnlu.runs.experiment import Experiment, experiment_for, plan_for
+from dpnlu.runs.experiment import (
+    Experiment,
+    experiment_for,
+    plan_for,
+    size_in_units,
+    users_of,
+)
 from dpnlu.runs.model_directory import SavedModel
 from dpnlu.runs.results import Results
 from dpnlu.runs.train import new_classifier
@@ -55,10 +70,11 @@ def prepare_study(settings: StudySettings) -> Prepared:
     corpus, repeats = drop_repeated(load_corpus(settings.data, seed=settings.seed))
     study = Study.draw(
         corpus,
-        audit_examples=min(settings.audit_examples, len(corpus.split("train"))),
+        audit_examples=settings.audit_examples,
         references=settings.references,
         canaries=[c for spec in settings.canaries for c in parse_canaries(spec)],
         rng=_membership_rng(settings.seed),
+        by_user=settings.unit == "user",
     )
     budgets = tuple(_budget(settings, corpus, study, epsilon) for epsilon in settings.epsilons)
     study.check_sides(for_references=needs_references(settings.chosen_attacks))
@@ -78,7 +94,10 @@ def _budget(settings: StudySettings, corpus: Corpus, study: Study, epsilon: floa
         study=study,
         experiment=experiment,
         plan=plan_for(
-            settings, experiment.recipe, epsilon=epsilon, num_examples=len(study.examples(0))
+            settings,
+            experiment.recipe,
+            epsilon=epsilon,
+            num_examples=size_in_units(study.examples(0), settings.unit),
         ),
         test=corpus.split("test"),
         seed=settings.seed,
@@ -106,9 +125,11 @@ def prepare_attack(saved: SavedModel, settings: AttackSettings, *, name: str) ->
         model=saved.classifier.architecture.name,
         epsilons=(math.inf if spent is None else spent,),
         delta=saved.plan.target_delta if saved.plan else StudySettings.delta,
+        unit=saved.plan.unit if saved.plan else StudySettings.unit,
+        examples_per_user=saved.plan.examples_per_user if saved.plan else None,
     )
     corpus, repeats = drop_repeated(load_corpus(settings_of_study.data, seed=settings.seed))
-    study = _study_of_splits(corpus, settings)
+    study = _study_of_splits(corpus, settings, by_user=settings_of_study.unit == "user")
     study.check_sides(for_references=needs_references(settings.chosen_attacks))
     budget = Budget(
         name=name,
@@ -126,10 +147,17 @@ def prepare_attack(saved: SavedModel, settings: AttackSettings, *, name: str) ->
     )
 
 
-def _study_of_splits(corpus: Corpus, settings: AttackSettings) -> Study:
-    """As many members as non-members, at most as asked for; references on random halves."""
+def _study_of_splits(corpus: Corpus, settings: AttackSettings, *, by_user: bool) -> Study:
+    """As many members as non-members, at most as asked for; references on random halves.
+
+    Raises:
+        ValueError: users are judged, and an example has none.
+    """
     rng = _membership_rng(settings.seed)
-    members, others = corpus.split("train"), (*corpus.split("test"), *corpus.split("valid"))
+    members = _in_units(corpus.split("train"), by_user=by_user)
+    trained = {example.user for unit in members for example in unit} if by_user else ()
+    held_out = [*corpus.split("test"), *corpus.split("valid")]
+    others = _in_units([e for e in held_out if e.user not in trained], by_user=by_user)
     size = min(settings.audit_examples // 2, len(others), len(members))
     chosen = [
         *(members[i] for i in rng.permutation(len(members))[:size]),
@@ -137,7 +165,23 @@ def _study_of_splits(corpus: Corpus, settings: AttackSettings) -> Study:
     ]
     halves = rng.random((settings.references, 2 * size)) < 0.5
     truth = np.arange(2 * size) < size
-    return Study(base=(), audit=tuple(chosen), membership=np.concatenate([truth[None], halves]))
+    owners = np.repeat(np.arange(2 * size), [len(unit) for unit in chosen])
+    return Study(
+        base=(),
+        audit=tuple(example for unit in chosen for example in unit),
+        membership=np.concatenate([truth[None], halves])[:, owners],
+        users=Users(owners) if by_user and chosen else None,
+    )
+
+
+def _in_units(examples: Sequence[Example], *, by_user: bool) -> list[tuple[Example, ...]]:
+    """The examples one by one, or user by user."""
+    if not by_user or not examples:
+        return [(example,) for example in examples]
+    found: dict[int, list[Example]] = {}
+    for owner, example in zip(users_of(examples).owners.tolist(), examples, strict=True):
+        found.setdefault(owner, []).append(example)
+    return [tuple(unit) for unit in found.values()]
 
 
 def _experiment_of(saved: SavedModel, settings: AttackSettings) -> Experiment:

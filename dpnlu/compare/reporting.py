@@ -16,6 +16,7 @@ from attacks.intervals import binomial_interval
 from dpnlu.accounting import confirm
 from dpnlu.compare.attacking import Attacked, Findings
 from dpnlu.compare.preparation import Prepared
+from dpnlu.compare.study import Study
 from dpnlu.compare.training import TrainedBudget
 from dpnlu.mechanism.plan import PrivacyPlan
 
@@ -75,6 +76,7 @@ def _data(prepared: Prepared, attacked: Attacked) -> dict[str, Any]:
         "repeated_rows_dropped": prepared.repeats.dropped_train_rows,
         "audit_examples": len(study.audit),
         "members": int(study.membership[0].sum()),
+        **_audit_users(study),
         "labels_are_public": corpus.labels_are_public,
         "vocabulary_is_public": all(b.experiment.vocabulary.is_public for b in prepared.budgets),
         "blind": {
@@ -83,6 +85,13 @@ def _data(prepared: Prepared, attacked: Attacked) -> dict[str, Any]:
             "suspicious": blind.suspicious,
         },
     }
+
+
+def _audit_users(study: Study) -> dict[str, Any]:
+    """How many users the attacks judge, and how many of them are members; empty: examples."""
+    if study.users is None:
+        return {}
+    return {"audit_users": len(study.users), "member_users": int(study.members[0].sum())}
 
 
 def _study(prepared: Prepared) -> dict[str, Any]:
@@ -98,6 +107,7 @@ def _study(prepared: Prepared) -> dict[str, Any]:
         "seed": settings.seed,
         "confidence": settings.confidence,
         "adjacency": "add-remove-one",
+        "unit": prepared.study.unit,
         "recipes": recipes,
     }
 
@@ -134,6 +144,8 @@ def _run(
     if plan is not None:
         kept = ("noise_multiplier", "max_grad_norm", "sample_rate", "steps", "adjacency", "unit")
         entry |= {name: getattr(plan, name) for name in kept} | {"accountant": "pld"}
+        if plan.examples_per_user is not None:
+            entry["examples_per_user"] = plan.examples_per_user
         entry |= _second_opinion(plan, results.epsilon, steps=results.steps, delta=settings.delta)
     if ordinary_seconds is not None:
         entry["overhead"] = results.train_seconds / ordinary_seconds

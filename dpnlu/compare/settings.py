@@ -12,8 +12,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dpnlu.accounting.events import check_delta
-from dpnlu.mechanism.ranges import LARGEST_SEED, check_count, check_positive
-from dpnlu.runs.settings import DataSettings, RecipeSettings, parse_epsilon, setting
+from dpnlu.mechanism.plan import UNITS
+from dpnlu.mechanism.ranges import LARGEST_SEED, check_choice, check_count, check_positive
+from dpnlu.runs.settings import (
+    DataSettings,
+    RecipeSettings,
+    parse_epsilon,
+    setting,
+    without_unit,
+)
 
 # Fewer say nothing about any model.
 LEAST_AUDIT_EXAMPLES = 20
@@ -33,8 +40,8 @@ class MeasurementSettings(DataSettings):
     )
     references: int = setting("reference models per target, for lira and rmia", default=8)
     audit_examples: int = setting(
-        f"examples whose membership the attacks guess, at least {LEAST_AUDIT_EXAMPLES}; all, if "
-        "there are fewer",
+        f"examples, or users, whose membership the attacks guess, at least {LEAST_AUDIT_EXAMPLES}; "
+        "all, if there are fewer",
         default=2000,
     )
     confidence: float = setting("of intervals and bounds, in (0, 1)", default=0.95)
@@ -127,7 +134,7 @@ class StudySettings(RecipeSettings, MeasurementSettings):
         }
         content: dict[str, Any] = json.loads(json.dumps(asdict(self) | named))
         del content["device"]  # a study may be resumed on another
-        return content
+        return without_unit(content)
 
 
 def budget_name(epsilon: float) -> str:
@@ -168,6 +175,7 @@ def _check_recipe(settings: RecipeSettings) -> None:
     if settings.batch_size is not None:
         check_count("batch_size", settings.batch_size)
     check_positive("max_grad_norm", settings.max_grad_norm)
+    check_choice("unit", settings.unit, UNITS)
 
 
 def _check_measurement(settings: MeasurementSettings) -> None:

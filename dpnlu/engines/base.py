@@ -26,6 +26,7 @@ class Engine(Protocol):
         kept: int | None = None,
         unit: OpenUnit | None = None,
         closes_unit: bool = True,
+        users: Tensor | None = None,
     ) -> ClipOutcome:
         """Clip the gradients of some losses; what is added to a logical batch is in the outcome.
 
@@ -37,6 +38,9 @@ class Engine(Protocol):
                 clips more than an example at once; continued here, and emptied where it closes.
                 None: they are a whole logical batch, and the engine forms the units.
             closes_unit: whether the clipping unit is complete with these examples.
+            users: (B,) whose each example is, as numbers 0 … U - 1 that all occur; a clipping unit
+                is then the mean loss of a user's examples. None: it is an example, or what `unit`
+                says.
         """
 
 

@@ -20,6 +20,7 @@ from dpnlu.engines.outcome import ClipOutcome, OpenUnit
 from dpnlu.engines.plain import nothing_accumulated
 from dpnlu.engines.refusals import check_batch_size, check_losses, check_visible
 from dpnlu.engines.separation import Separated, do_rows_agree, layouts_of, separate
+from dpnlu.engines.user_gradients import of_users, shares, user_sums
 from dpnlu.engines.verification import Evidence, gather, scales
 from dpnlu.gradients.calls import Call
 from dpnlu.gradients.forms import SquaredNorms
@@ -126,7 +127,8 @@ class BookKeeping:
             with self._tape.during_backward():
                 layouts = known or layouts_of(self._separated(losses, None, True))
                 arrived = trace.backward(losses)
-                return self._parts(arrived, layouts, losses)[1].values.sqrt()
+                parts = self._parts(arrived, layouts, losses)
+                return gradient_norms(parts, losses).values.sqrt()
         finally:
             self._tape.clear()
 
@@ -137,13 +139,21 @@ class BookKeeping:
         kept: int | None = None,
         unit: OpenUnit | None = None,
         closes_unit: bool = True,
+        users: Tensor | None = None,
     ) -> ClipOutcome:
         losses = without_fillers(losses, kept)
+        if users is not None:
+            losses = shares(losses, users)
         try:
             with self._tape.during_backward():
-                parts, norms = self._found(losses)
+                parts, norms = self._found(losses, takes_norms=users is None)
         finally:
             self._tape.clear()
+        if users is not None:
+            parts, losses = of_users(parts, users), user_sums(losses.detach(), users)
+            norms = None
+        if norms is None:
+            norms = gradient_norms(parts, losses)
         return self.clip_found(parts, norms, losses).first(kept)
 
     def clip_found(self, parts: Parts, norms: SquaredNorms, losses: Tensor) -> ClipOutcome:
@@ -171,7 +181,8 @@ class BookKeeping:
         """The gradients that the tape saw, with their norms."""
         trace = self._tape.trace
         arrived = trace.backward(losses)
-        return self._parts(arrived, trace.usual_layouts(len(losses), arrived), losses)
+        parts = self._parts(arrived, trace.usual_layouts(len(losses), arrived), losses)
+        return parts, gradient_norms(parts, losses)
 
     def evidence(self, losses: Tensor, weights: Tensor, draws: Tensor) -> tuple[Tensor, Evidence]:
         """Whether examples keep apart where they usually lie, (), and what `gather` finds; nothing
@@ -180,7 +191,8 @@ class BookKeeping:
         arrived = trace.backward(losses, retain_graph=True)
         layouts = trace.usual_layouts(len(losses), arrived)
         agree = do_rows_agree(trace, losses, arrived, layouts, weights)
-        parts, norms = self._parts(arrived, layouts, losses)
+        parts = self._parts(arrived, layouts, losses)
+        norms = gradient_norms(parts, losses)
         every = Separated(list(range(len(layouts))), arrived, layouts)
         compared = self._compared(losses, draws, sketch(trace, losses, [every]))
         return agree, gather(parts, norms, losses, draws, compared)
@@ -197,8 +209,11 @@ class BookKeeping:
 
     # ------------------------------------------------------------------------------------------
 
-    def _found(self, losses: Tensor) -> tuple[Parts, SquaredNorms]:
+    def _found(self, losses: Tensor, *, takes_norms: bool) -> tuple[Parts, SquaredNorms | None]:
         """The gradients that the tape saw, with their norms, and checked.
+
+        Args:
+            takes_norms: False: norms are computed, and returned, only where checks need them.
 
         Raises:
             UnsupportedLayerError: a parameter is used where the tape does not see it, examples mix,
@@ -207,7 +222,9 @@ class BookKeeping:
         trace, batch = self._tape.trace, len(losses)
         self.signature = None
         if self.checks is None or not batch:
-            return self.found_unchecked(losses)
+            arrived = trace.backward(losses)
+            parts = self._parts(arrived, trace.usual_layouts(batch, arrived), losses)
+            return parts, gradient_norms(parts, losses) if takes_norms else None
         check_batch_size(self._tape.batch_size, batch)
         self.signature = signature = self.signature_of(losses)
         check_rows, check_parameters = self.checks.observe(
@@ -231,7 +248,10 @@ class BookKeeping:
             arrived = trace.backward(losses)
         self.coarsest = trace.coarsest
         layouts = known or trace.usual_layouts(batch, arrived)
-        parts, norms = self._parts(arrived, layouts, losses)
+        parts = self._parts(arrived, layouts, losses)
+        if not (takes_norms or check_rows or comparison is not None):
+            return parts, None
+        norms = gradient_norms(parts, losses)
         if check_rows and bool(torch.isfinite(norms.values).all()):
             self.checks.show_rows(signature, layouts)
         if comparison is not None:
@@ -258,11 +278,10 @@ class BookKeeping:
         arrived: Sequence[Tensor | None],
         layouts: Sequence[Layout],
         losses: Tensor,
-    ) -> tuple[Parts, SquaredNorms]:
+    ) -> Parts:
         with full_precision(losses.device):
             found = self._tape.trace.gradients(arrived, layouts)
-            parts = {parameter: combine(found.get(parameter, [])) for parameter in self.names}
-        return parts, gradient_norms(parts, losses)
+            return {parameter: combine(found.get(parameter, [])) for parameter in self.names}
 
     def _signature(self, edges: Sequence[Edge], batch: int) -> Signature:
         """What was done in the forward pass, and how the tape understood it: which operation used

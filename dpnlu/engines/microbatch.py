@@ -15,7 +15,8 @@ class Microbatch:
     """Clips the mean gradient of each micro-batch (eDP-SGD, Dupuy et al. 2022).
 
     One ordinary backward pass each. One example can turn its micro-batch's mean from any vector
-    into any other, so the sensitivity is 2C, which the plan accounts for.
+    into any other, so the sensitivity is 2C, which the plan accounts for. So are users clipped who
+    are larger than a physical batch; as each is a group by itself, theirs is C.
     """
 
     counts_forward_passes = False
@@ -31,6 +32,7 @@ class Microbatch:
         kept: int | None = None,
         unit: OpenUnit | None = None,
         closes_unit: bool = True,
+        users: Tensor | None = None,
     ) -> ClipOutcome:
         losses = losses[:kept]
         if unit is None:

@@ -7,10 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from dpnlu.engines.base import without_fillers
-from dpnlu.engines.clipped import clip_gradients, gradient_norms
+from dpnlu.engines.clipped import Parts, clip_gradients, gradient_norms
 from dpnlu.engines.outcome import ClipOutcome, OpenUnit
+from dpnlu.engines.user_gradients import of_users, shares, user_sums
 from dpnlu.gradients.errors import UnsupportedLayerError
-from dpnlu.gradients.forms import Dense
+from dpnlu.gradients.forms import Dense, Gradients
 from dpnlu.mechanism.plan import PrivacyPlan
 
 
@@ -46,20 +47,26 @@ class Opacus:
         kept: int | None = None,
         unit: OpenUnit | None = None,
         closes_unit: bool = True,
+        users: Tensor | None = None,
     ) -> ClipOutcome:
         if not len(losses):
             return ClipOutcome.nothing(losses)
         losses = without_fillers(losses, kept)
+        if users is not None:
+            losses = shares(losses, users)
         losses.sum().backward()  # type: ignore[no-untyped-call]
         for parameter in self._parameters:
             parameter.grad = None  # Opacus' gradients lie beside it
         self._check_forward_passes()
-        parts: dict[Tensor, list[Dense]] = {}
+        written_out: dict[Tensor, list[Gradients]] = {}
         for parameter in self._parameters:
             found: Any = getattr(parameter, "grad_sample", None)
             if found is not None:
-                parts[parameter] = [Dense(found)]
+                written_out[parameter] = [Dense(found)]
         self._hooks.set_grad_sample_to_none()
+        parts: Parts = written_out
+        if users is not None:
+            parts, losses = of_users(parts, users), user_sums(losses, users)
         norms = gradient_norms(parts, losses)
         return clip_gradients(parts, norms, losses, self._plan).first(kept)
 

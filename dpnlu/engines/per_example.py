@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dpnlu.engines.outcome import ClipOutcome, OpenUnit, WrittenOut, buffer_like
 from dpnlu.engines.plain import gradient_of, norm_of, nothing_accumulated
+from dpnlu.engines.user_gradients import user_losses
 from dpnlu.mechanism.clipping import CLIPPING_RULES
 from dpnlu.mechanism.plan import PrivacyPlan
 
@@ -31,8 +32,11 @@ class PerExample:
         kept: int | None = None,
         unit: OpenUnit | None = None,
         closes_unit: bool = True,
+        users: Tensor | None = None,
     ) -> ClipOutcome:
         losses = losses[:kept]
+        if users is not None:
+            losses = user_losses(losses, users)
         if not len(losses):
             return ClipOutcome.nothing(losses)
         sums = {parameter: buffer_like(parameter).zero_() for parameter in self._parameters}

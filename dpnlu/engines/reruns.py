@@ -15,6 +15,7 @@ from dpnlu.engines.book_keeping import BookKeeping
 from dpnlu.engines.independence import Answers, SmallerBatch
 from dpnlu.engines.moment import Moment
 from dpnlu.engines.refusals import check_losses, check_shape
+from dpnlu.engines.user_gradients import shares
 from dpnlu.gradients.calls import Call
 
 Losses = Callable[[Any], Tensor]
@@ -43,6 +44,7 @@ class LossesRun:
         moment: at which they were computed.
         count: number of examples; None: it was not known beforehand.
         kept: how many of them, the first ones, count; None: all.
+        users: (B,) whose each example is, where users are clipped; None: examples are.
     """
 
     losses_of: Losses
@@ -51,6 +53,7 @@ class LossesRun:
     moment: Moment
     count: int | None
     kept: int | None
+    users: Tensor | None
     answers: Answers | None
     smaller: SmallerBatch | None
 
@@ -60,6 +63,8 @@ class LossesRun:
             if not isinstance(self.engine, BookKeeping):
                 return Answers([losses.detach()[: self.kept]])
             losses = without_fillers(losses, self.kept)
+            if self.users is not None:
+                losses = shares(losses, self.users)
             norms = self.engine.norms(losses)
             return Answers([losses.detach(), norms], self.engine.exact_signature)
 

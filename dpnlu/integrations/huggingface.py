@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +26,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_l
 from dpnlu.integrations.trainer_callback import PrivacyCallback, show_epsilon, terminable
 from dpnlu.integrations.trainer_card import add_statement
 from dpnlu.integrations.trainer_checkpoints import Staging, complete
-from dpnlu.integrations.trainer_data import training_data
+from dpnlu.integrations.trainer_data import Passes
 from dpnlu.integrations.trainer_losses import PerExampleLoss, losses_of_trainer
-from dpnlu.integrations.trainer_plan import check_plan, plan_for_trainer
+from dpnlu.integrations.trainer_plan import check_plan, check_users, plan_for_trainer
 from dpnlu.integrations.trainer_privacy import Settings, TrainerPrivacy, has_begun
 from dpnlu.integrations.trainer_support import (
     check_not_begun,
@@ -40,6 +38,7 @@ from dpnlu.integrations.trainer_support import (
     selections,
 )
 from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.training.cutting import WhoseExamples
 from dpnlu.training.handle import privatize
 from dpnlu.training.logical_loader import DrawnBatch
 
@@ -57,6 +56,9 @@ def privatize_trainer(
     target_delta: float | None = None,
     max_grad_norm: float = 1.0,
     plan: PrivacyPlan | None = None,
+    unit: str = "example",
+    users: WhoseExamples | None = None,
+    examples_per_user: int | None = None,
     per_example_loss: PerExampleLoss | None = None,
     engine: str | None = None,
     noise: torch.Generator | Literal["system"] | None = None,
@@ -81,9 +83,14 @@ def privatize_trainer(
             `per_device_train_batch_size` examples; epochs or steps are those of its arguments.
         target_epsilon: > 0, of the whole training; infinity: no noise, and no guarantee.
         target_delta: in (0, 1); None: 1e-5, or 0.1 / number of examples if that is less.
-        max_grad_norm: bound C > 0 on the gradient norm of an example.
-        plan: the mechanism, in place of the three before; its steps, examples and expected batch
-            must be the trainer's.
+        max_grad_norm: bound C > 0 on the gradient norm of an example, or of a user.
+        plan: the mechanism, in place of the three before and of unit and examples_per_user; its
+            steps, examples and expected batch must be the trainer's.
+        unit: what is protected, an "example" or a "user"; the expected logical batch is counted in
+            these.
+        users: with unit="user", whose the examples of `train_dataset` are: the name of a column,
+            also of one that `remove_unused_columns` drops, a function of an example, or all ids.
+        examples_per_user: how many of them count in a step at most; see `PrivacyPlan`.
         per_example_loss: (model, inputs of a physical batch) -> (B,), each depending on its example
             alone. None: the trainer's own `compute_loss` or `compute_loss_func`, which must return
             (B,); without one by the `problem_type` of a sequence classifier, or for a token
@@ -104,9 +111,12 @@ def privatize_trainer(
     check_not_begun(trainer)
     check_supported(trainer)
     _check_noise(noise)
-    chosen = plan or plan_for_trainer(trainer, target_epsilon, target_delta, max_grad_norm)
+    whose = check_users(trainer, unit if plan is None else plan.unit, users)
     if plan is not None:
-        check_plan(trainer, plan, target_epsilon)
+        check_plan(trainer, whose, plan, target_epsilon)
+    chosen = plan or plan_for_trainer(
+        trainer, whose, target_epsilon, target_delta, max_grad_norm, examples_per_user
+    )
     losses = losses_of_trainer(trainer, per_example_loss)
     _check_model(trainer, chosen, engine)
     for sentence in replaced(trainer):
@@ -115,6 +125,7 @@ def privatize_trainer(
         warnings.warn(sentence, stacklevel=2)
     settings = Settings(
         physical_batch_size=trainer.args.per_device_train_batch_size,
+        users=users if isinstance(users, str) or callable(users) else whose,
         engine=engine,
         noise=noise,
         sampling_rng=sampling_rng,
@@ -177,7 +188,7 @@ class _PrivateTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """Logical batches; never by way of accelerate, which repeats examples."""
-        return _Passes(self)
+        return Passes(self)
 
     def _init_training_state(
         self,
@@ -332,31 +343,6 @@ class _PrivateTrainer(Trainer):
     def _ledger(self) -> Any:
         assert self.private.ledger is not None
         return self.private.ledger
-
-
-class _Passes:
-    """What the Trainer takes for its loader: passes over logical batches, of public length."""
-
-    def __init__(self, trainer: _PrivateTrainer) -> None:
-        self._trainer = trainer
-        self.dataset = trainer.train_dataset
-
-    def __len__(self) -> int:
-        return self._trainer.private.plan.steps_per_epoch
-
-    def __iter__(self) -> Iterator[DrawnBatch]:
-        private = self._trainer.private
-        if private.training is None:
-            raise RuntimeError("Expected a training to draw batches for: call trainer.train().")
-        dataset, collate = training_data(self._trainer)
-        loader = private.training.logical_loader(
-            dataset,
-            collate_fn=collate,
-            physical_batch_size=private.settings.physical_batch_size,
-            num_workers=self._trainer.args.dataloader_num_workers,
-        )
-        left = private.last_step - len(self._trainer._ledger)
-        return islice(iter(loader), max(0, left))
 
 
 def _checkpoint(asked: Any, folder: Path) -> Path | None:

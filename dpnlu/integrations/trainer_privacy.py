@@ -30,6 +30,7 @@ from dpnlu.mechanism.durable import remove, write_json
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.runs.directory import claimed, new_ledger, resumed_ledger
+from dpnlu.training.cutting import WhoseExamples
 from dpnlu.training.handle import PrivateTraining, privatize
 from dpnlu.training.handover import Handover
 
@@ -41,6 +42,7 @@ class Settings:
     """What `privatize_trainer` was told besides the plan; see there."""
 
     physical_batch_size: int
+    users: WhoseExamples | None = None
     engine: str | None = None
     noise: torch.Generator | Literal["system"] | None = None
     sampling_rng: np.random.Generator | None = None
@@ -81,7 +83,7 @@ class TrainerPrivacy:
 
     @property
     def non_finite_units(self) -> int:
-        """Examples left out so far because their gradient was not finite. Private."""
+        """Examples or users left out so far because their gradient was not finite. Private."""
         return 0 if self._last is None else self._last.non_finite_units
 
     @property

@@ -1,8 +1,8 @@
 """Clipping rules: norms (B,) -> coefficients (B,).
 
-A rule bounds what one clipping unit, an example or a micro-batch, can contribute: each unit's
-gradient is multiplied by its coefficient before it enters the sum. A new rule is one function here
-and one line in `CLIPPING_RULES`.
+A rule bounds what one clipping unit, an example, a micro-batch or a user, can contribute: each
+unit's gradient is multiplied by its coefficient before it enters the sum. A new rule is one
+function here and one line in `CLIPPING_RULES`.
 """
 
 from __future__ import annotations

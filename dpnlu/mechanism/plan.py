@@ -27,7 +27,8 @@ MOST_STEPS = 10**9
 # Each epoch of a noise schedule is a mechanism of its own; composing so many takes minutes.
 MOST_SCHEDULED_EPOCHS = 10_000
 SAMPLINGS = ("poisson", "truncated_poisson")
-CLIPPING_UNITS = ("example", "microbatch")
+CLIPPING_UNITS = ("example", "microbatch", "user")
+UNITS = ("example", "user")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,20 +42,25 @@ class PrivacyPlan:
         noise_multiplier: noise standard deviation / sensitivity in the first epoch, >= 0; 0 trains
             without privacy and ε is infinite.
         max_grad_norm: bound C > 0 on the gradient norm of one clipping unit.
-        sample_rate: probability in (0, 1] with which each example enters a logical batch.
+        sample_rate: probability in (0, 1] with which each unit enters a logical batch.
         steps: number of releases, in [1, 1e9]; empty logical batches count.
         target_delta: the δ at which ε is stated, in [1e-12, 1); should be below 1 / num_examples.
-        num_examples: size of the training set, treated as public.
+        num_examples: size of the training set in units, of users with unit="user"; treated as
+            public.
         clipping: key of `dpnlu.mechanism.clipping.CLIPPING_RULES`.
-        clipping_unit: "example", or "microbatch": the mean gradient of each of `microbatches`
-            groups, to which examples are assigned independently (eDP-SGD, Dupuy et al. 2022).
+        clipping_unit: "example"; "microbatch": the mean gradient of each of `microbatches` groups,
+            to which examples are assigned independently (eDP-SGD, Dupuy et al. 2022); or "user":
+            the mean gradient of some of a user's examples, which it becomes with unit="user".
         microbatches: number of groups per logical batch; only with clipping_unit="microbatch".
         sampling: "poisson", or "truncated_poisson": batches above `max_batch_size` lose random
             members.
-        max_batch_size: the truncation point; only with sampling="truncated_poisson".
+        max_batch_size: the truncation point in units; only with sampling="truncated_poisson".
         noise_schedule: "constant", "exponential:F" (noise_multiplier * F**epoch) or "inverse:F"
             (noise_multiplier / (1 + F * epoch)).
-        unit: what is protected: one "example", that is one labelled text.
+        unit: what is drawn, clipped as a whole and protected: one "example", that is one labelled
+            text; or one "user", with all of their examples (McMahan et al. 2018).
+        examples_per_user: how many examples of a drawn user count in a step at most, chosen anew
+            each time; only with unit="user".
     """
 
     noise_multiplier: float
@@ -70,18 +76,27 @@ class PrivacyPlan:
     max_batch_size: int | None = None
     noise_schedule: str = "constant"
     unit: str = "example"
+    examples_per_user: int | None = None
 
     def __post_init__(self) -> None:
+        if self.unit == "user" and self.clipping_unit == "example":
+            object.__setattr__(self, "clipping_unit", "user")  # else a user would weigh K · C
         check_not_negative("noise_multiplier", self.noise_multiplier)
         check_positive("max_grad_norm", self.max_grad_norm)
         check_count("steps", self.steps, most=MOST_STEPS)
         check_count("num_examples", self.num_examples)
         _check_sample_rate(self.sample_rate)
-        _check_delta(self.target_delta, self.num_examples)
+        check_choice("unit", self.unit, UNITS)
+        _check_delta(self.target_delta, self.num_examples, self.unit)
         check_choice("clipping", self.clipping, tuple(CLIPPING_RULES))
-        check_choice("unit", self.unit, ("example",))
         check_choice("sampling", self.sampling, SAMPLINGS)
         check_choice("clipping_unit", self.clipping_unit, CLIPPING_UNITS)
+        if (self.clipping_unit == "user") != (self.unit == "user"):
+            raise ValueError(
+                "Expected clipping_unit='user' exactly together with unit='user', got "
+                f"{self.clipping_unit!r} and {self.unit!r}: leave `clipping_unit` out."
+            )
+        _check_paired("examples_per_user", self.examples_per_user, self.unit == "user")
         _check_paired("microbatches", self.microbatches, self.clipping_unit == "microbatch")
         _check_paired("max_batch_size", self.max_batch_size, self.sampling == "truncated_poisson")
         if self.max_batch_size is not None:
@@ -110,6 +125,8 @@ class PrivacyPlan:
         sampling: str = "poisson",
         max_batch_size: int | None = None,
         noise_schedule: str = "constant",
+        unit: str = "example",
+        examples_per_user: int | None = None,
     ) -> PrivacyPlan:
         """The plan with the least noise that meets the target.
 
@@ -117,8 +134,9 @@ class PrivacyPlan:
 
         Args:
             target_epsilon: > 0; infinity gives a plan without noise.
-            expected_batch_size: in [1, num_examples]; the sample rate is its share of the data.
-            epochs: expected number of times each example is visited; or give `steps`.
+            expected_batch_size: in [1, num_examples], in units; the sample rate is its share of the
+                data.
+            epochs: expected number of times each unit is visited; or give `steps`.
             steps: number of logical batches; or give `epochs`.
 
         The other arguments are those of the class.
@@ -131,7 +149,7 @@ class PrivacyPlan:
         draft = cls(
             noise_multiplier=0.0,
             max_grad_norm=max_grad_norm,
-            sample_rate=_rate(expected_batch_size, num_examples),
+            sample_rate=_rate(expected_batch_size, num_examples, unit),
             steps=_steps(epochs, steps, expected_batch_size, num_examples),
             target_delta=target_delta,
             num_examples=num_examples,
@@ -141,6 +159,8 @@ class PrivacyPlan:
             sampling=sampling,
             max_batch_size=max_batch_size,
             noise_schedule=noise_schedule,
+            unit=unit,
+            examples_per_user=examples_per_user,
         )
         if math.isinf(target_epsilon):
             return draft
@@ -159,17 +179,17 @@ class PrivacyPlan:
 
     @property
     def sensitivity(self) -> float:
-        """How far, in L2 norm, one example can move the sum that a step releases.
+        """How far, in L2 norm, one unit can move the sum that a step releases.
 
-        Per-example clipping: C, the example's own clipped gradient. Micro-batches: 2C, since one
+        Clipping of examples or users: C, the unit's own clipped gradient. Micro-batches: 2C, as one
         example can turn the mean of its group from any vector into any other; the members of the
         other groups do not change, because each is assigned independently.
         """
-        return self.max_grad_norm * (1.0 if self.clipping_unit == "example" else 2.0)
+        return self.max_grad_norm * (2.0 if self.clipping_unit == "microbatch" else 1.0)
 
     @property
     def expected_batch_size(self) -> float:
-        """Mean number of examples in a logical batch."""
+        """Mean number of units in a logical batch."""
         return self.sample_rate * self.num_examples
 
     @property
@@ -179,12 +199,12 @@ class PrivacyPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in which each example is visited once on average."""
+        """Steps in which each unit is visited once on average."""
         return max(1, round(1 / self.sample_rate))
 
     @property
     def epochs(self) -> float:
-        """Expected number of times each example is visited."""
+        """Expected number of times each unit is visited."""
         return self.steps * self.sample_rate
 
     def noise_multiplier_at(self, step: int) -> float:
@@ -279,11 +299,11 @@ def _schedule(spec: str) -> Callable[[int], float]:
     )
 
 
-def _rate(expected_batch_size: float, num_examples: int) -> float:
+def _rate(expected_batch_size: float, num_examples: int, unit: str) -> float:
     check_count("num_examples", num_examples)
     if not 1 <= expected_batch_size <= num_examples:
         raise ValueError(
-            f"Expected a batch size between 1 and the number of examples, {num_examples}, "
+            f"Expected a batch size between 1 and the number of {unit}s, {num_examples}, "
             f"got {expected_batch_size}."
         )
     return expected_batch_size / num_examples
@@ -316,22 +336,28 @@ def _check_sample_rate(value: float) -> None:
         )
 
 
-def _check_delta(value: float, num_examples: int) -> None:
+def _check_delta(value: float, num_examples: int, unit: str) -> None:
     check_delta(value, name="target_delta")
     if value >= 1 / num_examples:
         warnings.warn(
-            f"δ = {value:g} is not below 1 / {num_examples} examples: at this δ, publishing a few "
-            "examples outright would count as private. Choose a smaller δ.",
+            f"δ = {value:g} is not below 1 / {num_examples} {unit}s: at this δ, publishing a few "
+            f"{unit}s outright would count as private. Choose a smaller δ.",
             stacklevel=4,
         )
+
+
+# Fields that another one needs.
+_OWNERS = {
+    "examples_per_user": "unit='user'",
+    "microbatches": "clipping_unit='microbatch'",
+    "max_batch_size": "sampling='truncated_poisson'",
+}
 
 
 def _check_paired(name: str, value: int | None, needed: bool) -> None:
     """Raise ValueError unless a count is there exactly if another field needs it."""
     if needed != (value is not None):
-        owner = {"microbatches": "clipping_unit='microbatch'"}.get(
-            name, "sampling='truncated_poisson'"
-        )
+        owner = _OWNERS[name]
         raise ValueError(f"Expected `{name}` exactly together with {owner}, got {value}.")
     if value is not None:
         check_count(name, value)

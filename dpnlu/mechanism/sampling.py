@@ -17,11 +17,12 @@ from dpnlu.mechanism.plan import PrivacyPlan
 
 @dataclass(frozen=True)
 class LogicalBatch:
-    """The examples behind one step.
+    """What is behind one step.
 
     Attributes:
-        units: ids of each clipping group, (n,) integers each. Per-example clipping has one
-            group, micro-batch clipping one per micro-batch; a group may be empty.
+        units: ids of each clipping group, (n,) integers each. Clipping of examples or users has one
+            group, micro-batch clipping one per micro-batch; a group may be empty. Ids are those of
+            the plan's unit, examples or users.
     """
 
     units: tuple[NDArray[np.int64], ...]
@@ -36,12 +37,16 @@ class PhysicalBatch:
         closes_unit: whether the clipping group is complete with this batch.
         closes_step: whether the logical batch is complete with this batch.
         fillers: how many ids, the last ones, are there for the size alone, and must not count.
+        users: (b,) whose each example is, in numbers from 0 on of the users in this batch, all of
+            whose chosen examples are in it; None: the unit is the example, or these are part of one
+            user's, a clipping group.
     """
 
     ids: NDArray[np.int64]
     closes_unit: bool
     closes_step: bool
     fillers: int = 0
+    users: NDArray[np.int64] | None = None
 
 
 def logical_batches(plan: PrivacyPlan, *, rng: np.random.Generator) -> Iterator[LogicalBatch]:

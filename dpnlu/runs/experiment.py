@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.mechanism.plan import UNITS, PrivacyPlan
+from dpnlu.mechanism.ranges import check_choice, check_count
+from dpnlu.mechanism.users import Users
 from dpnlu.nlu.classifier import Architecture
-from dpnlu.nlu.data import Vocabulary
+from dpnlu.nlu.data import DataError, Example, Vocabulary
 from dpnlu.nlu.encoding import Labels
 from dpnlu.runs import recipes
 from dpnlu.runs.settings import RecipeSettings
@@ -78,9 +81,20 @@ def plan_for(
     A recommended batch size that exceeds the data is lowered to them; one that was asked for is
     refused.
 
+    Args:
+        epsilon: infinity: ordinary training.
+        num_examples: of the training set, in the unit of the settings; see `size_in_units`.
+
     Raises:
         ValueError: a setting is out of range; see `PrivacyPlan.calibrate`.
     """
+    if settings.examples_per_user is not None:
+        check_count("examples_per_user", settings.examples_per_user)
+        if settings.unit == "example":
+            raise ValueError(
+                "Expected --examples-per-user with --unit user, got it where examples are "
+                "protected: leave it out, or protect users."
+            )
     if epsilon == math.inf:
         return None
     recommended = min(recipe.batch_size, num_examples)
@@ -91,4 +105,32 @@ def plan_for(
         expected_batch_size=recommended if settings.batch_size is None else settings.batch_size,
         epochs=recipe.epochs,
         max_grad_norm=settings.max_grad_norm,
+        unit=settings.unit,
+        examples_per_user=settings.most_per_user,
     )
+
+
+def users_of(examples: Sequence[Example]) -> Users:
+    """Whose the examples are.
+
+    Raises:
+        DataError: an example has no user.
+    """
+    for example in examples:
+        if example.user is None or not example.user.strip():
+            raise DataError(
+                f"Example {example.id}: expected a user, whom --unit user protects, got none; name "
+                "one on every row of train, in its field `user`, or protect examples."
+            )
+    return Users.of(example.user for example in examples)
+
+
+def size_in_units(examples: Sequence[Example], unit: str) -> int:
+    """How many examples, or users, there are.
+
+    Raises:
+        DataError: an example has no user.
+        ValueError: there is no such unit.
+    """
+    check_choice("unit", unit, UNITS)
+    return len(users_of(examples)) if unit == "user" else len(examples)

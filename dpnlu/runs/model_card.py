@@ -11,10 +11,17 @@ from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.nlu.classifier import Architecture
 
+_NEIGHBOURS = {
+    "add-remove-one": "data sets that differ by the presence of {one}",
+    "zero-out-one": "data sets that differ by {one} being replaced by nothing, while their public "
+    "size stays",
+}
+# How a unit is called in the text, and what it is.
+_ONES = {"example": "one training example", "user": "one user with all of their examples"}
 _UNITS = {
-    "add-remove-one": "data sets that differ by the presence of one training example",
-    "zero-out-one": "data sets that differ by one training example being replaced by nothing, "
-    "while their public size stays",
+    "example": "that is one labelled text; a person with several texts is protected less",
+    "user": "that is all texts that the data name them for, of which at most {most}, drawn anew, "
+    "count in a step",
 }
 
 
@@ -31,16 +38,18 @@ def privacy_statement(plan: PrivacyPlan | None, ledger: Ledger | None) -> str:
             "it remembers of single training examples is not bounded."
         )
     spent, truncated = ledger.epsilon(), f", truncated at {plan.max_batch_size}"
+    neighbours = _NEIGHBOURS[plan.adjacency].format(one=_ONES[plan.unit])
+    unit = _UNITS[plan.unit].format(most=plan.examples_per_user)
     return (
         f"**(ε = {_rounded_up(spent)}, δ = {plan.target_delta:g})-differential privacy**, for "
-        f"{_UNITS[plan.adjacency]} (unit: one {plan.unit}, that is one labelled text; a person "
-        f"with several texts is protected less). {len(ledger)} releases of clipped gradient sums: "
-        f"norm at most {plan.max_grad_norm:g} per {plan.clipping_unit} ({plan.clipping} clipping), "
-        f"Gaussian noise of multiplier {plan.noise_multiplier:.4g} ({plan.noise_schedule}), "
-        f"batches sampled by Poisson with probability {plan.sample_rate:.4g}"
+        f"{neighbours} (unit: one {plan.unit}, {unit}). {len(ledger)} releases of clipped gradient "
+        f"sums: norm at most {plan.max_grad_norm:g} per {plan.clipping_unit} ({plan.clipping} "
+        f"clipping), Gaussian noise of multiplier {plan.noise_multiplier:.4g} "
+        f"({plan.noise_schedule}), batches of {plan.unit}s sampled by Poisson with probability "
+        f"{plan.sample_rate:.4g}"
         f"{truncated if plan.max_batch_size else ''}. Accountant: privacy loss distributions"
         f"{' (dp-accounting)' if plan.max_batch_size else ''}; {_second(ledger)}. The number of "
-        f"training examples, {plan.num_examples}, is treated as public."
+        f"training {plan.unit}s, {plan.num_examples}, is treated as public."
     )
 
 

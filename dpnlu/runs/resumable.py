@@ -37,7 +37,12 @@ from dpnlu.runs.directory import (
     resumed_ledger,
     tidy,
 )
-from dpnlu.runs.experiment import Experiment, experiment_for, plan_for
+from dpnlu.runs.experiment import (
+    Experiment,
+    experiment_for,
+    plan_for,
+    size_in_units,
+)
 from dpnlu.runs.model_directory import CHECKPOINT, is_model, load
 from dpnlu.runs.progress import OnProgress, silent
 from dpnlu.runs.results import Results, results_of, save_trained
@@ -103,7 +108,7 @@ def _prepared(settings: TrainSettings) -> _Work:
         settings,
         experiment.recipe,
         epsilon=settings.epsilon,
-        num_examples=len(corpus.split("train")),
+        num_examples=size_in_units(corpus.split("train"), settings.unit),
     )
     classifier = new_classifier(experiment, seed=settings.seed)
     check_fit(classifier.model, recipe=experiment.recipe, plan=plan, compute=experiment.compute)

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field
 from typing import Any
 
+# Of a user in a step: enough to even out single texts, few enough to compute at once.
+EXAMPLES_PER_USER = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
@@ -101,7 +104,27 @@ class RecipeSettings(DataSettings):
         "none in private training)",
         default=None,
     )
-    max_grad_norm: float = setting("clipping bound on an example's gradient norm", default=1.0)
+    max_grad_norm: float = setting(
+        "clipping bound on the gradient norm of an example, or of a user", default=1.0
+    )
+    unit: str = setting(
+        "what ε protects: an example, or with `user` a person with all of their examples, who are "
+        "named in the data; batch size, epochs and δ are then those of users",
+        default="example",
+        metavar="example|user",
+    )
+    examples_per_user: int | None = setting(
+        "with --unit user: how many examples of a user count in a step at most, chosen anew each "
+        f"time (default: {EXAMPLES_PER_USER})",
+        default=None,
+    )
+
+    @property
+    def most_per_user(self) -> int | None:
+        """`examples_per_user`, also where it was not asked for; None: the unit is the example."""
+        if self.examples_per_user is None and self.unit == "user":
+            return EXAMPLES_PER_USER
+        return self.examples_per_user
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,4 +158,12 @@ class TrainSettings(RecipeSettings):
         """The settings as JSON, which has no infinity."""
         content = asdict(self) | {"epsilon": str(self.epsilon).removesuffix(".0")}
         del content["device"]  # a training may be resumed on another
+        return without_unit(content)
+
+
+def without_unit(content: dict[str, Any]) -> dict[str, Any]:
+    """Settings without the unit of privacy where it is the example, as of versions that knew no
+    other: what they began can be resumed."""
+    if content["unit"] != "example":
         return content
+    return {k: v for k, v in content.items() if k not in ("unit", "examples_per_user")}

@@ -18,7 +18,7 @@ from dpnlu.nlu.encoding import encode_all
 from dpnlu.nlu.feature_cache import read_once
 from dpnlu.nlu.metrics import Metrics, evaluate
 from dpnlu.nlu.models import EncoderClassifier
-from dpnlu.runs.experiment import Experiment
+from dpnlu.runs.experiment import Experiment, users_of
 from dpnlu.runs.resources import memory_of
 from dpnlu.training.checkpoint import Checkpoints
 from dpnlu.training.loop import ComputeConfig, FitResult, Progress, Randomness, Recipe, fit
@@ -65,16 +65,16 @@ def train(
     """Train a classifier.
 
     Args:
-        plan: None for ordinary training.
+        plan: None for ordinary training. With users as its unit they are named by the examples.
         seed: of dropout and the order of ordinary batches.
         repeatable_noise: take noise and sampling from the seed as well. For studies only: who knows
             the seed can subtract the noise.
         ledger, checkpoints: see `privatize` and `Checkpoints`.
         on_progress: called after every step.
     """
-    encoded = encode_all(classifier.encoding, examples)
     # Private physical batches are of neighbours; those of like length need little padding.
-    encoded.sort(key=lambda example: int(example["lengths"]))
+    examples = sorted(examples, key=lambda example: len(example.tokens))
+    encoded = encode_all(classifier.encoding, examples)
     started, model = time.perf_counter(), classifier.model.to(compute.device)
     if isinstance(model, EncoderClassifier) and classifier.architecture.freeze_encoder:
         encoded = read_once(model, classifier.encoding, encoded)
@@ -94,6 +94,7 @@ def train(
             randomness=_randomness(
                 seed, repeatable=plan is None or repeatable_noise, device=compute.device
             ),
+            users=users_of(examples) if plan is not None and plan.unit == "user" else None,
             ledger=ledger,
             checkpoints=checkpoints,
             progress=on_progress,

@@ -29,6 +29,7 @@ from dpnlu.engines.refusals import check_trainable
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.noise import entropy_generators
 from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.training.cutting import WhoseExamples
 from dpnlu.training.handover import Handover
 from dpnlu.training.loader import PrivateLoader
 from dpnlu.training.logical_batch import Mechanism
@@ -84,7 +85,12 @@ def privatize(
             not fit the plan.
         LedgerError: there is a file at the ledger's path.
     """
-    name = engine or {"example": "book_keeping", "microbatch": "microbatch"}[plan.clipping_unit]
+    if plan.unit == "user" and processes is not None and processes.count > 1:
+        raise ValueError(
+            f"Expected one process for unit='user', got {processes.count}: a draw is divided among "
+            "processes by examples, not by users; start one."
+        )
+    name = engine or ("microbatch" if plan.clipping_unit == "microbatch" else "book_keeping")
     _check_engine(name, plan)
     if isinstance(ledger, Ledger):
         _check_ledger(ledger, plan)
@@ -135,7 +141,7 @@ class PrivateTraining:
         self._engine, self._attached = engine, attached
         self._sampling_rng, self._processes = sampling_rng, mechanism.processes
         # A micro-batch is clipped as a whole: what its members do to each other does not matter.
-        checks = verify and self.plan.clipping_unit == "example"
+        checks = verify and self.plan.clipping_unit != "microbatch"
         independence = Independence(mechanism.model) if checks else None
         recorder = engine if isinstance(engine, BookKeeping) else None
         derived = [one for one in (recorder, independence) if one is not None]
@@ -181,6 +187,7 @@ class PrivateTraining:
         dataset: Dataset[Any] | Sequence[Any],
         *,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        users: WhoseExamples | None = None,
         physical_batch_size: int | None = None,
         fixed_size: bool = False,
         num_workers: int = 0,
@@ -191,8 +198,11 @@ class PrivateTraining:
         are released, as noise alone, without being seen here.
 
         Args:
-            dataset: indexed from 0 to `plan.num_examples` - 1.
+            dataset: indexed from 0 to `plan.num_examples` - 1, or with examples of so many users.
             collate_fn: a list of examples -> a batch, as in torch's `DataLoader`.
+            users: with a plan of unit="user", whose the examples are: the name of a column, a
+                function of an example, or the ids of all of them in order. An id is a string, an
+                integer or a tuple of such. All examples are looked at once, here.
             physical_batch_size: how many examples to compute at once; None: a whole logical batch.
             fixed_size: have exactly that many in every batch, for kernels that are made anew for
                 each shape. What is missing is filled up with further copies of the batch's own
@@ -200,14 +210,15 @@ class PrivateTraining:
             num_workers: processes that load and collate, as in torch's `DataLoader`.
 
         Raises:
-            ValueError: the data set has another size than the plan says, or a fixed size is wanted
-                and not given.
+            ValueError: the data set has another size than the plan says, a fixed size is wanted
+                and not given, or it is not known of every example whose it is.
         """
         return PrivateLoader(
             self.steps,
             dataset,
             rng=self._sampling_rng,
             collate_fn=collate_fn,
+            users=users,
             physical_batch_size=physical_batch_size,
             fixed_size=fixed_size,
             num_workers=num_workers,
@@ -218,6 +229,7 @@ class PrivateTraining:
         dataset: Dataset[Any] | Sequence[Any],
         *,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        users: WhoseExamples | None = None,
         physical_batch_size: int,
         num_workers: int = 0,
     ) -> LogicalLoader:
@@ -225,13 +237,14 @@ class PrivateTraining:
         included, in passes of `plan.steps_per_epoch`. An item hands out its physical batches.
 
         Raises:
-            ValueError: the data set has another size than the plan says; on every pass as well.
+            ValueError: see `loader`; where the size of the data set changes, on a later pass.
         """
         return LogicalLoader(
             self.steps,
             dataset,
             rng=self._sampling_rng,
             collate_fn=collate_fn,
+            users=users,
             physical_batch_size=physical_batch_size,
             num_workers=num_workers,
         )
@@ -309,12 +322,17 @@ class PrivateTraining:
             alike.
 
         Raises:
-            ValueError: another engine than book_keeping.
+            ValueError: another engine than book_keeping, or a plan that clips users.
             UnsupportedLayerError: a recurrent layer; or, from the step, a forward pass that cannot
                 be traced.
         """
         if not isinstance(self._engine, BookKeeping):
             raise ValueError("Expected engine='book_keeping', the one whose steps can be compiled.")
+        if self.plan.unit == "user":
+            raise ValueError(
+                "Expected a plan that clips examples for compiled steps, got one that clips users, "
+                "who have unlike numbers of them: use private.stepper."
+            )
         from dpnlu.engines.compiled import CompiledClipping  # loads torch's compiler
 
         clipping = CompiledClipping(self._engine, losses_of, backend=backend)

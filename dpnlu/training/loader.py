@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from dpnlu.mechanism.sampling import PhysicalBatch, logical_batches, physical_batches
+from dpnlu.mechanism.sampling import PhysicalBatch, logical_batches
+from dpnlu.training.cutting import Cutting, WhoseExamples
 from dpnlu.training.steps import Steps
 
 
@@ -43,28 +44,22 @@ class PrivateLoader:
         *,
         rng: np.random.Generator,
         collate_fn: Callable[[list[Any]], Any] | None,
+        users: WhoseExamples | None,
         physical_batch_size: int | None,
         fixed_size: bool,
         num_workers: int,
     ) -> None:
-        size = len(dataset)  # type: ignore[arg-type]
-        planned = steps.mechanism.plan.num_examples
-        if size != planned:
-            raise ValueError(
-                f"Expected the {planned} examples of the plan, got a data set of "
-                f"{size}: plan for the data set that is trained on."
-            )
-        if physical_batch_size is not None and physical_batch_size < 1:
-            raise ValueError(f"Expected `physical_batch_size` >= 1, got {physical_batch_size}.")
-        if fixed_size and physical_batch_size is None:
-            raise ValueError(
-                "Expected `physical_batch_size` for batches of a fixed size, got None: say how "
-                "many examples to compute at once."
-            )
+        self._cut = Cutting(
+            steps.mechanism.plan,
+            dataset,
+            users=users,
+            size=physical_batch_size,
+            fixed_size=fixed_size,
+            rng=rng,
+        )
         steps.mechanism.processes.check_data(dataset)
         self._steps, self._rng = steps, rng
         self._dataset, self._collate = dataset, collate_fn or default_collate
-        self._size, self._fixed = physical_batch_size or size, fixed_size
         self._workers = num_workers
 
     def __len__(self) -> int:
@@ -120,7 +115,6 @@ class PrivateLoader:
         mechanism = self._steps.mechanism
         batches = logical_batches(mechanism.plan, rng=rng)
         for _ in range(self._steps.remaining):
-            part = mechanism.processes.part_of(next(batches))
-            pieces = physical_batches(part, size=self._size, fixed_size=self._fixed)
+            pieces = self._cut(mechanism.processes.part_of(next(batches)))
             plan.append(pieces)
             yield from (piece.ids.tolist() for piece in pieces)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from dpnlu.mechanism.sampling import PhysicalBatch, logical_batches, physical_batches
+from dpnlu.mechanism.sampling import PhysicalBatch, logical_batches
+from dpnlu.training.cutting import Cutting, WhoseExamples
 from dpnlu.training.loader import FewerExamples
 from dpnlu.training.steps import Steps
 
@@ -53,15 +54,21 @@ class LogicalLoader:
         *,
         rng: np.random.Generator,
         collate_fn: Callable[[list[Any]], Any] | None,
+        users: WhoseExamples | None,
         physical_batch_size: int,
         num_workers: int,
     ) -> None:
-        if physical_batch_size < 1:
-            raise ValueError(f"Expected `physical_batch_size` >= 1, got {physical_batch_size}.")
+        self._cut = Cutting(
+            steps.mechanism.plan,
+            dataset,
+            users=users,
+            size=physical_batch_size,
+            fixed_size=False,
+            rng=rng,
+        )
         self._steps, self._rng = steps, rng
         self._dataset, self._collate = dataset, collate_fn or default_collate
-        self._size, self._workers = physical_batch_size, num_workers
-        self._check_size()
+        self._workers = num_workers
         steps.mechanism.processes.check_data(dataset)
 
     def __len__(self) -> int:
@@ -70,14 +77,14 @@ class LogicalLoader:
 
     def __iter__(self) -> Iterator[DrawnBatch]:
         """What is left of the pass that the ledger stands in, up to the last planned step."""
-        self._check_size()
+        self._cut.check_size()
         ledger = self._steps.mechanism.ledger
         count = min(len(self) - len(ledger) % len(self), self._steps.remaining)
         loop = self._steps.begin_loop()
         mechanism = self._steps.mechanism
         drawn = logical_batches(mechanism.plan, rng=mechanism.processes.shared(self._rng))
         parts = (mechanism.processes.part_of(batch) for batch in islice(drawn, count))
-        plan = [physical_batches(part, size=self._size) for part in parts]
+        plan = [self._cut(part) for part in parts]
         data = iter(
             DataLoader(
                 self._dataset,  # type: ignore[arg-type]
@@ -98,11 +105,3 @@ class LogicalLoader:
         for piece in pieces:
             smaller = FewerExamples(self._dataset, self._collate, piece.ids)
             yield piece, next(data), smaller
-
-    def _check_size(self) -> None:
-        size, planned = len(self._dataset), self._steps.mechanism.plan.num_examples  # type: ignore[arg-type]
-        if size != planned:
-            raise ValueError(
-                f"Expected the {planned} examples of the plan, got a data set of {size}: plan for "
-                "the data set that is trained on, and leave it as it is."
-            )

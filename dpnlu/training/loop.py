@@ -18,6 +18,7 @@ from dpnlu.engines import ENGINES
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.training.checkpoint import CheckpointError, Checkpoints, load_checkpoint, save_checkpoint
+from dpnlu.training.cutting import WhoseExamples
 from dpnlu.training.device import resolved_device, synchronize
 from dpnlu.training.handle import privatize
 
@@ -30,8 +31,8 @@ class Recipe:
     """How to train, apart from privacy. Choosing it by looking at private data is not accounted.
 
     Attributes:
-        epochs: expected number of times each example is visited.
-        batch_size: examples per step: expected ones if private, exact ones otherwise.
+        epochs: expected number of times each example, or user, is visited.
+        batch_size: examples, or users, per step: expected ones if private, exact ones otherwise.
         learning_rate: of AdamW, at its highest.
         weight_decay: of AdamW.
         warmup: share of the steps over which the learning rate rises from 0, before it falls to 0.
@@ -132,6 +133,7 @@ def fit(
     plan: PrivacyPlan | None,
     compute: ComputeConfig,
     randomness: Randomness,
+    users: WhoseExamples | None = None,
     ledger: Ledger | Path | None = None,
     checkpoints: Checkpoints | None = None,
     progress: Progress | None = None,
@@ -142,6 +144,7 @@ def fit(
         loss: a collated batch -> (B,) per-example losses.
         plan: what private training must keep to; its batch size and steps take precedence over
             the recipe's. None: ordinary training.
+        users: with a plan for users, whose the examples are; see `PrivateTraining.loader`.
         ledger: see `privatize`. One with releases is continued: the steps still planned are taken.
         checkpoints: where to save training on the way, and to continue from if a file is there.
         progress: told of every step.
@@ -173,7 +176,10 @@ def fit(
         state.check_restored(made, total)
         step = private.stepper(lambda batch: loss(_moved(batch, compute.device)))
         for batch in private.loader(
-            examples, collate_fn=collate, physical_batch_size=compute.physical_batch_size
+            examples,
+            collate_fn=collate,
+            users=users,
+            physical_batch_size=compute.physical_batch_size,
         ):
             state.begin(len(private.ledger), total)
             if step(batch):

@@ -127,6 +127,11 @@ class Steps:
                 "Expected one private.step(losses) for each batch of the loader, got a second: its "
                 "examples would count twice. Sum up an example's losses, or leave the loop first."
             )
+        if self.mechanism.plan.unit == "user":
+            raise RuntimeError(
+                "Expected batches of private.loader, which knows whose each example is, got "
+                "others: step on the loader's, inside the loop."
+            )
         if not self._has_warned:
             warnings.warn(
                 "private.step was called outside private.loader: no sampling took place, so these "

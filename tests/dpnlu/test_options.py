@@ -30,7 +30,8 @@ FULL = [
         TrainSettings,
         "--data d --model encoder:e --epsilon 3 --delta 1e-4 --epochs 2.5 --batch-size 7 "
         "--learning-rate 0.1 --dropout 0.2 --max-grad-norm 2 --vocabulary fitted --labels f "
-        "--engine opacus --physical-batch-size 5 --device cpu --seed 9",
+        "--engine opacus --physical-batch-size 5 --device cpu --seed 9 --unit user "
+        "--examples-per-user 4",
         TrainSettings(
             data="d",
             model="encoder:e",
@@ -47,6 +48,8 @@ FULL = [
             physical_batch_size=5,
             device="cpu",
             seed=9,
+            unit="user",
+            examples_per_user=4,
         ),
     ),
     (
@@ -54,7 +57,7 @@ FULL = [
         "--data d --model encoder:e --epsilons inf 4 --delta 1e-4 --epochs 2.5 --batch-size 7 "
         "--dropout 0.2 --max-grad-norm 2 --attacks loss rmia --canaries pin:2:R=3 call:1:R=2 "
         "--references 4 --audit-examples 33 --confidence 0.9 --physical-batch-size 5 "
-        "--device cpu --seed 9",
+        "--device cpu --seed 9 --unit user --examples-per-user 4",
         StudySettings(
             data="d",
             model="encoder:e",
@@ -72,6 +75,8 @@ FULL = [
             physical_batch_size=5,
             device="cpu",
             seed=9,
+            unit="user",
+            examples_per_user=4,
         ),
     ),
     (

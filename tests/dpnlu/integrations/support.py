@@ -54,6 +54,20 @@ pushes to the hub leave both out. ε is in the logs, beside the progress bar and
 the training loss, norms, token and operation counts are nowhere, unless `log_private=True` brings
 the loss back, which the card then says.
 
+With `unit="user"` people are protected with all of their examples
+([the guarantee](guarantee.md#users-instead-of-examples)). `users` says whose the examples are, by a
+column, also by one that `remove_unused_columns` drops, or by a function of an example; the logical
+batch is then counted in users, of each of whom at most `examples_per_user` examples count in a
+step:
+
+```python
+from dpnlu.integrations.huggingface import privatize_trainer
+
+trainer = privatize_trainer(
+    trainer, target_epsilon=8, unit="user", users="speaker", examples_per_user=8
+)
+```
+
 Before a long training, `dpnlu.testing.assert_private_step` checks a step with the model, the loss
 and a batch of one's own: that no example moves it by more than the bound, that the noise is as
 planned, and that every trainable weight is trained.
