@@ -30,6 +30,7 @@ FULL = [
         TrainSettings,
         "--data d --model encoder:e --epsilon 3 --delta 1e-4 --epochs 2.5 --batch-size 7 "
         "--learning-rate 0.1 --dropout 0.2 --max-grad-norm 2 --vocabulary fitted --labels f "
+        "--weight-decay 0.3 --characters 6 --redact-digits --patience 2 "
         "--engine opacus --physical-batch-size 5 --device cpu --seed 9",
         TrainSettings(
             data="d",
@@ -41,6 +42,10 @@ FULL = [
             learning_rate=0.1,
             dropout=0.2,
             max_grad_norm=2.0,
+            weight_decay=0.3,
+            characters=6,
+            redact_digits=True,
+            patience=2,
             vocabulary="fitted",
             labels="f",
             engine="opacus",
@@ -53,6 +58,8 @@ FULL = [
         StudySettings,
         "--data d --model encoder:e --epsilons inf 4 --delta 1e-4 --epochs 2.5 --batch-size 7 "
         "--dropout 0.2 --max-grad-norm 2 --attacks loss rmia --canaries pin:2:R=3 call:1:R=2 "
+        "--weight-decay 0.3 --characters 6 --redact-digits --patience 2 --decimals 3 "
+        "--searches beam coordinates --audit-canaries 7 "
         "--references 4 --audit-examples 33 --confidence 0.9 --physical-batch-size 5 "
         "--device cpu --seed 9",
         StudySettings(
@@ -64,6 +71,13 @@ FULL = [
             batch_size=7,
             dropout=0.2,
             max_grad_norm=2.0,
+            weight_decay=0.3,
+            characters=6,
+            redact_digits=True,
+            patience=2,
+            decimals=3,
+            searches=("beam", "coordinates"),
+            audit_canaries=7,
             attacks=("loss", "rmia"),
             canaries=("pin:2:R=3", "call:1:R=2"),
             references=4,
@@ -92,7 +106,7 @@ FULL = [
     (
         AttackSettings,
         "--attacks extraction --prefix one two --length 3 --candidates a b --intent i --slot s "
-        "--search beam",
+        "--search beam --target labels --public p --decimals 2",
         AttackSettings(
             attacks=("extraction",),
             prefix=("one", "two"),
@@ -101,6 +115,9 @@ FULL = [
             intent="i",
             slot="s",
             search="beam",
+            target="labels",
+            public="p",
+            decimals=2,
         ),
     ),
 ]
