@@ -31,17 +31,23 @@ def rounded(predictions: Predictions, *, decimals: int) -> Predictions:
     Raises:
         ValueError: decimals out of range.
     """
-    if count("decimals", decimals) > MOST_DECIMALS:
-        raise ValueError(
-            f"Expected at most {MOST_DECIMALS} decimals, got {decimals}: float64 has no more, so "
-            "leave out the rounding."
-        )
+    check_decimals(decimals)
     return Predictions(
         intent_logits=_rounded(predictions.intent_logits, decimals),
         intents=None if predictions.intents is None else predictions.intents.cpu(),
         tag_logits=_rounded(predictions.tag_logits, decimals),
         tags=None if predictions.tags is None else predictions.tags.cpu(),
     )
+
+
+def check_decimals(decimals: int) -> int:
+    """Return the number of decimals, or raise ValueError unless it is in [0, 15]."""
+    if count("decimals", decimals) > MOST_DECIMALS:
+        raise ValueError(
+            f"Expected at most {MOST_DECIMALS} decimals, got {decimals}: float64 has no more, so "
+            "leave out the rounding."
+        )
+    return decimals
 
 
 def _rounded(logits: Tensor | None, decimals: int) -> Tensor | None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from attacks._validate import count, one_of
 from attacks.dropout import common_dropout, has_dropout
 from attacks.inversion.protocol import Inputs, Invertible
-from attacks.rounding import rounded
+from attacks.rounding import check_decimals, rounded
 from attacks.signals import Predictions
 
 # So many rows are computed at once where no gradient is needed.
@@ -68,7 +68,8 @@ class Objective:
         self.model, self.target, self.reference = model, target, reference
         sees_masks = has_dropout(model.network) and decimals is None
         self._masks = count("masks", masks) if sees_masks else 0
-        self._seed, self._decimals = seed, decimals
+        self._seed = seed
+        self._decimals = None if decimals is None else check_decimals(decimals)
         self._check_labels(model)
         if reference is not None:
             self._check_labels(reference)

@@ -87,7 +87,8 @@ class Copies:
             middle = (low + high) / 2
             below = self.losses(middle, noise_multiplier) < losses
             low, high = np.where(below, middle, low), np.where(below, high, middle)
-        return (low + high) / 2
+        found: Array = (low + high) / 2
+        return found
 
 
 def mixture_distributions(
