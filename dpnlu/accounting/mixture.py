@@ -27,7 +27,8 @@ from dpnlu.accounting.loss_distribution import (
 
 _OUTCOMES = 4096
 _MARGIN = 6.0  # standard deviations: a tilted distribution reaches beyond where the plain one ends
-_HALVINGS = 60
+_HALVINGS = 64
+_BEYOND = 10.0
 _CHUNK = 4096
 
 
@@ -80,9 +81,13 @@ class Copies:
         return np.concatenate(found)
 
     def outcomes(self, losses: Array, noise_multiplier: float, reach: float) -> Array:
-        """The x of each loss (X,), rising, between -reach and most + reach; or the nearer end."""
-        low = np.full(len(losses), -reach)
-        high = np.full(len(losses), self.most + reach)
+        """The x of each loss (X,), rising; far out where no outcome has it.
+
+        Beyond `_BEYOND` times the reach no outcome has a probability above 0 in float64, so that it
+        does not matter on which side of there an interval ends.
+        """
+        low = np.full(len(losses), -_BEYOND * reach)
+        high = np.full(len(losses), self.most + _BEYOND * reach)
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
             below = self.losses(middle, noise_multiplier) < losses

@@ -10,7 +10,7 @@ from attacks.dropout import has_dropout
 from attacks.inversion import METHODS, Cloze, DivergedError, Extraction, Objective, extract
 from attacks.patterns import CanarySpec, canary_tags
 from dpnlu.compare.inverting import invertible
-from dpnlu.compare.moved_rows import EMBEDDING_DIFFERENCE, most_moved_secrets
+from dpnlu.compare.moved_rows import EMBEDDING_DIFFERENCE, check_rows, most_moved_secrets
 from dpnlu.compare.settings import BLACK_BOX
 from dpnlu.nlu.classifier import Classifier
 
@@ -50,7 +50,9 @@ def check_searchable(
     if canaries and searches:
         model = invertible(classifier, [canary_cloze(classifier, canary) for canary in canaries])
         for name in searches:
-            if name in SEARCHES:
+            if name == EMBEDDING_DIFFERENCE:
+                check_rows(classifier, model.clozes)
+            else:
                 Objective(model, target=SEARCHES[name][1] or _target(classifier, model.clozes))
 
 

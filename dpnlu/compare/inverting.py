@@ -51,7 +51,7 @@ def unredacted(classifier: Classifier) -> Classifier:
 def _check_known(classifier: Classifier, clozes: Sequence[Cloze]) -> None:
     """Raise where a candidate is read as the one entry that all unknown words share."""
     candidates = [token for cloze in clozes for tokens in cloze.candidates for token in tokens]
-    unknown = [token for token in dict.fromkeys(candidates) if _is_unknown(classifier, token)]
+    unknown = [token for token in dict.fromkeys(candidates) if is_unknown(classifier, token)]
     if unknown:
         raise ValueError(
             f"Expected candidates that the model's vocabulary holds, got {unknown[0]!r}: leave it "
@@ -59,7 +59,8 @@ def _check_known(classifier: Classifier, clozes: Sequence[Cloze]) -> None:
         )
 
 
-def _is_unknown(classifier: Classifier, token: str) -> bool:
+def is_unknown(classifier: Classifier, token: str) -> bool:
+    """Whether a word is read as the one entry that all unknown words share."""
     encoding = classifier.encoding
     if isinstance(encoding, SubwordEncoding):
         unknown = encoding.tokenizer.unk_token_id

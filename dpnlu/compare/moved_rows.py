@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from attacks.inversion import Cloze, Extraction
+from attacks.inversion import Cloze, DivergedError, Extraction
 from attacks.inversion.embedding_difference import Movement, most_moved, movement
 from dpnlu.compare.inverting import unredacted
 from dpnlu.nlu.classifier import Classifier
@@ -39,9 +39,25 @@ def most_moved_secrets(
 
     Raises:
         ValueError: the embeddings were frozen, or a candidate is no row of the table.
+        DivergedError: the table holds what is no number.
     """
-    found = movement(_table(trained), _table(initial))
+    table = _table(trained)
+    if not np.isfinite(table).all():
+        raise DivergedError("Expected a table of numbers, got others: the model has diverged.")
+    found = movement(table, _table(initial))
     return tuple(_extraction(trained, cloze, found) for cloze in clozes)
+
+
+def check_rows(classifier: Classifier, clozes: Sequence[Cloze]) -> None:
+    """Raise ValueError unless each candidate will have a row that training can move."""
+    if classifier.architecture.freeze_encoder:
+        raise ValueError(
+            f"Expected trained embeddings for --searches {EMBEDDING_DIFFERENCE}, got a frozen "
+            "encoder, whose table does not move: leave the search out."
+        )
+    for cloze in clozes:
+        for tokens in cloze.candidates:
+            _rows(classifier, tokens)
 
 
 def _extraction(classifier: Classifier, cloze: Cloze, found: Movement) -> Extraction:

@@ -75,7 +75,9 @@ def prepare_study(settings: StudySettings) -> Prepared:
     budgets = tuple(_budget(settings, corpus, study, epsilon) for epsilon in settings.epsilons)
     study.check_sides(for_references=needs_references(settings.chosen_attacks))
     budgets[0].experiment.check_validation(corpus)
-    untrained = new_classifier(budgets[0].experiment, seed=settings.seed)
+    # What is frozen in one budget cannot be searched so in it: that one is asked, if there is one.
+    strictest = max(budgets, key=lambda budget: budget.experiment.architecture.freeze_encoder)
+    untrained = new_classifier(strictest.experiment, seed=settings.seed)
     check_searchable(untrained, study.canaries, budgets[0].searches, decimals=settings.decimals)
     return Prepared(settings=settings, corpus=corpus, repeats=repeats, study=study, budgets=budgets)
 

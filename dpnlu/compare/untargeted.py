@@ -21,7 +21,7 @@ from attacks.inversion import Cloze, Objective
 from attacks.inversion.enumeration import losses_of_all
 from attacks.metrics import auc
 from attacks.untargeted import precision_at, value_scores
-from dpnlu.compare.inverting import invertible
+from dpnlu.compare.inverting import invertible, is_unknown
 from dpnlu.nlu.classifier import Classifier
 from dpnlu.nlu.data import Corpus, Example
 from dpnlu.nlu.data.vocabulary import normalized_token
@@ -124,13 +124,14 @@ def _random_words(rng: np.random.Generator, number: int) -> list[str]:
 def _told_apart(
     classifier: Classifier, reference: Classifier | None, values: Sequence[str]
 ) -> Iterator[str]:
-    """The values that the models read as one vector each, and as no other's."""
+    """The values that the models know, and read as one vector each, and as no other's."""
     models = [model for model in (classifier, reference) if model is not None]
     seen: list[set[tuple[int, ...]]] = [set() for _ in models]
     for value in values:
         ids = [_ids(model, value) for model in models]
         alone = all(i not in known for i, known in zip(ids, seen, strict=True))
-        if alone and all(len(i) == 1 for i in ids):
+        known_to_all = not any(is_unknown(model, value) for model in models)
+        if alone and known_to_all and all(len(i) == 1 for i in ids):
             for i, known in zip(ids, seen, strict=True):
                 known.add(i)
             yield value

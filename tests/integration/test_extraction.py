@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +257,10 @@ class TestStudies:
         classifier = _lstm()
         with torch.no_grad():
             classifier.model.slot_head.bias.fill_(torch.nan)
+            classifier.model.embedding.weight[0, 0] = torch.nan
         assert _searched(classifier, self.CANARIES) == {}
+        moved = _searched(classifier, self.CANARIES, searches=("embedding_difference",))
+        assert moved == {}
         canary = parse_canary("pin:2:R=1")
         good = self._reading(canary, [4, 2], model=0)
         without = CanaryReading(losses=good.losses, secret=good.secret)
@@ -321,6 +325,9 @@ class TestStudies:
             check_searchable(_lstm(), canaries, ("best",))
         with pytest.raises(ValueError, match="probabilities are rounded, got refined"):
             check_searchable(_lstm(), canaries, ("refined",), decimals=2)
+        frozen = replace(_lstm(), architecture=replace(_lstm().architecture, freeze_encoder=True))
+        with pytest.raises(ValueError, match="whose table does not move"):
+            check_searchable(frozen, canaries, ("embedding_difference",))
         no_slots = _lstm(Labels(("ask", "canary"), ()))
         with pytest.raises(ValueError, match="slots in model and clozes"):
             check_searchable(no_slots, canaries, ("joint",))
