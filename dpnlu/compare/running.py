@@ -125,6 +125,7 @@ def _untargeted(saved: SavedModel, prepared: Prepared, settings: AttackSettings)
 def _completion(model: Path, settings: AttackSettings) -> dict[str, Any]:
     """All that a completion depends on, as JSON."""
     content: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    content["explained"] = content.pop("target")  # the name is that of the model, below
     if settings.public is not None:
         content["public"] = read_json(Path(settings.public) / CONFIG)["digest"]
     return content | {"target": read_json(model / CONFIG)["digest"]}

@@ -491,6 +491,34 @@ class TestByTheDirectoryAlone:
         assert "membership" not in report["runs"][0]
         assert main(command) == 0, "the same attack again"
 
+    def test_what_a_public_model_finds_likely_does_not_count(
+        self, planted: Path, tmp_path: Path
+    ) -> None:
+        command = ["attack", str(planted), "--attacks", "extraction", "--prefix", "my code is"]
+        command += [*self.LABELS, "--public", str(planted), "--quiet"]
+        assert main([*command, "--out", str(tmp_path / "out")]) == 0
+        report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+        (found,) = report["runs"][0]["recovered"]
+        assert found["loss"] == 0.0, "nothing is left of what both models say alike"
+        assert main([*command, "--target", "joint", "--out", str(tmp_path / "out")]) == 2
+
+    @pytest.mark.parametrize(
+        ("search", "options"),
+        [("coordinates", ("--decimals", "3")), ("beam", ("--target", "joint"))],
+    )
+    def test_the_secret_is_read_out_of_answers_alone(
+        self,
+        search: str,
+        options: tuple[str, ...],
+        planted: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        command = ["attack", str(planted), "--attacks", "extraction", "--prefix", "my code is"]
+        command += [*self.LABELS, "--search", search, *options, "--quiet"]
+        assert main([*command, "--out", str(tmp_path / "out")]) == 0
+        assert "my code is: 3 1 4 (loss" in capsys.readouterr().out
+
     @pytest.mark.parametrize(
         ("options", "said"),
         [
