@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from attacks._validate import count, one_of
 from attacks.dropout import common_dropout, has_dropout
 from attacks.inversion.protocol import Inputs, Invertible
+from attacks.rounding import check_decimals, rounded
 from attacks.signals import Predictions
 
 # So many rows are computed at once where no gradient is needed.
@@ -37,6 +38,7 @@ class Objective:
         target: str = "tags",
         masks: int = 0,
         reference: Invertible | None = None,
+        decimals: int | None = None,
         seed: int = 0,
     ) -> None:
         """Choose what is explained, and how.
@@ -49,11 +51,13 @@ class Objective:
                 evaluation mode. A model without dropout is always read in evaluation mode.
             reference: a model that never saw the secrets, with the same clozes: its loss is
                 subtracted, so that what any model finds likely does not count.
+            decimals: to which the attacker sees probabilities, who then sees answers alone: no
+                gradient, and no dropout masks. None: all, as whoever has the weights does.
             seed: of the masks.
 
         Raises:
             ValueError: an unknown target, or one that the model or its clozes have no labels for;
-                or a reference with other clozes.
+                a reference with other clozes; or decimals out of range.
         """
         one_of("target", target, choices=tuple(TARGETS))
         if reference is not None and reference.clozes != model.clozes:
@@ -62,15 +66,18 @@ class Objective:
                 "difference of losses on different texts means nothing."
             )
         self.model, self.target, self.reference = model, target, reference
-        self._masks = count("masks", masks) if has_dropout(model.network) else 0
+        sees_masks = has_dropout(model.network) and decimals is None
+        self._masks = count("masks", masks) if sees_masks else 0
         self._seed = seed
+        self._decimals = None if decimals is None else check_decimals(decimals)
         self._check_labels(model)
         if reference is not None:
             self._check_labels(reference)
 
     @property
     def is_differentiable(self) -> bool:
-        return self.target != "labels"
+        """Whether it has a gradient."""
+        return self.target != "labels" and self._decimals is None
 
     @property
     def has_masks(self) -> bool:
@@ -79,7 +86,9 @@ class Objective:
 
     def in_evaluation_mode(self) -> Objective:
         """The same without dropout masks."""
-        return Objective(self.model, target=self.target, reference=self.reference)
+        return Objective(
+            self.model, target=self.target, reference=self.reference, decimals=self._decimals
+        )
 
     @property
     def inputs(self) -> Inputs:
@@ -136,14 +145,19 @@ class Objective:
         vectors = _filled(model.inputs, rows, fillings)
         with _evaluating(model):
             if self._masks == 0:
-                return TARGETS[self.target](model.predict(vectors, rows))
+                return self._explained(model, vectors, rows)
             # The same masks at every call: what is compared must be comparable.
             masks = torch.Generator().manual_seed(self._seed)
             with common_dropout(model.network, generator=masks):
-                drawn = (
-                    TARGETS[self.target](model.predict(vectors, rows)) for _ in range(self._masks)
-                )
-                return torch.stack(list(drawn)).mean(0)
+                drawn = [self._explained(model, vectors, rows) for _ in range(self._masks)]
+                return torch.stack(drawn).mean(0)
+
+    def _explained(self, model: Invertible, vectors: Tensor, rows: Tensor) -> Tensor:
+        """The target's loss (B,) of input vectors (B, S, d)."""
+        said = model.predict(vectors, rows)
+        if self._decimals is not None:
+            said = rounded(said, decimals=self._decimals)
+        return TARGETS[self.target](said).to(rows.device)
 
     def _check_labels(self, model: Invertible) -> None:
         """Raise unless the model predicts what is to be explained."""

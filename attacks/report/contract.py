@@ -228,7 +228,7 @@ CANARY = record(
         "ranks": list_of(number(1), least=1),
         **numbers(("exact_match", "hamming", "chance_exact", "chance_hamming"), SHARE),
         "exact_match_interval": SHARES,
-        "group_epsilon": AT_LEAST_ZERO,
+        **numbers(("group_epsilon", "accounted_group_epsilon"), AT_LEAST_ZERO),
     },
     together("exposure_bits", "available_bits"),
     together("exact_match", "exact_match_interval", "chance_exact"),

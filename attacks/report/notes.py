@@ -65,7 +65,8 @@ MEANINGS: Facts = [
         "exact match, Hamming",
         "Share of planted secrets that an attacker with the model recovers completely, and the "
         "mean share of tokens recovered wrongly. Chance is what blind guessing gives; group ε, "
-        "where given, is what the extraction proves about all copies of a canary together.",
+        "where given, is what the extraction proves about all copies of a canary together, and "
+        "accounted what the accountant states for them: a budget is that of one copy.",
     ),
     (
         "intervals",

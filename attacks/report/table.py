@@ -265,6 +265,8 @@ def _exact(run: Run) -> Cell:
     details = [limits, f"chance\u00a0{write.percent(canary['chance_exact'])}"]
     if "group_epsilon" in canary:
         details.append(f"group ε\u00a0≥\u00a0{write.bound(canary['group_epsilon'])}")
+    if "accounted_group_epsilon" in canary:
+        details.append(f"accounted\u00a0{write.budget(canary['accounted_group_epsilon'])}")
     return Cell(write.percent(canary["exact_match"]), tuple(details))
 
 

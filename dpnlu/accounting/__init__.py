@@ -9,3 +9,4 @@ from dpnlu.accounting.confirmation import confirm as confirm
 from dpnlu.accounting.events import SampledGaussian as SampledGaussian
 from dpnlu.accounting.events import check_delta as check_delta
 from dpnlu.accounting.events import check_digits as check_digits
+from dpnlu.accounting.groups import group_epsilon as group_epsilon

@@ -70,16 +70,16 @@ def loss_distributions(
         tail: probability, above 0, up to which outcomes on either side may count as one, of an
             unbounded loss on the upper side.
     """
-    reach = noise_multiplier * _deviations(tail)
+    reach = noise_multiplier * deviations(tail)
     first, last = _losses(np.array([-reach, 1 + reach]), noise_multiplier, sample_rate) / grid
     places = np.arange(math.floor(first), math.ceil(last) + 1)
     edges = _outcomes(places * grid, noise_multiplier, sample_rate)
-    without = _interval_masses(edges / noise_multiplier)
-    shifted = _interval_masses((edges - 1) / noise_multiplier)
+    without = interval_masses(edges / noise_multiplier)
+    shifted = interval_masses((edges - 1) / noise_multiplier)
     mixed = (1 - sample_rate) * without + sample_rate * shifted
     return (
-        _connected(mixed, without, grid, int(places[0])),
-        _connected(without[::-1], mixed[::-1], grid, -int(places[-1])),
+        connected(mixed, without, grid, int(places[0])),
+        connected(without[::-1], mixed[::-1], grid, -int(places[-1])),
     )
 
 
@@ -95,7 +95,7 @@ def sampled_losses(
     Returns:
         losses and log shares, (1024,) each; shares add up to 1.
     """
-    reach = noise_multiplier * (_deviations(tail) + _MARGIN)
+    reach = noise_multiplier * (deviations(tail) + _MARGIN)
     outcomes = np.linspace(-reach, 1 + reach, _OUTCOMES)
     losses = _losses(outcomes, noise_multiplier, sample_rate)
     logs = -0.5 * (outcomes / noise_multiplier) ** 2
@@ -105,7 +105,7 @@ def sampled_losses(
     return (losses if removed else -losses), logs
 
 
-def _deviations(tail: float) -> float:
+def deviations(tail: float) -> float:
     """How far from its mean, in standard deviations, a normal variable lies with that chance."""
     from scipy.special import ndtri
 
@@ -132,7 +132,7 @@ def _outcomes(losses: Array, noise_multiplier: float, sample_rate: float) -> Arr
     return noise_multiplier**2 * np.where(losses < 1, of_small, of_large) + 0.5
 
 
-def _interval_masses(edges: Array) -> Array:
+def interval_masses(edges: Array) -> Array:
     """What a standard normal distribution has below the first edge, between each and the next, and
     above the last. Above 0 the upper tails are subtracted, for the digits."""
     from scipy.special import ndtr
@@ -142,7 +142,7 @@ def _interval_masses(edges: Array) -> Array:
     return np.concatenate((below[:1], between, above[-1:]))
 
 
-def _connected(upper: Array, lower: Array, grid: float, first: int) -> LossDistribution:
+def connected(upper: Array, lower: Array, grid: float, first: int) -> LossDistribution:
     """`upper` and `lower` are P and Q of what is below the grid, of each interval, of what is
     above; `first` is the grid's least loss in units of g."""
     inside = upper[1:-1]

@@ -75,13 +75,17 @@ def _tilt(releases: Sequence[Release], delta: float, tail: float, removed: bool)
 
 
 def _grid(releases: Sequence[Release], tilt: Tilt, epsilon: float) -> float:
+    return grid_of(_steps(releases), tilt, epsilon)
+
+
+def grid_of(steps: int, tilt: Tilt, epsilon: float) -> float:
     """The distance g of losses that raises `epsilon` by about the share `_GRID_ERROR`.
 
     Moving losses to their neighbours adds g²/6 to their variance on average, so λ(λ + 1) g²/12 to
     the log of E[e^(λ loss)] and (λ + 1) g²/12 to ε at each step.
     """
     off = _GRID_ERROR * max(epsilon, _LEAST_EPSILON)
-    fine = math.sqrt(12 * off / (_steps(releases) * (tilt.factor + 1)))
+    fine = math.sqrt(12 * off / (steps * (tilt.factor + 1)))
     return min(fine, _COARSEST * max(epsilon, 1.0))
 
 

@@ -42,4 +42,18 @@ def run(options: argparse.Namespace) -> None:
     for run in report["runs"]:
         for found in run.get("recovered", []):
             print(f"{found['carrier']}: {' '.join(found['recovered'])} (loss {found['loss']:.3g})")
+        if "untargeted" in run:
+            print(_claims(run["untargeted"]))
     print(options.out / "report.html")
+
+
+def _claims(found: dict[str, Any]) -> str:
+    """The values of a slot that were claimed first, and how many of them were right."""
+    precisions = ", ".join(
+        f"{entry['precision']:.0%} of the first {entry['k']}" for entry in found["precision_at"]
+    )
+    chance = found["trained_on"] / found["values"]
+    return (
+        f"{found['slot']}: {' '.join(entry['value'] for entry in found['first'])} …; trained on: "
+        f"{precisions} (of all values {chance:.0%})"
+    )

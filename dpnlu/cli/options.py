@@ -21,15 +21,18 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
     """Add an option for each field of a dataclass whose fields are made by `setting`.
 
     A field without a default is required, and comes first; one that is a tuple takes several
-    values.
+    values, and a Boolean, False unless the option is given, takes none.
     """
     hints = get_type_hints(settings)
     for field in sorted(fields(settings), key=lambda field: field.default is not MISSING):
         option: Option = field.metadata["option"]
         kind, takes_several = _value_type(hints[field.name])
         required = field.default is MISSING
+        if kind is bool:
+            parser.add_argument(_flag(field), action="store_true", help=option.help)
+            continue
         parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
+            _flag(field),
             type=kind if option.parse is None else _with_its_words(option.parse),
             nargs="+" if takes_several else None,
             required=required,
@@ -53,6 +56,10 @@ def add_output(parser: argparse.ArgumentParser, *, holds: str) -> None:
     """Add the options of a command that works for long and fills a directory."""
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=holds)
     parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def _flag(field: Field[Any]) -> str:
+    return f"--{field.name.replace('_', '-')}"
 
 
 def _value_type(hint: Any) -> tuple[type, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,9 @@ from attacks.blind import BlindBaseline, blind_baseline
 from attacks.evaluation import evaluate
 from attacks.membership import ATTACKS
 from attacks.metrics import roc_band
-from dpnlu.compare.canaries import bad_fit, canary_entry
+from attacks.patterns import CanarySpec
+from dpnlu.accounting import SampledGaussian, group_epsilon
+from dpnlu.compare.canaries import bad_fit, canary_entry, refuted
 from dpnlu.compare.preparation import Prepared
 from dpnlu.compare.reading import Reading
 from dpnlu.compare.selection import CANARY_MEASUREMENTS
@@ -26,16 +29,25 @@ from dpnlu.compare.training import TrainedBudget
 # The attack whose scores are audited, fixed beforehand: the best of several would be a further
 # choice to pay for.
 _AUDITED = ("lira", "loss")
+_BY_CANARIES = "loss on canaries with words of their own"
 _ROC_POINTS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What a training claims: ε (None: nothing) at δ, and how sure the attacks' verdicts are."""
+    """What a training claims, and how sure the attacks' verdicts are.
+
+    Attributes:
+        epsilon: of one example; None: nothing.
+        delta: at which it is stated.
+        confidence: of verdicts.
+        events: what was released, from which ε follows.
+    """
 
     epsilon: float | None
     delta: float
     confidence: float
+    events: tuple[SampledGaussian, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +97,13 @@ def attack_all(prepared: Prepared, trained: Sequence[TrainedBudget]) -> Attacked
 
     def claim_of(budget: TrainedBudget) -> Claim:
         spent = budget.results.epsilon
-        return Claim(epsilon=spent, delta=settings.delta, confidence=settings.confidence)
+        plan = budget.budget.plan
+        return Claim(
+            epsilon=spent,
+            delta=settings.delta,
+            confidence=settings.confidence,
+            events=() if plan is None else tuple(plan.events()),
+        )
 
     return Attacked(
         findings=tuple(
@@ -126,14 +144,16 @@ def attack(names: Sequence[str], models: Sequence[Reading], study: Study, claim:
                     [model.canaries[canary.pattern.name] for model in models],
                     delta=claim.delta,
                     confidence=claim.confidence,
+                    accounted=_accounted(canary, claim),
                 )
                 for canary in study.canaries
             ]
-    warnings += [caution for canary in canaries if (caution := bad_fit(canary))]
-    audit = None
-    if "audit" in names and scores:
-        audit = _audit(scores, study, claim)
-        warnings += _refutation(audit, claim)
+    cautions_of = (bad_fit, refuted)
+    warnings += [text for canary in canaries for says in cautions_of if (text := says(canary))]
+    audit: dict[str, Any] | None = None
+    with _left_out_if_impossible("audit", warnings):
+        audit = _audit(scores, models[0], study, claim) if "audit" in names else None
+    warnings += [] if audit is None else _refutation(audit, claim)
     return Findings(
         membership=membership,
         canaries=tuple(canaries),
@@ -141,6 +161,14 @@ def attack(names: Sequence[str], models: Sequence[Reading], study: Study, claim:
         warnings=tuple(warnings),
         seconds=time.perf_counter() - started,
     )
+
+
+def _accounted(canary: CanarySpec, claim: Claim) -> float | None:
+    """The ε of all copies of a canary; None where there is none, or none can be told."""
+    if not claim.events or any(event.max_batch_size is not None for event in claim.events):
+        return None
+    found = group_epsilon(claim.events, size=canary.repetitions, delta=claim.delta)
+    return found if math.isfinite(found) else None
 
 
 @contextmanager
@@ -207,11 +235,18 @@ def _spread(length: int) -> NDArray[np.int64]:
     return np.concatenate([dense, np.linspace(0, length - 1, _ROC_POINTS // 2).astype(np.int64)])
 
 
-def _audit(scores: dict[str, NDArray[np.float64]], study: Study, claim: Claim) -> dict[str, Any]:
-    audited = next((name for name in _AUDITED if name in scores), next(iter(scores)))
-    result: AuditResult = one_run(
-        scores[audited], study.members[0], delta=claim.delta, confidence=claim.confidence
-    )
+def _audit(
+    scores: dict[str, NDArray[np.float64]], target: Reading, study: Study, claim: Claim
+) -> dict[str, Any] | None:
+    """By the canaries of the audit, where there are any, else by the audit examples."""
+    if target.token_losses is not None:
+        audited, chosen, truth = _BY_CANARIES, -target.token_losses, study.token_membership[0]
+    elif scores:
+        audited = next((name for name in _AUDITED if name in scores), next(iter(scores)))
+        chosen, truth = scores[audited], study.members[0]
+    else:
+        return None
+    result: AuditResult = one_run(chosen, truth, delta=claim.delta, confidence=claim.confidence)
     kept = ("epsilon_lower_bound", "confidence", "method", "ceiling", "canaries", "assumption")
     return {name: getattr(result, name) for name in kept} | {"scores": audited}
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from attacks.farm import Arrays
 from dpnlu.compare.extracting import extract_canaries
@@ -28,8 +29,10 @@ class Budget:
         name: "eps-8" or "eps-inf".
         target_epsilon: what was asked for; None: ordinary training.
         plan: the target's; None: ordinary training.
+        validation: what early stopping looks at; no canary is among them.
         seed: of everything random, together with the number of the model.
-        extract: whether secrets of canaries are searched for as well.
+        searches: how secrets of canaries are searched for; empty: they are not.
+        decimals: to which the attacks see probabilities; None: all.
     """
 
     name: str
@@ -39,7 +42,9 @@ class Budget:
     plan: PrivacyPlan | None
     test: tuple[Example, ...]
     seed: int
-    extract: bool = False
+    searches: tuple[str, ...] = ()
+    decimals: int | None = None
+    validation: tuple[Example, ...] = ()
 
     def __call__(self, reference: int) -> Arrays:
         """Train reference model number `reference` and read it; for `attacks.farm.grow`."""
@@ -52,7 +57,7 @@ class Budget:
     ) -> Trained:
         """Train one of the models; 0 is the target."""
         examples = self.study.examples(model)
-        seed = int(np.random.SeedSequence([self.seed, model]).generate_state(1)[0])
+        seed = self._seed_of(model)
         return train(
             new_classifier(self.experiment, seed=seed),
             examples,
@@ -63,7 +68,17 @@ class Budget:
             repeatable_noise=True,
             ledger=ledger,
             on_progress=on_progress,
+            validation=self.validation,
         )
+
+    def _token_losses(self, classifier: Classifier) -> NDArray[np.float64] | None:
+        canaries = self.study.token_canaries
+        if not canaries:
+            return None
+        return read_signals(classifier, canaries, decimals=self.decimals).loss
+
+    def _seed_of(self, model: int) -> int:
+        return int(np.random.SeedSequence([self.seed, model]).generate_state(1)[0])
 
     def plan_for(self, examples: Sequence[Example]) -> PrivacyPlan | None:
         """The same mechanism, hence the same ε, on a slightly different number of examples or
@@ -75,16 +90,25 @@ class Budget:
     def read(self, classifier: Classifier, model: int) -> Reading:
         """Signals on the audit examples, losses of all canaries, accuracy on test examples."""
         canaries = self.study.canaries
-        extracted = extract_canaries(classifier, canaries if self.extract else (), seed=self.seed)
+        extracted = extract_canaries(
+            classifier,
+            canaries,
+            self.searches,
+            initial=lambda: new_classifier(self.experiment, seed=self._seed_of(model)),
+            decimals=self.decimals,
+            seed=self.seed,
+        )
         return Reading(
-            signals=read_signals(classifier, self.study.audit),
+            signals=read_signals(classifier, self.study.audit, decimals=self.decimals),
             intent_accuracy=measure(classifier, self.test).intent_accuracy,
+            token_losses=self._token_losses(classifier),
             canaries={
                 canary.pattern.name: read_canary(
                     classifier,
                     canary,
                     secrets[model],
                     extracted=extracted.get(canary.pattern.name, {}),
+                    decimals=self.decimals,
                 )
                 for canary, secrets in zip(canaries, self.study.secrets, strict=True)
             },

@@ -20,7 +20,6 @@ from attacks.canaries import (
 )
 from attacks.inversion.measures import estimated_exposure, guessing_curve, position_matches
 from attacks.patterns import CanarySpec
-from dpnlu.compare.extracting import REPORTED
 from dpnlu.compare.reading import CanaryReading
 
 # Of each position an example shows so many candidates, those of the lowest losses.
@@ -31,13 +30,19 @@ _LEAST_P_VALUE = 0.01
 
 
 def canary_entry(
-    canary: CanarySpec, readings: Sequence[CanaryReading], *, delta: float, confidence: float
+    canary: CanarySpec,
+    readings: Sequence[CanaryReading],
+    *,
+    delta: float,
+    confidence: float,
+    accounted: float | None = None,
 ) -> dict[str, Any]:
     """Exposure and extraction over all models, each with a secret of its own.
 
     Args:
         readings: of the models; the first is the target's.
         delta: at which the group's ε is bounded.
+        accounted: the ε of all copies together that the accountant states; None: none.
 
     Raises:
         ValueError: losses that are no numbers, or that do not vary where they must.
@@ -48,6 +53,8 @@ def canary_entry(
         "repetitions": canary.repetitions,
         "chance_exposure_bits": chance_exposure_bits(canary.combinations),
     }
+    if accounted is not None:
+        entry["accounted_group_epsilon"] = accounted
     entry |= _exposures(canary, readings, confidence)
     guesses = _guesses(canary, readings)
     if not guesses:
@@ -81,6 +88,17 @@ def bad_fit(entry: Mapping[str, Any]) -> str:
         f"{entry['pattern']}: the losses of its secrets are not distributed as its exposure "
         f"assumes (p = {least:.2g}): believe the sampled exposure, "
         f"{entry['sampled_exposure_bits']:.3g} bits at least."
+    )
+
+
+def refuted(entry: Mapping[str, Any]) -> str:
+    """Say that extraction contradicts the accountant; empty where it does not."""
+    if entry.get("group_epsilon", 0.0) <= entry.get("accounted_group_epsilon", np.inf):
+        return ""
+    return (
+        f"{entry['pattern']}: its extraction proves an ε of {entry['group_epsilon']:.3g} at least "
+        f"for all copies together, and {entry['accounted_group_epsilon']:.3g} is claimed: the "
+        "claim is refuted."
     )
 
 
@@ -122,7 +140,7 @@ def _guesses(canary: CanarySpec, readings: Sequence[CanaryReading]) -> dict[str,
     """What each method recovered of each model (K, length), the best method first.
 
     Which is best was fixed beforehand: enumeration, which is exact, and where there is none the
-    reported search.
+    reported search, the last one.
     """
     found: dict[str, NDArray[np.int64]] = {}
     if canary.is_enumerable:
@@ -131,7 +149,7 @@ def _guesses(canary: CanarySpec, readings: Sequence[CanaryReading]) -> dict[str,
         found["enumeration"] = secrets[places]
     # Of a model that has diverged there are none.
     everywhere = [m for m in readings[0].guesses if all(m in r.guesses for r in readings)]
-    methods = sorted(everywhere, key=lambda method: method != REPORTED)
+    methods = [*everywhere[-1:], *everywhere[:-1]]
     return found | {
         method: np.stack([reading.guesses[method] for reading in readings]) for method in methods
     }
@@ -139,13 +157,14 @@ def _guesses(canary: CanarySpec, readings: Sequence[CanaryReading]) -> dict[str,
 
 def _example(canary: CanarySpec, reading: CanaryReading) -> dict[str, Any] | None:
     """What the reported search recovered of one model, next to the truth."""
-    if reading.scores is None or REPORTED not in reading.guesses:
+    if reading.scores is None or not reading.guesses:
         return None
+    *_, reported = reading.guesses.values()
     candidates = canary.candidates
     return {
         "carrier": " ".join(canary.pattern.carrier),
         "original": _tokens(candidates, reading.secret),
-        "recovered": _tokens(candidates, reading.guesses[REPORTED]),
+        "recovered": _tokens(candidates, reported),
         "positions": positions_shown(candidates, reading.scores, kept=reading.secret),
     }
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from attacks.gazetteer import DIGITS
-from attacks.inversion import METHODS, Cloze, Extraction, extract
+from attacks.inversion import METHODS, TARGETS, Cloze, Extraction, extract
 from dpnlu.compare.canaries import positions_shown
 from dpnlu.compare.extracting import objective_for
 from dpnlu.compare.reporting import machine
 from dpnlu.compare.settings import AttackSettings
 from dpnlu.nlu.classifier import Classifier
-from dpnlu.runs.model_directory import SavedModel
+from dpnlu.runs.model_directory import SavedModel, load
 from dpnlu.runs.results import Results
 from dpnlu.training.device import resolved_device
 
@@ -39,11 +39,21 @@ def completion_report(
     """
     if settings.search not in METHODS:
         raise ValueError(f"Expected --search among {', '.join(METHODS)}, got {settings.search!r}.")
+    if settings.target is not None and settings.target not in TARGETS:
+        raise ValueError(f"Expected --target among {', '.join(TARGETS)}, got {settings.target!r}.")
     started = time.perf_counter()
     classifier = saved.classifier
-    classifier.model.to(resolved_device(settings.device))
+    device = resolved_device(settings.device)
+    classifier.model.to(device)
     clozes = [_cloze(classifier, prefix, settings) for prefix in settings.prefix]
-    objective = objective_for(classifier, clozes, by_tags=True)
+    objective = objective_for(
+        classifier,
+        clozes,
+        by_tags=True,
+        target=settings.target,
+        reference=_reference(settings, device),
+        decimals=settings.decimals,
+    )
     generator = torch.Generator().manual_seed(settings.seed)
     found = extract(objective, method=settings.search, generator=generator)
     seconds = time.perf_counter() - started
@@ -56,6 +66,14 @@ def completion_report(
         "study": {"model": classifier.architecture.name, "search": settings.search},
         "runs": [_run(saved, model, found, seconds=seconds)],
     }
+
+
+def _reference(settings: AttackSettings, device: str) -> Classifier | None:
+    if settings.public is None:
+        return None
+    public = load(Path(settings.public)).classifier
+    public.model.to(device)
+    return public
 
 
 def _cloze(classifier: Classifier, prefix: str, settings: AttackSettings) -> Cloze:

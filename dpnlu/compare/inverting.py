@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,12 +22,14 @@ def invertible(classifier: Classifier, clozes: Sequence[Cloze]) -> TorchModel:
 
     Of a BiLSTM the vector of a word is that of its entry in the vocabulary followed by that of its
     characters, so that the same weights mix both. An encoder reads mixtures of its input
-    embeddings; all candidates for a hole must be cut into as many sub-words.
+    embeddings; all candidates for a hole must be cut into as many sub-words. Digits are read as
+    they are, whatever the classifier's own reading makes of them.
 
     Raises:
         ValueError: a label that the classifier does not know, candidates that its vocabulary does
             not hold or that it cannot tell apart, or a text longer than it reads.
     """
+    classifier = unredacted(classifier)
     labels = classifier.encoding.labels
     _check_known(classifier, clozes)
     return TorchModel(
@@ -39,10 +42,16 @@ def invertible(classifier: Classifier, clozes: Sequence[Cloze]) -> TorchModel:
     )
 
 
+def unredacted(classifier: Classifier) -> Classifier:
+    """The same classifier, reading digits as they are: so can whoever has the weights."""
+    encoding: Any = replace(classifier.encoding, redact_digits=False)  # type: ignore[type-var]
+    return replace(classifier, encoding=encoding)
+
+
 def _check_known(classifier: Classifier, clozes: Sequence[Cloze]) -> None:
     """Raise where a candidate is read as the one entry that all unknown words share."""
     candidates = [token for cloze in clozes for tokens in cloze.candidates for token in tokens]
-    unknown = [token for token in dict.fromkeys(candidates) if _is_unknown(classifier, token)]
+    unknown = [token for token in dict.fromkeys(candidates) if is_unknown(classifier, token)]
     if unknown:
         raise ValueError(
             f"Expected candidates that the model's vocabulary holds, got {unknown[0]!r}: leave it "
@@ -50,7 +59,8 @@ def _check_known(classifier: Classifier, clozes: Sequence[Cloze]) -> None:
         )
 
 
-def _is_unknown(classifier: Classifier, token: str) -> bool:
+def is_unknown(classifier: Classifier, token: str) -> bool:
+    """Whether a word is read as the one entry that all unknown words share."""
     encoding = classifier.encoding
     if isinstance(encoding, SubwordEncoding):
         unknown = encoding.tokenizer.unk_token_id

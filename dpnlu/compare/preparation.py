@@ -11,7 +11,7 @@ import numpy as np
 from attacks.patterns import parse_canaries
 from dpnlu.compare.budget import Budget
 from dpnlu.compare.extracting import check_searchable
-from dpnlu.compare.selection import needs_references
+from dpnlu.compare.selection import UNTARGETED, needs_references
 from dpnlu.compare.settings import (
     AttackSettings,
     MeasurementSettings,
@@ -19,6 +19,7 @@ from dpnlu.compare.settings import (
     budget_name,
 )
 from dpnlu.compare.study import Study
+from dpnlu.compare.token_canaries import draw_token_canaries
 from dpnlu.mechanism.users import Users
 from dpnlu.nlu.data import (
     Corpus,
@@ -41,6 +42,9 @@ from dpnlu.runs.model_directory import SavedModel
 from dpnlu.runs.results import Results
 from dpnlu.runs.train import new_classifier
 from dpnlu.training.loop import ComputeConfig
+
+# Of word models; made without data.
+_VOCABULARY = HashedVocabulary()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +70,13 @@ def prepare_study(settings: StudySettings) -> Prepared:
         ValueError: invalid data, label set, budget, batch size or encoder, or too few examples.
     """
     # A model that there is not is refused before data are loaded.
-    recipes.architecture(settings.model, private=False, dropout=settings.dropout)
+    recipes.architecture(
+        settings.model,
+        private=False,
+        dropout=settings.dropout,
+        characters=settings.characters,
+        redact_digits=settings.redact_digits,
+    )
     corpus, repeats = drop_repeated(load_corpus(settings.data, seed=settings.seed))
     study = Study.draw(
         corpus,
@@ -76,17 +86,38 @@ def prepare_study(settings: StudySettings) -> Prepared:
         rng=_membership_rng(settings.seed),
         by_user=settings.unit == "user",
     )
+    if settings.audit_canaries:
+        study = _with_token_canaries(settings, corpus, study)
     budgets = tuple(_budget(settings, corpus, study, epsilon) for epsilon in settings.epsilons)
     study.check_sides(for_references=needs_references(settings.chosen_attacks))
-    untrained = new_classifier(budgets[0].experiment, seed=settings.seed)
-    if budgets[0].extract:
-        check_searchable(untrained, study.canaries)
+    budgets[0].experiment.check_validation(corpus)
+    # What is frozen in one budget cannot be searched so in it: that one is asked, if there is one.
+    strictest = max(budgets, key=lambda budget: budget.experiment.architecture.freeze_encoder)
+    untrained = new_classifier(strictest.experiment, seed=settings.seed)
+    check_searchable(untrained, study.canaries, budgets[0].searches, decimals=settings.decimals)
     return Prepared(settings=settings, corpus=corpus, repeats=repeats, study=study, budgets=budgets)
+
+
+def _with_token_canaries(settings: StudySettings, corpus: Corpus, study: Study) -> Study:
+    rng = np.random.default_rng([settings.seed, 4])
+    experiments = [
+        experiment_for(settings, epsilon=e, labels=study.labels(corpus), vocabulary=_VOCABULARY)
+        for e in settings.epsilons
+    ]
+    # Frozen in one budget is useless in it, so that one is asked where there is one.
+    asked = max(experiments, key=lambda experiment: experiment.architecture.freeze_encoder)
+    canaries = draw_token_canaries(
+        new_classifier(asked, seed=settings.seed),
+        corpus,
+        number=settings.audit_canaries,
+        rng=rng,
+    )
+    return study.with_token_canaries(canaries, rng=rng)
 
 
 def _budget(settings: StudySettings, corpus: Corpus, study: Study, epsilon: float) -> Budget:
     experiment = experiment_for(
-        settings, epsilon=epsilon, labels=study.labels(corpus), vocabulary=HashedVocabulary()
+        settings, epsilon=epsilon, labels=study.labels(corpus), vocabulary=_VOCABULARY
     )
     return Budget(
         name=budget_name(epsilon),
@@ -101,7 +132,9 @@ def _budget(settings: StudySettings, corpus: Corpus, study: Study, epsilon: floa
         ),
         test=corpus.split("test"),
         seed=settings.seed,
-        extract="extraction" in settings.chosen_attacks,
+        searches=settings.chosen_searches if "extraction" in settings.chosen_attacks else (),
+        decimals=settings.decimals,
+        validation=corpus.split("valid") if experiment.recipe.patience is not None else (),
     )
 
 
@@ -120,8 +153,10 @@ def prepare_attack(saved: SavedModel, settings: AttackSettings, *, name: str) ->
         ValueError: invalid data, or too few examples.
     """
     spent = Results.from_dict(saved.metrics).epsilon
+    asked = {field.name: getattr(settings, field.name) for field in fields(MeasurementSettings)}
+    asked["attacks"] = tuple(name for name in settings.chosen_attacks if name != UNTARGETED)
     settings_of_study = StudySettings(
-        **{field.name: getattr(settings, field.name) for field in fields(MeasurementSettings)},
+        **asked,
         model=saved.classifier.architecture.name,
         epsilons=(math.inf if spent is None else spent,),
         delta=saved.plan.target_delta if saved.plan else StudySettings.delta,
@@ -139,7 +174,10 @@ def prepare_attack(saved: SavedModel, settings: AttackSettings, *, name: str) ->
         plan=saved.plan,
         test=corpus.split("test"),
         seed=settings.seed,
+        decimals=settings.decimals,
+        validation=corpus.split("valid") if saved.recipe.patience is not None else (),
     )
+    budget.experiment.check_validation(corpus)
     if settings.references > 0:
         new_classifier(budget.experiment, seed=settings.seed)
     return Prepared(

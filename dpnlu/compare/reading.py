@@ -16,7 +16,9 @@ from attacks.dropout import common_dropout, has_dropout
 from attacks.farm import Arrays
 from attacks.inversion import Extraction
 from attacks.patterns import CanarySpec
+from attacks.rounding import rounded
 from attacks.signals import Predictions, Signals, collect
+from dpnlu.compare.inverting import unredacted
 from dpnlu.compare.study import canary_example
 from dpnlu.nlu.classifier import Classifier
 from dpnlu.nlu.data import Example
@@ -32,6 +34,7 @@ _LIKELIEST, _MASKS = 100, 1000
 # Names in files.
 _ACCURACY, _SECONDS, _LOSSES, _SECRET = "intent_accuracy", "train_seconds", "-losses", "-secret"
 _GUESS, _SCORES = "-guess-", "-scores"
+_TOKEN_LOSSES = "token_canary_loss"
 
 # Of so many secrets drawn at random losses are read where there are too many to read them all.
 _SAMPLE = 5000
@@ -83,12 +86,14 @@ class Reading:
         intent_accuracy: on the test examples; None without intents.
         canaries: by the name of their pattern.
         train_seconds: wall time of its training; None: not of interest here.
+        token_losses: (t,) on the canaries of the audit; None: there are none.
     """
 
     signals: Signals
     intent_accuracy: float | None
     canaries: Mapping[str, CanaryReading]
     train_seconds: float | None = None
+    token_losses: NDArray[np.float64] | None = None
 
     def to_arrays(self) -> Arrays:
         """The reading, for files."""
@@ -99,6 +104,8 @@ class Reading:
             arrays |= canary.to_arrays(name)
         if self.train_seconds is not None:
             arrays[_SECONDS] = np.array(self.train_seconds)
+        if self.token_losses is not None:
+            arrays[_TOKEN_LOSSES] = self.token_losses
         return arrays
 
     @classmethod
@@ -116,6 +123,7 @@ class Reading:
                 intent_accuracy=float(arrays[_ACCURACY]) if _ACCURACY in arrays else None,
                 canaries={name: CanaryReading.from_arrays(name, arrays) for name in patterns},
                 train_seconds=float(arrays[_SECONDS]) if _SECONDS in arrays else None,
+                token_losses=arrays.get(_TOKEN_LOSSES),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(
@@ -124,10 +132,16 @@ class Reading:
             ) from None
 
 
-def read_signals(classifier: Classifier, examples: Sequence[Example]) -> Signals:
-    """What a classifier says about examples."""
+def read_signals(
+    classifier: Classifier, examples: Sequence[Example], *, decimals: int | None = None
+) -> Signals:
+    """What a classifier says about examples.
+
+    Args:
+        decimals: to which its probabilities are seen; None: all.
+    """
     encoded = encode_all(classifier.encoding, examples)
-    return _signals(classifier, encoded)
+    return _signals(classifier, encoded, decimals)
 
 
 def read_canary(
@@ -136,18 +150,20 @@ def read_canary(
     secret: NDArray[np.int64],
     *,
     extracted: Mapping[str, Extraction],
+    decimals: int | None = None,
 ) -> CanaryReading:
     """What a classifier says about its canary.
 
     Args:
         secret: (length,) its own.
         extracted: what searches recovered, by method.
+        decimals: to which its probabilities are seen; None: all.
     """
     if canary.is_enumerable:
-        losses = read_canary_losses(classifier, canary)
+        losses = read_canary_losses(classifier, canary, decimals=decimals)
     else:
         sample = np.random.default_rng(0).integers(canary.sizes, size=(_SAMPLE, canary.length))
-        losses = _losses_of(classifier, canary, np.concatenate((secret[None], sample)))
+        losses = _losses_of(classifier, canary, np.concatenate((secret[None], sample)), decimals)
     *_, last = (None, *extracted.values())
     return CanaryReading(
         losses=losses,
@@ -164,7 +180,9 @@ def _padded(scores: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
     return table
 
 
-def read_canary_losses(classifier: Classifier, canary: CanarySpec) -> NDArray[np.float64]:
+def read_canary_losses(
+    classifier: Classifier, canary: CanarySpec, *, decimals: int | None = None
+) -> NDArray[np.float64]:
     """The loss on the canary with each possible secret, (C,) in lexicographic order.
 
     The classifier ranks the secrets by it.
@@ -172,16 +190,17 @@ def read_canary_losses(classifier: Classifier, canary: CanarySpec) -> NDArray[np
     Where the secret is a slot, it is the loss of the tags alone (Parikh et al., 2022): the carrier
     phrase has settled the intent before a secret is read, so that its loss says little of the
     secret and blurs the ranking. The likeliest secrets of a model trained with dropout come first,
-    in the order of their mean loss under dropout, which is what training made small.
+    in the order of their mean loss under dropout, which is what training made small; not if only
+    rounded probabilities are seen.
     """
     secrets = all_secrets(canary.length, candidates=canary.sizes)
-    losses = _losses_of(classifier, canary, secrets)
-    if not has_dropout(classifier.model):
+    losses = _losses_of(classifier, canary, secrets, decimals)
+    if decimals is not None or not has_dropout(classifier.model):
         return losses
     likeliest = losses.argsort(kind="stable")[:_LIKELIEST]
     masks = torch.Generator().manual_seed(0)
     with common_dropout(classifier.model, generator=masks):
-        under_each = islice(_losses(classifier, canary, secrets[likeliest]), _MASKS)
+        under_each = islice(_losses(classifier, canary, secrets[likeliest], None), _MASKS)
         under_dropout = np.mean(list(under_each), axis=0)
     # The others follow, in their order and with their ties.
     _, order = np.unique(losses, return_inverse=True)
@@ -191,17 +210,18 @@ def read_canary_losses(classifier: Classifier, canary: CanarySpec) -> NDArray[np
 
 
 def _losses_of(
-    classifier: Classifier, canary: CanarySpec, secrets: NDArray[np.int64]
+    classifier: Classifier, canary: CanarySpec, secrets: NDArray[np.int64], decimals: int | None
 ) -> NDArray[np.float64]:
     """The loss on the canary with each of these secrets (C, length), in evaluation mode."""
     pieces = np.array_split(secrets, max(1, len(secrets) // 2000))
-    return np.concatenate([next(_losses(classifier, canary, piece)) for piece in pieces])
+    return np.concatenate([next(_losses(classifier, canary, piece, decimals)) for piece in pieces])
 
 
 def _losses(
-    classifier: Classifier, canary: CanarySpec, secrets: NDArray[np.int64]
+    classifier: Classifier, canary: CanarySpec, secrets: NDArray[np.int64], decimals: int | None
 ) -> Iterator[NDArray[np.float64]]:
     """The loss on the canary with each of these secrets, read again and again."""
+    classifier = unredacted(classifier)
     with_slots = bool(classifier.encoding.labels.tags)
     examples = [
         canary_example(canary, secret, name="candidate", with_slots=with_slots)
@@ -209,16 +229,17 @@ def _losses(
     ]
     encoded = encode_all(classifier.encoding, examples)
     while True:
-        signals = _signals(classifier, encoded)
+        signals = _signals(classifier, encoded, decimals)
         by_tags = signals.slot_loss if canary.pattern.slot is not None else None
         yield signals.loss if by_tags is None else by_tags
 
 
-def _signals(classifier: Classifier, encoded: Sequence[Encoded]) -> Signals:
+def _signals(classifier: Classifier, encoded: Sequence[Encoded], decimals: int | None) -> Signals:
     model: Any = classifier.model
 
     def predict(batch: Batch) -> Predictions:
         outputs = model(moved(batch, device_of(model)))
-        return Predictions(outputs.intents, batch.get("intents"), outputs.tags, batch.get("tags"))
+        said = Predictions(outputs.intents, batch.get("intents"), outputs.tags, batch.get("tags"))
+        return said if decimals is None else rounded(said, decimals=decimals)
 
     return collect(model, predict, batches(classifier.encoding, encoded, size=_BATCH_SIZE))

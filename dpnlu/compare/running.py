@@ -10,13 +10,16 @@ from typing import Any
 from attacks.report import write_report
 from dpnlu.compare.attacking import attack_all
 from dpnlu.compare.completing import completion_report
-from dpnlu.compare.preparation import prepare_attack, prepare_study
+from dpnlu.compare.preparation import Prepared, prepare_attack, prepare_study
 from dpnlu.compare.reporting import build_report
+from dpnlu.compare.selection import UNTARGETED
 from dpnlu.compare.settings import AttackSettings, StudySettings
 from dpnlu.compare.training import TrainedBudget, claimed_study, train_all, train_references
-from dpnlu.runs.model_directory import CONFIG, load, read_json
+from dpnlu.compare.untargeted import untargeted_entry
+from dpnlu.runs.model_directory import CONFIG, SavedModel, load, read_json
 from dpnlu.runs.progress import OnProgress, silent
 from dpnlu.runs.results import Results
+from dpnlu.training.device import resolved_device
 
 
 def compare(
@@ -85,6 +88,10 @@ def attack_model(
     target = budget.read(saved.classifier, 0)
     # References are trained like this model, and must not serve another of the same name and ε.
     study = prepared.settings.to_dict() | {"target": read_json(model / CONFIG)["digest"]}
+    more: dict[str, Any] = {}
+    if UNTARGETED in settings.chosen_attacks:
+        study |= {UNTARGETED: _completion(model, settings)}
+        more = {UNTARGETED: _untargeted(saved, prepared, settings)}
     with claimed_study(directory, study):
         trained = TrainedBudget(
             budget=budget,
@@ -94,13 +101,33 @@ def attack_model(
         )
         attacked = attack_all(prepared, [trained])
         report = build_report(prepared, [trained], attacked, command=command)
+        report["runs"][0] |= more
         write_report(report, directory)
     return report
+
+
+def _untargeted(saved: SavedModel, prepared: Prepared, settings: AttackSettings) -> dict[str, Any]:
+    reference = None
+    if settings.public is not None:
+        reference = load(Path(settings.public)).classifier
+        reference.model.to(resolved_device(settings.device))
+    return untargeted_entry(
+        saved.classifier,
+        prepared.corpus,
+        slot=settings.slot,
+        values=settings.candidates,
+        reference=reference,
+        confidence=settings.confidence,
+        seed=settings.seed,
+    )
 
 
 def _completion(model: Path, settings: AttackSettings) -> dict[str, Any]:
     """All that a completion depends on, as JSON."""
     content: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    content["explained"] = content.pop("target")  # the name is that of the model, below
+    if settings.public is not None:
+        content["public"] = read_json(Path(settings.public) / CONFIG)["digest"]
     return content | {"target": read_json(model / CONFIG)["digest"]}
 
 

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from attacks.membership import ATTACKS
 
 CANARY_MEASUREMENTS = ("exposure", "extraction")
-# What `--attacks` may name: membership attacks, canary measurements, and the audit.
-NAMES = (*ATTACKS, *CANARY_MEASUREMENTS, "audit")
+# Of `dpnlu attack` alone: without canaries.
+UNTARGETED = "untargeted"
+# What `--attacks` may name: membership attacks, canary measurements, the audit.
+NAMES = (*ATTACKS, *CANARY_MEASUREMENTS, "audit", UNTARGETED)
 DEFAULT = ("loss", "lira", "rmia", *CANARY_MEASUREMENTS, "audit")
 # With fewer there is no spread, and for half of the examples no reference on one of the sides.
 LEAST_REFERENCES = 2

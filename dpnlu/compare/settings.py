@@ -24,8 +24,14 @@ from dpnlu.runs.settings import (
 
 # Fewer say nothing about any model.
 LEAST_AUDIT_EXAMPLES = 20
+# Searches for secrets that need no gradient, only answers; the last is what is reported.
+BLACK_BOX = ("labels_alone", "beam", "coordinates", "enumeration")
+# As published, the control, and what is reported.
+_WITH_WEIGHTS = ("published", "refined")
 # Beyond these a study would never end.
 MOST_EPOCHS, MOST_REFERENCES = 1e6, 100_000
+# float64 has no more.
+MOST_DECIMALS = 15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +51,10 @@ class MeasurementSettings(DataSettings):
         default=2000,
     )
     confidence: float = setting("of intervals and bounds, in (0, 1)", default=0.95)
+    decimals: int | None = setting(
+        "to which attacks see probabilities, as those do who only ask the model (default: all)",
+        default=None,
+    )
 
     @property
     def chosen_attacks(self) -> tuple[str, ...]:
@@ -80,12 +90,29 @@ class AttackSettings(MeasurementSettings):
         "tokens that the secret is made of (default: the ten digits)", default=(), metavar="TOKEN"
     )
     intent: str = setting("label of the secret's utterance", default="canary", metavar="LABEL")
-    slot: str = setting("slot of the secret's tokens", default="canary", metavar="LABEL")
+    slot: str = setting(
+        "slot of the secret's tokens; of --attacks untargeted the slot whose values are ranked, "
+        "those of --candidates (if none are given, first names and surnames)",
+        default="canary",
+        metavar="LABEL",
+    )
     search: str = setting(
         "how secrets are searched: refined, relaxation, published, coordinates, "
         "coordinate_gradient, beam or enumeration",
         default="refined",
         metavar="METHOD",
+    )
+    target: str | None = setting(
+        "what a secret has to explain: tags, intent, joint, or labels, of which only the predicted "
+        "ones are seen (default: tags, if the model has any)",
+        default=None,
+        metavar="tags|intent|joint|labels",
+    )
+    public: str | None = setting(
+        "directory of a model of the same labels that never saw the secrets, whose losses are "
+        "subtracted (default: none)",
+        default=None,
+        metavar="MODEL_DIR",
     )
 
     def __post_init__(self) -> None:
@@ -120,17 +147,44 @@ class StudySettings(RecipeSettings, MeasurementSettings):
         metavar="PATTERN:LENGTH:R=COPIES",
     )
 
+    audit_canaries: int = setting(
+        "texts with a word of their own and random labels, each in a model with probability 1/2, "
+        "by which the audit is made; 0: by the audit examples",
+        default=0,
+    )
+    searches: tuple[str, ...] | None = setting(
+        "how secrets are searched: any of --search of `dpnlu attack`, and joint, labels_alone or "
+        "embedding_difference; the last one is reported (default: published and refined; of "
+        "rounded outputs beam and coordinates)",
+        default=None,
+        metavar="METHOD",
+    )
+
+    @property
+    def chosen_searches(self) -> tuple[str, ...]:
+        """The searches by name, also where none were asked for."""
+        if self.searches is not None:
+            return self.searches
+        return _WITH_WEIGHTS if self.decimals is None else ("beam", "coordinates")
+
     def __post_init__(self) -> None:
         _check_epsilons(self.epsilons)
         _check_recipe(self)
         _check_measurement(self)
         _check_canaries(self.canaries)
+        check_count("audit_canaries", self.audit_canaries, least=0, most=MOST_REFERENCES)
+        if "untargeted" in self.chosen_attacks:
+            raise ValueError(
+                "Expected the attack untargeted in `dpnlu attack` alone, got it in a study: attack "
+                "the model of a budget by its directory."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON, which has no infinity."""
         named = {
             "epsilons": [budget_name(epsilon) for epsilon in self.epsilons],
             "attacks": self.chosen_attacks,
+            "searches": self.chosen_searches,
         }
         content: dict[str, Any] = json.loads(json.dumps(asdict(self) | named))
         del content["device"]  # a study may be resumed on another
@@ -192,6 +246,8 @@ def _check_measurement(settings: MeasurementSettings) -> None:
         )
     check_count("references", settings.references, least=0, most=MOST_REFERENCES)
     check_attacks(settings.chosen_attacks, references=settings.references)
+    if settings.decimals is not None:
+        check_count("decimals", settings.decimals, least=0, most=MOST_DECIMALS)
 
 
 def _check_canaries(canaries: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ examples, or with none, and is judged by the mean of the scores of the examples.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,8 @@ class Study:
         users: whose the audit examples are, where users are judged; None: examples are.
         canaries: what the canaries look like, one entry per pattern; may be empty.
         secrets: for each of them (K + 1, length), each model's secret, as indices of candidates.
+        token_canaries: t canaries of the audit, each in a model at most once.
+        token_membership: (K + 1, t) Boolean: whether the canary is in the model.
     """
 
     base: tuple[Example, ...]
@@ -48,6 +50,8 @@ class Study:
     users: Users | None = None
     canaries: tuple[CanarySpec, ...] = ()
     secrets: tuple[NDArray[np.int64], ...] = ()
+    token_canaries: tuple[Example, ...] = ()
+    token_membership: NDArray[np.bool_] = field(default_factory=lambda: np.zeros((1, 0), bool))
 
     @classmethod
     def draw(
@@ -98,7 +102,7 @@ class Study:
     def examples(self, model: int) -> tuple[Example, ...]:
         """The examples that the model trains on."""
         members = (e for e, is_in in zip(self.audit, self.membership[model], strict=True) if is_in)
-        return (*self.base, *members, *self._canaries(model))
+        return (*self.base, *members, *self._canaries(model), *self._token_canaries(model))
 
     @property
     def unit(self) -> str:
@@ -171,6 +175,22 @@ class Study:
             if corpus.has_slots:
                 tags |= set(canary_tags(canary.pattern, canary.length))
         return Labels(tuple(sorted(intents)), tuple(sorted(tags)))
+
+    def with_token_canaries(
+        self, canaries: Sequence[Example], *, rng: np.random.Generator
+    ) -> Study:
+        """The same study, with canaries for the audit, each in a model by a coin of its own and,
+        where users are judged, said by a user of its own."""
+        if self.users is not None:
+            canaries = [replace(canary, user=canary.id) for canary in canaries]
+        coins = rng.random((len(self.membership), len(canaries))) < 0.5
+        return replace(self, token_canaries=tuple(canaries), token_membership=coins)
+
+    def _token_canaries(self, model: int) -> list[Example]:
+        if not self.token_canaries:
+            return []
+        coins = self.token_membership[model]
+        return [e for e, is_in in zip(self.token_canaries, coins, strict=True) if is_in]
 
     def _canaries(self, model: int) -> list[Example]:
         with_slots = (*self.base, *self.audit)[0].tags is not None

@@ -24,6 +24,7 @@ class Architecture:
         embedding_size, hidden_size, num_layers, character_filters: of the BiLSTM.
         dropout: around the BiLSTM, or in the encoder and on its output.
         freeze_encoder: train the heads on the encoder only.
+        redact_digits: read every digit as 0.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Architecture:
     character_filters: int = 0
     dropout: float = 0.0
     freeze_encoder: bool = False
+    redact_digits: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
@@ -41,6 +43,12 @@ class Architecture:
         if self.name != LSTM and not is_named_encoder:
             raise ValueError(
                 f"Expected a model of the form lstm or encoder:NAME_OR_PATH, got {self.name!r}."
+            )
+
+        if self.character_filters < 0 or (self.character_filters and self.is_encoder):
+            raise ValueError(
+                "Expected filters over characters as a number >= 0, and 0 for an encoder, which "
+                f"reads sub-words, got {self.character_filters} for {self.name}."
             )
 
     @property
@@ -98,7 +106,9 @@ def assemble(
             **sizes,
         )
         longest = _longest_text(encoder, tokenizer)
-        encoding = SubwordEncoding(labels, tokenizer, longest=longest)
+        encoding = SubwordEncoding(
+            labels, tokenizer, longest=longest, redact_digits=architecture.redact_digits
+        )
         return Classifier(model, encoding, architecture)
     assert vocabulary is not None
     lstm = BiLSTMClassifier(
@@ -110,7 +120,12 @@ def assemble(
         dropout=architecture.dropout,
         **sizes,
     )
-    words = WordEncoding(labels, vocabulary, characters=architecture.character_filters > 0)
+    words = WordEncoding(
+        labels,
+        vocabulary,
+        characters=architecture.character_filters > 0,
+        redact_digits=architecture.redact_digits,
+    )
     return Classifier(lstm, words, architecture)
 
 

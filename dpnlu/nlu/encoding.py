@@ -99,16 +99,23 @@ class Encoding(Protocol):
 
 @dataclass(frozen=True)
 class WordEncoding:
-    """For `BiLSTMClassifier`: word ids and, if asked for, the bytes of each word."""
+    """For `BiLSTMClassifier`: word ids and, if asked for, the bytes of each word.
+
+    Attributes:
+        redact_digits: read every digit as 0.
+    """
 
     labels: Labels
     vocabulary: Vocabulary
     characters: bool = False
+    redact_digits: bool = False
 
     def encode(self, example: Example) -> Encoded:
         return self.read(example.tokens) | self.labels.encode(example)
 
     def read(self, tokens: Sequence[str]) -> Encoded:
+        if self.redact_digits:
+            tokens = without_digits(tokens)
         encoded = {
             "words": torch.tensor(self.vocabulary.encode(tokens)),
             "lengths": torch.tensor(len(tokens)),
@@ -129,11 +136,13 @@ class SubwordEncoding:
 
     Attributes:
         longest: sub-words of a text, special ones included, at which it is cut off in training.
+        redact_digits: read every digit as 0.
     """
 
     labels: Labels
     tokenizer: Any
     longest: int = LONGEST_TEXT
+    redact_digits: bool = False
 
     def encode(self, example: Example) -> Encoded:
         encoded = self._subwords(example.tokens, truncation=True, max_length=self.longest)
@@ -160,6 +169,8 @@ class SubwordEncoding:
     def _subwords(
         self, tokens: Sequence[str], *, truncation: bool, max_length: int | None
     ) -> Encoded:
+        if self.redact_digits:
+            tokens = without_digits(tokens)
         found = self.tokenizer(
             list(tokens),
             is_split_into_words=True,
@@ -175,6 +186,16 @@ class SubwordEncoding:
             "first": torch.tensor([first.get(word, -1) for word in range(len(tokens))]),
             "lengths": torch.tensor(len(tokens)),
         }
+
+
+def without_digits(tokens: Sequence[str]) -> list[str]:
+    """The tokens with 0 for every digit of any script: where numbers stand is kept, and how long
+    they are, but not which.
+
+    >>> without_digits(["call", "555-0199"])
+    ['call', '000-0000']
+    """
+    return ["".join("0" if char.isdigit() else char for char in token) for token in tokens]
 
 
 def encode_all(encoding: Encoding, examples: Sequence[Example]) -> list[Encoded]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from dpnlu.nlu.data import Example
 from dpnlu.nlu.encoding import Encoded, Encoding, batches
-from dpnlu.nlu.models import device_of, moved
+from dpnlu.nlu.models import BiLSTMClassifier, EncoderClassifier, device_of, moved
 
 _BATCH_SIZE = 256
 
@@ -63,6 +63,24 @@ def evaluate(
         frame_accuracy=float(np.logical_and.reduce(right).mean()),
         examples=len(examples),
     )
+
+
+def mean_loss(
+    model: BiLSTMClassifier | EncoderClassifier, encoding: Encoding, encoded: Sequence[Encoded]
+) -> float:
+    """The mean loss per example, in evaluation mode, in which the model stays.
+
+    Args:
+        encoded: at least one.
+    """
+    model.eval()
+    device = device_of(model)
+    with torch.no_grad():
+        losses = [
+            model.per_example_loss(moved(batch, device)).double().sum().item()
+            for batch in batches(encoding, encoded, size=_BATCH_SIZE)
+        ]
+    return sum(losses) / len(encoded)
 
 
 def _answers(

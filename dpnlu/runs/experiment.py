@@ -10,7 +10,7 @@ from dpnlu.mechanism.plan import UNITS, PrivacyPlan
 from dpnlu.mechanism.ranges import check_choice, check_count
 from dpnlu.mechanism.users import Users
 from dpnlu.nlu.classifier import Architecture
-from dpnlu.nlu.data import DataError, Example, Vocabulary
+from dpnlu.nlu.data import Corpus, DataError, Example, Vocabulary
 from dpnlu.nlu.encoding import Labels
 from dpnlu.runs import recipes
 from dpnlu.runs.settings import RecipeSettings
@@ -31,6 +31,14 @@ class Experiment:
     labels: Labels
     vocabulary: Vocabulary
     compute: ComputeConfig
+
+    def check_validation(self, corpus: Corpus) -> None:
+        """Raise ValueError if early stopping has no validation examples to look at."""
+        if self.recipe.patience is not None and not corpus.split("valid"):
+            raise ValueError(
+                f"Expected a validation split for --patience {self.recipe.patience}, got none in "
+                f"{corpus.name}: leave --patience out, or set some examples apart."
+            )
 
 
 def experiment_for(
@@ -54,13 +62,22 @@ def experiment_for(
     """
     private = epsilon != math.inf
     recipe = recipes.recipe(
-        settings.model, private=private, epochs=settings.epochs, batch_size=settings.batch_size
+        settings.model,
+        private=private,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        weight_decay=settings.weight_decay,
+        patience=settings.patience,
     )
     if learning_rate is not None:
         recipe = replace(recipe, learning_rate=learning_rate)
     return Experiment(
         architecture=recipes.architecture(
-            settings.model, private=private, dropout=settings.dropout
+            settings.model,
+            private=private,
+            dropout=settings.dropout,
+            characters=settings.characters,
+            redact_digits=settings.redact_digits,
         ),
         recipe=recipe,
         labels=labels,

@@ -40,6 +40,9 @@ their outputs, in `heads.json`:
 `AutoModelForSequenceClassification` and `AutoModelForTokenClassification` would put new, untrained
 heads of another form on the encoder.
 """
+_REDACTED = """
+It was trained on texts with 0 for every digit: replace the digits of what it is to read likewise.
+"""
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,8 @@ class LoadedModel:
             if (self.directory / name).exists():
                 shutil.copyfile(self.directory / name, out / name)
         card = (self.directory / CARD).read_text(encoding="utf-8")
-        write_text(out / CARD, f"{card}\n{_EXPORTED}")
+        redacted = _REDACTED if self.classifier.architecture.redact_digits else ""
+        write_text(out / CARD, f"{card}\n{_EXPORTED}{redacted}")
 
 
 def load(directory: Path | str, *, device: str = CPU) -> LoadedModel:

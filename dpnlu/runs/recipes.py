@@ -12,7 +12,14 @@ from dpnlu.nlu.classifier import LSTM, Architecture
 from dpnlu.training.loop import Recipe
 
 
-def architecture(name: str, *, private: bool, dropout: float | None = None) -> Architecture:
+def architecture(
+    name: str,
+    *,
+    private: bool,
+    dropout: float | None = None,
+    characters: int = 0,
+    redact_digits: bool = False,
+) -> Architecture:
     """The shape of the named classifier.
 
     Private training has noise enough without dropout, and leaves a pretrained encoder as it is: the
@@ -20,28 +27,50 @@ def architecture(name: str, *, private: bool, dropout: float | None = None) -> A
 
     Args:
         dropout: None: as recommended.
+        characters: filters over the characters of each word; 0: none.
+        redact_digits: read every digit as 0.
 
     Raises:
-        ValueError: the name is neither "lstm" nor "encoder:NAME_OR_PATH", or dropout is not in
-            [0, 1).
+        ValueError: the name is neither "lstm" nor "encoder:NAME_OR_PATH", dropout is not in [0, 1),
+            or characters are asked for and cannot be read.
     """
     if dropout is None:
         dropout = 0.0 if private else 0.5 if name == LSTM else 0.1
-    return Architecture(name=name, dropout=dropout, freeze_encoder=private and name != LSTM)
+    return Architecture(
+        name=name,
+        character_filters=characters,
+        redact_digits=redact_digits,
+        dropout=dropout,
+        freeze_encoder=private and name != LSTM,
+    )
 
 
-def recipe(name: str, *, private: bool, epochs: float | None, batch_size: int | None) -> Recipe:
+def recipe(
+    name: str,
+    *,
+    private: bool,
+    epochs: float | None,
+    batch_size: int | None,
+    weight_decay: float = 0.0,
+    patience: int | None = None,
+) -> Recipe:
     """How to train the named classifier.
 
     Args:
         private: private training wants larger batches and higher rates.
         epochs: None: as recommended.
         batch_size: of private training; None: as recommended. Ordinary training keeps its own.
+        weight_decay, patience: see `Recipe`.
 
     Raises:
-        ValueError: a number is out of range; see `Recipe`.
+        ValueError: a number is out of range; see `Recipe`. Or patience in private training.
     """
-    chosen = _RECIPES[name == LSTM, private]
+    if private and patience is not None:
+        raise ValueError(
+            f"Expected patience in ordinary training alone, got {patience} with a finite ε: when "
+            "to stop would be read from validation data, which ε does not cover; set --epochs."
+        )
+    chosen = replace(_RECIPES[name == LSTM, private], weight_decay=weight_decay, patience=patience)
     if epochs is not None:
         chosen = replace(chosen, epochs=epochs)
     asked = chosen if batch_size is None else replace(chosen, batch_size=batch_size)

@@ -25,7 +25,7 @@ from dpnlu.nlu.data import (
     read_labels,
     read_word_list,
 )
-from dpnlu.nlu.encoding import Labels
+from dpnlu.nlu.encoding import Labels, without_digits
 from dpnlu.nlu.fingerprint import Fingerprint
 from dpnlu.runs.directory import (
     Run,
@@ -100,7 +100,7 @@ def _prepared(settings: TrainSettings) -> _Work:
         settings,
         epsilon=settings.epsilon,
         labels=Labels(corpus.intents, corpus.tags),
-        vocabulary=_vocabulary(settings.vocabulary, corpus),
+        vocabulary=_vocabulary(settings, corpus),
         learning_rate=settings.learning_rate,
         engine=settings.engine,
     )
@@ -110,6 +110,7 @@ def _prepared(settings: TrainSettings) -> _Work:
         epsilon=settings.epsilon,
         num_examples=size_in_units(corpus.split("train"), settings.unit),
     )
+    experiment.check_validation(corpus)
     classifier = new_classifier(experiment, seed=settings.seed)
     check_fit(classifier.model, recipe=experiment.recipe, plan=plan, compute=experiment.compute)
     return _Work(
@@ -129,12 +130,15 @@ def _with_labels(corpus: Corpus, path: str | None) -> Corpus:
     return replace(corpus, declared_intents=intents, declared_slots=slots)
 
 
-def _vocabulary(name: str, corpus: Corpus) -> Vocabulary:
-    if name == "hashed":
+def _vocabulary(settings: TrainSettings, corpus: Corpus) -> Vocabulary:
+    if settings.vocabulary == "hashed":
         return HashedVocabulary()
-    if name == "fitted":
-        return fitted_vocabulary(corpus.split("train"))
-    return read_word_list(Path(name))
+    if settings.vocabulary != "fitted":
+        return read_word_list(Path(settings.vocabulary))
+    examples = corpus.split("train")
+    if settings.redact_digits:  # or the list of words would hold the numbers
+        examples = tuple(replace(e, tokens=tuple(without_digits(e.tokens))) for e in examples)
+    return fitted_vocabulary(examples)
 
 
 def _check_same(run: Run, work: _Work, directory: Path) -> None:
@@ -206,6 +210,7 @@ def _fitted(
             run=run.fingerprint.digest if run.fingerprint else "",
         ),
         on_progress=lambda done, total: on_progress("training", done, total),
+        validation=work.corpus.split("valid") if recipe.patience is not None else (),
     )
 
 

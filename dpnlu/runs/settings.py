@@ -104,6 +104,22 @@ class RecipeSettings(DataSettings):
         "none in private training)",
         default=None,
     )
+    weight_decay: float = setting("of AdamW, at least 0", default=0.0)
+    characters: int = setting(
+        "filters over the characters of each word, which a word model reads beside the word; 0: "
+        "none",
+        default=0,
+    )
+    redact_digits: bool = setting(
+        "read every digit as 0, in training and prediction, so that no number can be learnt "
+        "(default: digits are read as they are)",
+        default=False,
+    )
+    patience: int | None = setting(
+        "end ordinary training once the loss on the validation split has not fallen for so many "
+        "epochs, and keep the weights of its lowest (default: train to the end)",
+        default=None,
+    )
     max_grad_norm: float = setting(
         "clipping bound on the gradient norm of an example, or of a user", default=1.0
     )

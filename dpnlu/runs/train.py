@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from dpnlu.nlu.classifier import Classifier, build
 from dpnlu.nlu.data import Example
 from dpnlu.nlu.encoding import encode_all
 from dpnlu.nlu.feature_cache import read_once
-from dpnlu.nlu.metrics import Metrics, evaluate
+from dpnlu.nlu.metrics import Metrics, evaluate, mean_loss
 from dpnlu.nlu.models import EncoderClassifier
 from dpnlu.runs.experiment import Experiment, users_of
 from dpnlu.runs.resources import memory_of
@@ -61,6 +61,7 @@ def train(
     ledger: Ledger | Path | None = None,
     checkpoints: Checkpoints | None = None,
     on_progress: Progress | None = None,
+    validation: Sequence[Example] = (),
 ) -> Trained:
     """Train a classifier.
 
@@ -71,6 +72,10 @@ def train(
             the seed can subtract the noise.
         ledger, checkpoints: see `privatize` and `Checkpoints`.
         on_progress: called after every step.
+        validation: what early stopping looks at, where the recipe has patience.
+
+    Raises:
+        ValueError: as `fit`, for example patience without validation examples.
     """
     # Private physical batches are of neighbours; those of like length need little padding.
     examples = sorted(examples, key=lambda example: len(example.tokens))
@@ -98,6 +103,7 @@ def train(
             ledger=ledger,
             checkpoints=checkpoints,
             progress=on_progress,
+            validation_loss=_loss_on(classifier, validation) if validation else None,
         )
     result = replace(result, seconds=prepared + result.seconds)
     return Trained(classifier=classifier, result=result, peak_memory_mib=memory.peak())
@@ -107,6 +113,11 @@ def measure(classifier: Classifier, examples: Sequence[Example]) -> Metrics:
     """How well a classifier does on examples."""
     encoded = encode_all(classifier.encoding, examples)
     return evaluate(classifier.model, classifier.encoding, encoded, examples)
+
+
+def _loss_on(classifier: Classifier, examples: Sequence[Example]) -> Callable[[], float]:
+    encoded = encode_all(classifier.encoding, examples)
+    return lambda: mean_loss(classifier.model, classifier.encoding, encoded)
 
 
 # Uses of a seed, kept apart.

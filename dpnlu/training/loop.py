@@ -21,6 +21,7 @@ from dpnlu.training.checkpoint import CheckpointError, Checkpoints, load_checkpo
 from dpnlu.training.cutting import WhoseExamples
 from dpnlu.training.device import resolved_device, synchronize
 from dpnlu.training.handle import privatize
+from dpnlu.training.stopping import EarlyStopping
 
 # Called after each step with the number of steps taken and of all steps.
 Progress = Callable[[int, int], None]
@@ -36,6 +37,8 @@ class Recipe:
         learning_rate: of AdamW, at its highest.
         weight_decay: of AdamW.
         warmup: share of the steps over which the learning rate rises from 0, before it falls to 0.
+        patience: epochs of ordinary training without a lower validation loss after which it ends,
+            with the weights of the lowest; None: it goes to the end.
 
     Raises:
         ValueError: a number is out of range.
@@ -46,6 +49,7 @@ class Recipe:
     learning_rate: float
     weight_decay: float = 0.0
     warmup: float = 0.0
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "learning_rate"):
@@ -58,6 +62,8 @@ class Recipe:
                 "Expected `weight_decay` to be finite and >= 0 and `warmup` in [0, 1], got "
                 f"{self.weight_decay} and {self.warmup}."
             )
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"Expected `patience` >= 1 or None, got {self.patience}.")
 
     def rate_at(self, progress: float) -> float:
         """The learning rate at this share, in [0, 1], of all steps."""
@@ -137,6 +143,7 @@ def fit(
     ledger: Ledger | Path | None = None,
     checkpoints: Checkpoints | None = None,
     progress: Progress | None = None,
+    validation_loss: Callable[[], float] | None = None,
 ) -> FitResult:
     """Train `model` on `examples`; it goes to the device of `compute`, and stays there.
 
@@ -148,6 +155,8 @@ def fit(
         ledger: see `privatize`. One with releases is continued: the steps still planned are taken.
         checkpoints: where to save training on the way, and to continue from if a file is there.
         progress: told of every step.
+        validation_loss: of the model as it is, which it may put into evaluation mode; needed where
+            the recipe has patience.
 
     Raises:
         UnsupportedLayerError, ValueError: as `privatize` and `PrivateTraining.step`.
@@ -158,9 +167,9 @@ def fit(
     state = _State(model, optimizer, recipe, checkpoints, progress)
     state.restore()
     started = time.perf_counter()
+    stopping = _stopping(model, recipe, plan, validation_loss)
     if plan is None:
-        steps = max(1, round(recipe.epochs * len(examples) / recipe.batch_size))
-        _fit_ordinarily(state, steps, examples, loss, collate, compute, randomness)
+        steps = _fit_ordinarily(state, examples, loss, collate, compute, randomness, stopping)
         synchronize(compute.device)
         return FitResult(steps=steps, seconds=time.perf_counter() - started, epsilon=None)
     with privatize(
@@ -270,16 +279,34 @@ class _State:
             self.saved = done
 
 
+def _stopping(
+    model: nn.Module,
+    recipe: Recipe,
+    plan: PrivacyPlan | None,
+    validation_loss: Callable[[], float] | None,
+) -> EarlyStopping | None:
+    if recipe.patience is None:
+        return None
+    if plan is not None or validation_loss is None:
+        raise ValueError(
+            f"Expected patience in ordinary training with validation examples alone, got "
+            f"{recipe.patience}: leave it out, or use data with a validation split."
+        )
+    return EarlyStopping(model, validation_loss, recipe.patience)
+
+
 def _fit_ordinarily(
     state: _State,
-    total: int,
     examples: Sequence[Any],
     loss: Callable[[Any], Tensor],
     collate: Callable[[list[Any]], Any],
     compute: ComputeConfig,
     randomness: Randomness,
-) -> None:
-    """Shuffled batches, the gradient accumulated over physical batches."""
+    stopping: EarlyStopping | None,
+) -> int:
+    """Shuffled batches, the gradient accumulated over physical batches; returns the steps taken."""
+    per_epoch = len(examples) / state.recipe.batch_size
+    total = done = max(1, round(state.recipe.epochs * per_epoch))
     ids_of_step = _shuffled(len(examples), state.recipe.batch_size, randomness)
     for step in range(state.saved, total):
         ids = next(ids_of_step)
@@ -291,7 +318,16 @@ def _fit_ordinarily(
         state.optimizer.step()
         state.optimizer.zero_grad()
         state.finish(step + 1, total)
-    state.save(total)
+        if stopping is None or (step + 1) % max(1, int(per_epoch)):
+            continue
+        if stopping.ends_here():
+            done = step + 1
+            break
+        state.model.train()
+    if stopping is not None:
+        stopping.restore()
+    state.save(done)
+    return done
 
 
 def _shuffled(size: int, batch: int, randomness: Randomness) -> Iterator[list[int]]:

@@ -590,3 +590,45 @@ class TestEmbeddingDifference:
             movement(np.ones((3, 2)), np.ones((2, 2)))
         with pytest.raises(ValueError, match=r"ids in \[0, 3\)"):
             most_moved(movement(np.eye(3), np.ones((3, 3))), [3], most=1)
+
+
+class TestRoundedAnswers:
+    """Who sees rounded probabilities has their loss, and no gradient."""
+
+    def test_the_loss_is_that_of_what_is_seen(self) -> None:
+        model = _small([_cloze(2)])
+        seen = Objective(model, target="joint", decimals=1)
+        rows = torch.zeros(100, dtype=torch.long)
+        choices = torch.cartesian_prod(torch.arange(10), torch.arange(10))
+        with torch.no_grad():
+            vectors = torch.stack(
+                [model.network.read(model.clozes[0].filled(c)).vectors for c in choices.tolist()]
+            )
+            said = model.predict(vectors, rows)
+        intents, tags = (
+            torch.round(logits.softmax(-1), decimals=1).clamp(min=0.05)
+            for logits in (said.intent_logits, said.tag_logits)
+        )
+        intents, tags = intents / intents.sum(-1, keepdim=True), tags / tags.sum(-1, keepdim=True)
+        by_word = -tags.gather(2, said.tags[:, :, None]).log()[..., 0].mean(1)
+        expected = by_word - intents[:, 0].log()
+        torch.testing.assert_close(seen.whole(rows, choices), expected)
+
+    def test_searches_without_a_gradient_find_its_optimum(self) -> None:
+        model = _small([_cloze(2)], dropout=0.5)
+        seen = Objective(model, decimals=2, masks=50)
+        assert not seen.has_masks and not seen.is_differentiable
+        lowest = losses_of_all(seen, 0).min()
+        for method in ("coordinates", "beam", "enumeration"):
+            (found,) = extract(seen, method=method, generator=_rng())
+            assert found.loss == pytest.approx(float(lowest))
+
+    @pytest.mark.parametrize("method", ["published", "refined", "coordinate_gradient"])
+    def test_searches_with_a_gradient_are_refused(self, method: str) -> None:
+        seen = Objective(_small([_cloze(2)]), decimals=2)
+        with pytest.raises(ValueError, match="an objective with a gradient"):
+            extract(seen, method=method, generator=_rng())
+
+    def test_decimals_out_of_range_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="at most 15 decimals, got 16"):
+            Objective(_small([_cloze(2)]), decimals=16)

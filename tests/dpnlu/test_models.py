@@ -72,6 +72,29 @@ def test_an_examples_loss_and_gradient_do_not_depend_on_the_batch(
             torch.testing.assert_close(here, there, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("engine", ["book_keeping", "per_example"])
+@pytest.mark.parametrize("name", ["lstm", "characters"])
+def test_the_clipped_sum_is_that_of_a_loop_over_examples(
+    name: str, engine: str, tiny_encoder: Path, clipped_sum, per_example_gradients
+) -> None:
+    """Of the channel of characters, too, whose rows are words and not examples."""
+    classifier, bound = _classifier(name, tiny_encoder), 0.3
+    batch = classifier.encoding.collate(encode_all(classifier.encoding, EXAMPLES))
+
+    def losses_of(model: nn.Module, *values: Tensor) -> Tensor:
+        return model.per_example_loss(dict(zip(batch, values, strict=True)))
+
+    found = clipped_sum(
+        engine, classifier.model, losses_of, tuple(batch.values()), max_grad_norm=bound
+    )
+    parameters = list(classifier.model.parameters())
+    rows = per_example_gradients(classifier.model.per_example_loss(batch), parameters)
+    flat = torch.cat([gradients.flatten(1) for gradients in rows], dim=1)
+    norms = flat.norm(dim=1, keepdim=True)
+    assert (norms > bound).all()
+    torch.testing.assert_close(found, (flat * bound / norms).sum(0), rtol=1e-5, atol=1e-7)
+
+
 def _gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     return list(torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True))

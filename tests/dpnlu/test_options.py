@@ -30,6 +30,7 @@ FULL = [
         TrainSettings,
         "--data d --model encoder:e --epsilon 3 --delta 1e-4 --epochs 2.5 --batch-size 7 "
         "--learning-rate 0.1 --dropout 0.2 --max-grad-norm 2 --vocabulary fitted --labels f "
+        "--weight-decay 0.3 --characters 6 --redact-digits --patience 2 "
         "--engine opacus --physical-batch-size 5 --device cpu --seed 9 --unit user "
         "--examples-per-user 4",
         TrainSettings(
@@ -42,6 +43,10 @@ FULL = [
             learning_rate=0.1,
             dropout=0.2,
             max_grad_norm=2.0,
+            weight_decay=0.3,
+            characters=6,
+            redact_digits=True,
+            patience=2,
             vocabulary="fitted",
             labels="f",
             engine="opacus",
@@ -56,6 +61,8 @@ FULL = [
         StudySettings,
         "--data d --model encoder:e --epsilons inf 4 --delta 1e-4 --epochs 2.5 --batch-size 7 "
         "--dropout 0.2 --max-grad-norm 2 --attacks loss rmia --canaries pin:2:R=3 call:1:R=2 "
+        "--weight-decay 0.3 --characters 6 --redact-digits --patience 2 --decimals 3 "
+        "--searches beam coordinates --audit-canaries 7 "
         "--references 4 --audit-examples 33 --confidence 0.9 --physical-batch-size 5 "
         "--device cpu --seed 9 --unit user --examples-per-user 4",
         StudySettings(
@@ -67,6 +74,13 @@ FULL = [
             batch_size=7,
             dropout=0.2,
             max_grad_norm=2.0,
+            weight_decay=0.3,
+            characters=6,
+            redact_digits=True,
+            patience=2,
+            decimals=3,
+            searches=("beam", "coordinates"),
+            audit_canaries=7,
             attacks=("loss", "rmia"),
             canaries=("pin:2:R=3", "call:1:R=2"),
             references=4,
@@ -97,7 +111,7 @@ FULL = [
     (
         AttackSettings,
         "--attacks extraction --prefix one two --length 3 --candidates a b --intent i --slot s "
-        "--search beam",
+        "--search beam --target labels --public p --decimals 2",
         AttackSettings(
             attacks=("extraction",),
             prefix=("one", "two"),
@@ -106,6 +120,9 @@ FULL = [
             intent="i",
             slot="s",
             search="beam",
+            target="labels",
+            public="p",
+            decimals=2,
         ),
     ),
 ]

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,13 @@ from attacks.patterns import PATTERNS, CanarySpec, parse_canaries, parse_canary
 from attacks.report import validate
 from attacks.report.figures import drawings
 from dpnlu.cli.main import main
-from dpnlu.compare.canaries import bad_fit, canary_entry
-from dpnlu.compare.extracting import STUDY_METHODS, extract_canaries, objective_for
+from dpnlu.compare.canaries import bad_fit, canary_entry, refuted
+from dpnlu.compare.extracting import (
+    ALL_SEARCHES,
+    check_searchable,
+    extract_canaries,
+    objective_for,
+)
 from dpnlu.compare.inverting import invertible
 from dpnlu.compare.reading import CanaryReading, read_canary, read_canary_losses
 from dpnlu.compare.study import canary_example
@@ -27,6 +33,7 @@ from dpnlu.nlu.classifier import Architecture, Classifier, build
 from dpnlu.nlu.data import HashedVocabulary, WordList
 from dpnlu.nlu.encoding import Labels
 
+STUDY_METHODS = ("published", "refined")
 LABELS = Labels(("ask", "canary"), ("B-canary", "I-canary", "O"))
 DIGITS = tuple("0123456789")
 
@@ -39,6 +46,12 @@ def _seeded() -> None:
 def _lstm(labels: Labels = LABELS, **changes: Any) -> Classifier:
     sizes = {"embedding_size": 8, "hidden_size": 8} | changes
     return build(Architecture(name="lstm", **sizes), labels, HashedVocabulary())
+
+
+def _without_dropout(classifier: Classifier) -> Classifier:
+    twin = _lstm()
+    twin.model.load_state_dict(classifier.model.state_dict())
+    return twin
 
 
 def _encoder(folder: Path, labels: Labels = LABELS) -> Classifier:
@@ -68,6 +81,11 @@ def _as_texts(classifier: Classifier, texts: Sequence[tuple[str, ...]]) -> Tenso
         outputs = classifier.model.eval()(batch)
     assert outputs.tags is not None
     return outputs.tags
+
+
+def _searched(classifier: Classifier, canaries: Sequence[CanarySpec], **changes: Any) -> Any:
+    options = {"searches": STUDY_METHODS, "initial": lambda: classifier, "seed": 0} | changes
+    return extract_canaries(classifier, canaries, **options)
 
 
 class TestVectorsAreTexts:
@@ -222,7 +240,7 @@ class TestStudies:
     def test_all_canaries_are_searched_at_once(self) -> None:
         """With canaries of other lengths and candidates: each as if it were alone."""
         classifier = _lstm()
-        found = extract_canaries(classifier, self.CANARIES, seed=0)
+        found = _searched(classifier, self.CANARIES)
         assert set(found) == {"pin-R1", "pin-R5", "name"}
         for canary in self.CANARIES:
             losses = read_canary_losses(classifier, canary)
@@ -233,13 +251,16 @@ class TestStudies:
             assert best.choices == tuple(secrets[losses.argmin()])
 
     def test_no_canary_no_search(self) -> None:
-        assert extract_canaries(_lstm(), (), seed=0) == {}
+        assert _searched(_lstm(), ()) == {}
 
     def test_a_model_that_has_diverged_costs_no_study_its_report(self) -> None:
         classifier = _lstm()
         with torch.no_grad():
             classifier.model.slot_head.bias.fill_(torch.nan)
-        assert extract_canaries(classifier, self.CANARIES, seed=0) == {}
+            classifier.model.embedding.weight[0, 0] = torch.nan
+        assert _searched(classifier, self.CANARIES) == {}
+        moved = _searched(classifier, self.CANARIES, searches=("embedding_difference",))
+        assert moved == {}
         canary = parse_canary("pin:2:R=1")
         good = self._reading(canary, [4, 2], model=0)
         without = CanaryReading(losses=good.losses, secret=good.secret)
@@ -258,7 +279,7 @@ class TestStudies:
     def test_under_dropout_the_masked_loss_decides(self) -> None:
         classifier = _lstm(dropout=0.5)
         canary = parse_canary("pin:2:R=1")
-        found = extract_canaries(classifier, [canary], seed=0)["pin"]["refined"]
+        found = _searched(classifier, [canary])["pin"]["refined"]
         assert found.loss == pytest.approx(
             min(float(losses.min()) for losses in found.scores), rel=1e-6
         )
@@ -268,8 +289,93 @@ class TestStudies:
     def _reading(self, canary: CanarySpec, secret: list[int], *, model: int) -> CanaryReading:
         torch.manual_seed(model)
         classifier = _lstm()
-        extracted = extract_canaries(classifier, [canary], seed=0)[canary.pattern.name]
+        extracted = _searched(classifier, [canary])[canary.pattern.name]
         return read_canary(classifier, canary, np.array(secret), extracted=extracted)
+
+    @pytest.mark.parametrize("name", ALL_SEARCHES)
+    def test_every_search_is_within_reach_of_a_study(self, name: str) -> None:
+        classifier, untrained = _lstm(), _lstm()
+        for trained, before in zip(
+            classifier.model.parameters(), untrained.model.parameters(), strict=True
+        ):
+            before.data = trained.data.clone()
+        with torch.no_grad():  # the rows of the digits 4 and 2
+            classifier.model.embedding.weight[1 + 4] += 1.0
+            classifier.model.embedding.weight[1 + 2] += 0.5
+        canary = parse_canary("pin:2:R=1")
+        found = _searched(classifier, [canary], searches=(name,), initial=lambda: untrained)
+        best = found["pin"][name]
+        assert len(best.choices) == 2 and len(best.scores) == 2
+        if name == "embedding_difference":
+            assert best.secret == ("4", "4")
+            assert best.scores[0].argsort()[:2].tolist() == [4, 2]
+
+    def test_the_last_search_is_what_is_reported(self) -> None:
+        canary, classifier = parse_canary("pin:2:R=1"), _lstm()
+        found = _searched(classifier, [canary], searches=("beam", "labels_alone"))["pin"]
+        reading = read_canary(classifier, canary, np.array([1, 2]), extracted=found)
+        entry = canary_entry(canary, [reading], delta=1e-5, confidence=0.95)
+        assert list(entry["extraction"]) == ["enumeration", "labels_alone", "beam"]
+        expected = [DIGITS[c] for c in found["labels_alone"].choices]
+        assert entry["example"]["recovered"] == expected
+
+    def test_searches_that_cannot_be_made_are_refused(self) -> None:
+        canaries = [parse_canary("pin:2:R=1")]
+        with pytest.raises(ValueError, match=r"among published.*got 'best'"):
+            check_searchable(_lstm(), canaries, ("best",))
+        with pytest.raises(ValueError, match="probabilities are rounded, got refined"):
+            check_searchable(_lstm(), canaries, ("refined",), decimals=2)
+        frozen = replace(_lstm(), architecture=replace(_lstm().architecture, freeze_encoder=True))
+        with pytest.raises(ValueError, match="whose table does not move"):
+            check_searchable(frozen, canaries, ("embedding_difference",))
+        no_slots = _lstm(Labels(("ask", "canary"), ()))
+        with pytest.raises(ValueError, match="slots in model and clozes"):
+            check_searchable(no_slots, canaries, ("joint",))
+        check_searchable(no_slots, canaries, ("labels_alone", "refined"))
+        check_searchable(_lstm(), canaries, ("beam", "coordinates"), decimals=2)
+
+    def test_rounded_answers_rank_by_what_is_left_of_them(self) -> None:
+        canary, classifier = parse_canary("pin:2:R=1"), _lstm(dropout=0.5)
+        exact = read_canary_losses(_without_dropout(classifier), canary)
+        nearly = read_canary_losses(classifier, canary, decimals=12)
+        np.testing.assert_allclose(nearly, exact, atol=1e-5)
+        coarse = read_canary_losses(classifier, canary, decimals=1)
+        assert len(np.unique(coarse)) < len(np.unique(exact)) / 3
+        for search in ("beam", "coordinates", "labels_alone"):
+            found = _searched(classifier, [canary], searches=(search,), decimals=1)["pin"][search]
+            if search != "labels_alone":
+                assert found.loss == pytest.approx(coarse.min(), rel=1e-6)
+
+    def test_redacted_digits_hide_no_weights(self) -> None:
+        """The attacker reads digits as they are: what he finds is what the weights say."""
+        torch.manual_seed(0)
+        plain = _lstm()
+        torch.manual_seed(0)
+        redacted = _lstm(redact_digits=True)
+        canary = parse_canary("pin:2:R=1")
+        found = _searched(redacted, [canary])["pin"]["refined"]
+        assert found.choices == _searched(plain, [canary])["pin"]["refined"].choices
+        np.testing.assert_array_equal(
+            read_canary_losses(redacted, canary), read_canary_losses(plain, canary)
+        )
+
+    def test_extraction_beyond_the_accounted_group_is_said(self) -> None:
+        canary = parse_canary("pin:2:R=3")
+        readings = [self._reading(canary, [1, 2], model=0)]
+        readings = [
+            CanaryReading(
+                losses=r.losses,
+                secret=np.array(divmod(int(r.losses.argmin()), 10)),
+                guesses=r.guesses,
+                scores=r.scores,
+            )
+            for r in readings * 40
+        ]
+        entry = canary_entry(canary, readings, delta=1e-5, confidence=0.95, accounted=1.0)
+        assert entry["group_epsilon"] > 1.0 and "refuted" in refuted(entry)
+        assert refuted(entry | {"accounted_group_epsilon": 50.0}) == ""
+        entry = canary_entry(canary, readings, delta=1e-5, confidence=0.95)
+        assert "accounted_group_epsilon" not in entry and refuted(entry) == ""
 
     def test_a_reading_survives_its_file(self) -> None:
         canary = parse_canary("pin:2:R=1")
@@ -385,6 +491,34 @@ class TestByTheDirectoryAlone:
         assert "membership" not in report["runs"][0]
         assert main(command) == 0, "the same attack again"
 
+    def test_what_a_public_model_finds_likely_does_not_count(
+        self, planted: Path, tmp_path: Path
+    ) -> None:
+        command = ["attack", str(planted), "--attacks", "extraction", "--prefix", "my code is"]
+        command += [*self.LABELS, "--public", str(planted), "--quiet"]
+        assert main([*command, "--out", str(tmp_path / "out")]) == 0
+        report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+        (found,) = report["runs"][0]["recovered"]
+        assert found["loss"] == 0.0, "nothing is left of what both models say alike"
+        assert main([*command, "--target", "joint", "--out", str(tmp_path / "out")]) == 2
+
+    @pytest.mark.parametrize(
+        ("search", "options"),
+        [("coordinates", ("--decimals", "3")), ("beam", ("--target", "joint"))],
+    )
+    def test_the_secret_is_read_out_of_answers_alone(
+        self,
+        search: str,
+        options: tuple[str, ...],
+        planted: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        command = ["attack", str(planted), "--attacks", "extraction", "--prefix", "my code is"]
+        command += [*self.LABELS, "--search", search, *options, "--quiet"]
+        assert main([*command, "--out", str(tmp_path / "out")]) == 0
+        assert "my code is: 3 1 4 (loss" in capsys.readouterr().out
+
     @pytest.mark.parametrize(
         ("options", "said"),
         [
@@ -395,6 +529,15 @@ class TestByTheDirectoryAlone:
             ([], "--data or --prefix, got neither"),
             (["--prefix", "x", "--attacks", "extraction", "--length", "0"], "1 to 12 tokens"),
             (["--prefix", "x", "--attacks", "extraction", "--search", "best"], "--search among"),
+            (["--prefix", "x", "--attacks", "extraction", "--target", "all"], "--target among"),
+            (["--prefix", "x", "--attacks", "extraction", "--decimals", "99"], "`decimals`"),
+            (
+                [
+                    *("--prefix", "x", "--attacks", "extraction", "--intent", "tell"),
+                    *("--slot", "pin", "--decimals", "2"),
+                ],
+                "an objective with a gradient",
+            ),
             (["--prefix", "x", "--attacks", "extraction"], "the intent of a cloze among"),
             (
                 ["--prefix", "x", "--attacks", "extraction", "--intent", "tell"],

@@ -91,6 +91,10 @@ def test_the_report_keeps_its_contract(out: Path) -> None:
         bits = np.log2(100 / np.array(run["canary"]["ranks"]))
         assert run["canary"]["exposure_bits"] == pytest.approx(bits.mean())
         assert run["canary"]["available_bits"] == pytest.approx(np.log2(100))
+    group = private["canary"]["accounted_group_epsilon"]
+    assert group > private["epsilon"]
+    assert "accounted_group_epsilon" not in ordinary["canary"]
+    assert "accounted" in (out / "report.md").read_text(encoding="utf-8")
     # What the audit can refute is shown below: so few coins could not contradict this ε.
     assert private["audit"]["epsilon_lower_bound"] <= private["epsilon"]
 
