@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 
 class UnsupportedLayerError(ValueError):
     """Per-example gradients of a model or a loss cannot be computed, or would mean nothing."""
 
 
-@contextmanager
-def naming_refusals(module: str) -> Iterator[None]:
+class naming_refusals:  # a generator would be shorter, and slow in the path of every operation
     """Begin the message of an `UnsupportedLayerError` that is raised in here with the module's
     name."""
-    try:
-        yield
-    except UnsupportedLayerError as error:
-        if str(error).startswith("Module "):
-            raise
-        raise UnsupportedLayerError(f"Module {module}: {error}") from None
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        if isinstance(error, UnsupportedLayerError) and not str(error).startswith("Module "):
+            raise UnsupportedLayerError(f"Module {self._module}: {error}") from None

@@ -88,7 +88,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
     which the bounds do not hold."""
     with ExitStack() as stack:
         for kind in {"cpu", device.type}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(_ieee_products())
         yield
 

@@ -170,15 +170,7 @@ class Tape(TorchFunctionMode):
         tensors = values_of(func, args, kwargs)
         start = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         with naming_refusals(recorder.module):
-            for tensor in tensors:
-                if provenance.is_unseen(tensor, recorder.trace.seen):
-                    note_parameters(recorder, provenance.recover(tensor, recorder.trace.seen))
-            batched = [tensor for tensor in tensors if provenance.is_batched(tensor)]
-            learned: list[Tensor] = []
-            if torch.is_grad_enabled():
-                learned = [
-                    t for t in tensors if t.requires_grad and provenance.is_batch_independent(t)
-                ]
+            batched, learned = self._told_apart(tensors)
             if batched and learned:
                 output = self._apply_learned(func, args, kwargs, batched, learned)
             elif batched:
@@ -196,6 +188,24 @@ class Tape(TorchFunctionMode):
         if batched:
             provenance.batched.add(start, end)
         return output
+
+    def _told_apart(self, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The batched ones, and those that are learned, where gradients are computed."""
+        recorder = self._recorder
+        provenance, seen = recorder.provenance, recorder.trace.seen
+        batched: list[Tensor] = []
+        learned: list[Tensor] = []
+        for tensor in tensors:
+            if provenance.is_computed(tensor):  # the usual case
+                batched.append(tensor)
+                continue
+            if provenance.is_unseen(tensor, seen):
+                note_parameters(recorder, provenance.recover(tensor, seen))
+            if provenance.is_batched(tensor):
+                batched.append(tensor)
+            elif tensor.requires_grad:
+                learned.append(tensor)
+        return batched, (learned if torch.is_grad_enabled() else [])
 
     def _run_again(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation of activations that are computed again, in a backward pass: in the same
