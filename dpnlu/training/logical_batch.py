@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dpnlu.engines.outcome import ClipOutcome, OpenUnit, buffer_like
+from dpnlu.engines.outcome import ClipOutcome, OpenUnit
 from dpnlu.engines.refusals import check_unchanged
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.noise import fill_gaussian
 from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.training.buffers import Buffers
 from dpnlu.training.handover import Handover
 
 
@@ -176,10 +177,10 @@ class LogicalBatch:
         """
         if self._buffers:
             return
-        buffers = {parameter: buffer_like(parameter) for parameter in self._mechanism.parameters}
+        buffers = Buffers.like(self._mechanism.parameters)
         std, generators = self._std / self._divisor, self._mechanism.generators
-        fill_gaussian(buffers.values(), std=std, generators=generators)
-        self._buffers = buffers
+        fill_gaussian(buffers.blocks, std=std, generators=generators)
+        self._buffers = buffers.of
 
     def _step(self) -> None:
         """Let the optimizer act on the sums, which it finds as gradients for as long as that
