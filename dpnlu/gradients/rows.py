@@ -80,9 +80,7 @@ class Rows:
 
     def add_weighted_sum(self, coefficients: Tensor, out: Tensor) -> None:
         kept, ids = self.ids >= 0, self.ids.flatten()
-        rows = (self.values * torch.where(kept, coefficients[:, None], 0.0)[:, :, None]).flatten(
-            0, 1
-        )
+        rows = (self.values * (kept * coefficients[:, None])[:, :, None]).flatten(0, 1)
         if self.takes_gram:  # norms included the values of padding: they are finite
             ids = ids.clamp(min=0)
         else:
