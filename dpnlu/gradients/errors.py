@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UnsupportedLayerError(ValueError):
     """Per-example gradients of a model or a loss cannot be computed, or would mean nothing."""
 
 
-class naming_refusals:  # a generator would be shorter, and slow in the path of every operation
+def named(error: UnsupportedLayerError, module: str) -> UnsupportedLayerError:
+    """The error with a message that begins with a module's name, unless it does already."""
+    if str(error).startswith("Module "):
+        return error
+    return UnsupportedLayerError(f"Module {module}: {error}")
+
+
+@contextmanager
+def naming_refusals(module: str) -> Iterator[None]:
     """Begin the message of an `UnsupportedLayerError` that is raised in here with the module's
     name."""
-
-    def __init__(self, module: str) -> None:
-        self._module = module
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
-    ) -> None:
-        if isinstance(error, UnsupportedLayerError) and not str(error).startswith("Module "):
-            raise UnsupportedLayerError(f"Module {self._module}: {error}") from None
+    try:
+        yield
+    except UnsupportedLayerError as error:
+        raise named(error, module) from None

@@ -99,16 +99,17 @@ class Edge(NamedTuple):
 def walk(losses: Tensor) -> Iterator[Edge]:
     """Follow `losses` (B,) back through the autograd graph, always in the same order."""
     known: set[Node] = set()
-    waiting: list[tuple[Node | None, int, Node | None]] = [(losses.grad_fn, 0, None)]
+    first = losses.grad_fn
+    waiting: list[tuple[Node, int, Node | None]] = [] if first is None else [(first, 0, None)]
     while waiting:
         node, output, user = waiting.pop()
-        if node is None:
-            continue
         is_new = node not in known
         yield Edge(node, node.name(), output, user, is_new)
         if is_new:
             known.add(node)
-            waiting.extend((earlier, place, node) for earlier, place in node.next_functions)
+            for earlier, place in node.next_functions:
+                if earlier is not None:
+                    waiting.append((earlier, place, node))
 
 
 def signature_of(

@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from dpnlu.gradients.calls import Call
 from dpnlu.gradients.entering import prepare_write, stand_in_for
-from dpnlu.gradients.errors import UnsupportedLayerError, naming_refusals
+from dpnlu.gradients.errors import UnsupportedLayerError, named, naming_refusals
 from dpnlu.gradients.independent import note_operation, note_parameters
 from dpnlu.gradients.nodes import OF_A_PARAMETER
 from dpnlu.gradients.operations import (
@@ -44,6 +44,9 @@ from dpnlu.gradients.operations import (
 from dpnlu.gradients.recorder import Recorder
 from dpnlu.gradients.records import GradientRule
 from dpnlu.gradients.trace import Trace
+
+# Of the next node of the autograd graph that will be made.
+_next_number = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
 
 
 class Tape(TorchFunctionMode):
@@ -167,10 +170,9 @@ class Tape(TorchFunctionMode):
         if func is Tensor.__getitem__ and args[0].requires_grad:
             if provenance.is_batch_independent(args[0]):
                 args = (args[0], with_numbers(args[1]))
-        tensors = values_of(func, args, kwargs)
-        start = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
-        with naming_refusals(recorder.module):
-            batched, learned = self._told_apart(tensors)
+        start = _next_number()
+        try:
+            batched, learned = self._told_apart(values_of(func, args, kwargs))
             if batched and learned:
                 output = self._apply_learned(func, args, kwargs, batched, learned)
             elif batched:
@@ -183,10 +185,13 @@ class Tape(TorchFunctionMode):
                 if learned:
                     note_operation(recorder, func, args, kwargs, output, learned)
             provenance.derive(func, args, output, batched=bool(batched))
-        end = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
-        recorder.trace.seen.add(start, end)
-        if batched:
-            provenance.batched.add(start, end)
+        except UnsupportedLayerError as error:
+            raise named(error, recorder.module) from None
+        end = _next_number()
+        if end > start:
+            recorder.trace.seen.add(start, end)
+            if batched:
+                provenance.batched.add(start, end)
         return output
 
     def _told_apart(self, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
