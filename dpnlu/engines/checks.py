@@ -67,7 +67,7 @@ class Checks:
     def __post_init__(self) -> None:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         small = [buffer for buffer in self.model.buffers() if buffer.numel() <= _SMALL]
-        self.zeros = [tensor for tensor in (*trained, *small) if not tensor.any()]
+        self.zeros = _zeros_among([*trained, *small])
 
     def observe(
         self, signature: Hashable, *, chooses_rows: bool = False, is_doubtful: bool = False
@@ -87,7 +87,9 @@ class Checks:
         values it is not."""
         met = self._known.get(signature)
         known = None if met is None else met.layouts
-        return known and [replace(layout, batch=batch) for layout in known]
+        return known and [
+            layout if layout.batch == batch else replace(layout, batch=batch) for layout in known
+        ]
 
     def show_rows(self, signature: Hashable, layouts: list[Layout]) -> None:
         """A batch has shown where the examples lie."""
@@ -107,10 +109,22 @@ class Checks:
         """Forget everything if something that was zero no longer is."""
         if not self.zeros:
             return
-        still = [tensor for tensor in self.zeros if not tensor.any()]
+        still = _zeros_among(self.zeros)
         if len(still) < len(self.zeros):
             self._known.clear()
         self.zeros = still
+
+
+def _zeros_among(tensors: list[Tensor]) -> list[Tensor]:
+    """Those that are all zero; the CPU waits once for every device."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        by_device.setdefault(tensor.device, []).append(tensor)
+    found = []
+    for some in by_device.values():
+        have_others = torch.stack([tensor.detach().any() for tensor in some]).tolist()
+        found += [tensor for tensor, other in zip(some, have_others, strict=True) if not other]
+    return found
 
 
 def _is_power_of_four(number: int) -> bool:

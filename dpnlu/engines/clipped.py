@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 
 from dpnlu.engines.outcome import ClipOutcome, WeightedGradients
-from dpnlu.gradients.forms import (
-    Gradients,
-    GramCache,
-    SquaredNorms,
-)
-from dpnlu.gradients.rounding import full_precision, growth, underflow
-from dpnlu.gradients.uses import norms_written_out, squared_norms
+from dpnlu.gradients.forms import Gradients, SquaredNorms
+from dpnlu.gradients.rounding import full_precision
+from dpnlu.gradients.together import added, norms_of_all
+from dpnlu.gradients.uses import norms_written_out
 from dpnlu.mechanism.clipping import CLIPPING_RULES
 from dpnlu.mechanism.plan import PrivacyPlan
 
@@ -28,21 +25,8 @@ _LOOSE = 0.01
 
 def gradient_norms(parts: Parts, losses: Tensor) -> SquaredNorms:
     """(B,) squared norms of the gradients of all parameters together."""
-    grams = GramCache()
     with full_precision(losses.device):
-        found = [squared_norms(uses, grams) for uses in parts.values() if uses]
-        return _added(found, losses.new_zeros(len(losses)))
-
-
-def _added(found: Sequence[SquaredNorms], zeros: Tensor) -> SquaredNorms:
-    """Of several tensors together."""
-    total = SquaredNorms(zeros, zeros)
-    for norms in found:
-        total += norms
-    dtype = total.values.dtype
-    # This sum is rounded too; what underflow leaves is far below any bound that makes sense.
-    lost = growth(len(found) + 8, dtype) * total.values + 16 * underflow(dtype)
-    return SquaredNorms(total.values, total.slack + lost)
+        return norms_of_all([uses for uses in parts.values() if uses], losses.detach())
 
 
 def weighted_sum(uses: Sequence[Gradients], weights: Tensor, like: Tensor) -> Tensor:
@@ -67,35 +51,38 @@ def clip_gradients(
         norms: (B,) of these gradients.
     """
     with full_precision(losses.device):
-        lengths = norms.values.sqrt()
-        finite = torch.isfinite(norms.values) & torch.isfinite(losses)
-        coefficients = _coefficients(parts, norms, lengths, finite, plan)
+        finite, coefficients = _decided(parts, norms, losses, plan)
         if not bool(finite.all()):
-            coefficients = torch.where(finite, coefficients, 0.0)
+            kept = finite.to(losses.device)
             parts = {
-                parameter: [use.finite_rows(finite) for use in uses]
+                parameter: [use.finite_rows(kept) for use in uses]
                 for parameter, uses in parts.items()
             }
-    return ClipOutcome(lengths, finite, WeightedGradients(parts, coefficients))
+        weighted = WeightedGradients(parts, coefficients.to(norms.values))
+    return ClipOutcome(norms.values.sqrt(), finite, weighted)
 
 
-def _coefficients(
-    parts: Parts, norms: SquaredNorms, lengths: Tensor, finite: Tensor, plan: PrivacyPlan
-) -> Tensor:
-    """(B,) clip coefficients for upper bounds of the norms.
+def _decided(
+    parts: Parts, norms: SquaredNorms, losses: Tensor, plan: PrivacyPlan
+) -> tuple[Tensor, Tensor]:
+    """(B,) which gradients are finite, and clip coefficients for upper bounds of their norms, 0
+    for the others; on the CPU, which waits for the device only once.
 
     Where the bound is so far above the norm that it costs the example more than a percent of its
     coefficient, its gradient is written out, for a closer one.
     """
     rule, bound = CLIPPING_RULES[plan.clipping], plan.max_grad_norm
-    coefficients = rule(_upper(norms), bound)
-    is_loose = coefficients < (1 - _LOOSE) * rule(lengths, bound)
-    examples = (is_loose & finite).nonzero()[:, 0]
-    if len(examples):
+    rows = torch.stack((norms.values, losses.detach(), norms.slack)).cpu()
+    finite = torch.isfinite(rows[:2]).all(0)
+    values, slack = rows[0], rows[2]
+    ideal, coefficients = rule(torch.stack((values, values + slack)).sqrt_(), bound)
+    loose = (coefficients < (1 - _LOOSE) * ideal) & finite
+    if bool(loose.any()):
+        examples = loose.nonzero()[:, 0].to(norms.values.device)
         found = [norms_written_out(uses, examples) for uses in parts.values() if uses]
-        closer = _added(found, norms.values.new_zeros(len(examples)))
-        coefficients[examples] = rule(_upper(closer), bound)
-    return coefficients
+        closer = added(found, norms.values[examples])
+        coefficients[loose] = rule(_upper(closer), bound).to(coefficients)
+    return finite, torch.where(finite, coefficients, 0.0)
 
 
 def _upper(norms: SquaredNorms) -> Tensor:

@@ -36,10 +36,9 @@ def check_seen(
     made = {tensor.grad_fn for tensor in computed_weights}
     unseen: list[tuple[Edge, str]] = []
     for edge in edges:
-        name = edge.node.name()
-        if name == "CheckpointFunctionBackward":
+        if edge.name == "CheckpointFunctionBackward":
             raise UnsupportedLayerError(_REENTRANT)
-        if name == OF_A_PARAMETER:
+        if edge.name == OF_A_PARAMETER:
             used = names.get(edge.node.variable)  # type: ignore[attr-defined]
         else:
             used = _computed_from(edge.node, names) if edge.node in made else None

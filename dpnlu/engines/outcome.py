@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dpnlu.gradients.forms import Gradients
 from dpnlu.gradients.rounding import full_precision
+from dpnlu.gradients.together import add_weighted_sums
 
 
 class ClippedSum(Protocol):
@@ -30,7 +31,7 @@ class ClipOutcome:
 
     Attributes:
         norms: (U,) gradient norms before clipping.
-        finite: (U,) bool; units that are not were left out.
+        finite: (U,) bool, on the CPU; units that are not were left out.
         total: the sum of their clipped gradients; None: there are none.
     """
 
@@ -73,10 +74,8 @@ class WeightedGradients:
 
     def add_to(self, buffers: Mapping[Any, Tensor], *, scale: float) -> None:
         with full_precision(self.coefficients.device):
-            coefficients = scale * self.coefficients
-            for parameter, uses in self.parts.items():
-                for use in uses:
-                    use.add_weighted_sum(coefficients, buffers[parameter])
+            pairs = [(use, buffers[p]) for p, uses in self.parts.items() for use in uses]
+            add_weighted_sums(pairs, scale * self.coefficients)
 
 
 @dataclass(frozen=True)

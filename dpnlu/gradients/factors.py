@@ -9,15 +9,16 @@ from torch import Tensor
 
 from dpnlu.gradients.forms import (
     GramCache,
+    GramPair,
     SquaredNorms,
-    diagonal,
     lengths,
+    norms_by_grams,
     of_written_out,
     squared_lengths,
     zeroed,
 )
 from dpnlu.gradients.kernels import add_product_
-from dpnlu.gradients.rounding import growth, squared_sums, squared_terms
+from dpnlu.gradients.rounding import growth, squared_sums, squared_terms, underflow
 
 
 @dataclass(frozen=True)
@@ -46,27 +47,33 @@ class OuterProducts:
     def squared_norms(self, grams: GramCache) -> SquaredNorms:
         """Squared norm of each example's gradient, in the way that takes fewer multiplications."""
         if self.terms == 1:
-            values = (squared_lengths(self.left) * squared_lengths(self.right))[:, 0]
-            relative = growth(self._widths + 8, values.dtype)
-            return SquaredNorms(values, self.sizes().square() * relative)
+            lefts, rights = (squared_lengths(rows[:, 0]) for rows in (self.left, self.right))
+            lost, relative = underflow(lefts.dtype), growth(self._widths + 8, lefts.dtype)
+            return SquaredNorms(lefts * rights, (lefts + lost) * (rights + lost).mul_(relative))
         return self.norms_by_gram(grams) if self.takes_gram else self.norms_written_out()
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Type of the numbers."""
+        return self.right.dtype
+
+    @property
     def takes_gram(self) -> bool:
-        """Whether Gram matrices, 2T² (d + p), take fewer multiplications than gradients, 2T d p."""
+        """Whether Gram matrices, 2T² (d + p), take fewer multiplications than gradients, 2T d p,
+        and there is more than one term."""
         _, positions, d = self.left.shape
         p = self.right.shape[2]
-        return positions * (d + p) <= d * p
+        return positions != 1 and positions * (d + p) <= d * p
 
     def norms_by_gram(self, grams: GramCache) -> SquaredNorms:
         """‖Σ b aᵀ‖² = Σ_st (a_s·a_t)(b_s·b_t) (Li et al. 2022)."""
-        lefts, rights = grams(self.left), grams(self.right)
-        # Rounding may leave a vanishing norm slightly negative.
-        values = (lefts * rights).sum(2).sum(1).clamp_(min=0)
-        sizes = lengths(diagonal(lefts)) * lengths(diagonal(rights))
-        # 2T for the sum here, and 2T for a sum of the gradient's own terms.
-        relative = growth(self._widths + 4 * self.terms + 4, values.dtype)
-        return SquaredNorms(values, sizes.sum(1).square() * relative)
+        return norms_by_grams([self.gram_pair(grams)]).of(0)
+
+    def gram_pair(self, grams: GramCache) -> GramPair:
+        """The Gram matrices that the norms can be taken from."""
+        # 2T for the sum of products, and 2T for a sum of the gradient's own terms.
+        relative = growth(self._widths + 4 * self.terms + 4, self.left.dtype)
+        return GramPair(grams(self.left), grams(self.right), relative)
 
     def norms_written_out(self) -> SquaredNorms:
         return of_written_out(squared_sums(self.dense()), squared_terms(self.entries), self)

@@ -18,6 +18,7 @@ Shapes: B examples, T positions, d inputs, p outputs, V rows of a table.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,8 +33,8 @@ class SquaredNorms:
     """Squared norms as computed, and by how much the true ones may exceed them.
 
     Attributes:
-        values: (B,).
-        slack: (B,), >= 0.
+        values: (B,), or (K, B) those of K tensors.
+        slack: the same, >= 0.
     """
 
     values: Tensor
@@ -41,6 +42,10 @@ class SquaredNorms:
 
     def __add__(self, other: SquaredNorms) -> SquaredNorms:
         return SquaredNorms(self.values + other.values, self.slack + other.slack)
+
+    def of(self, place: int) -> SquaredNorms:
+        """(K, B) -> (B,): those of one tensor."""
+        return SquaredNorms(self.values[place], self.slack[place])
 
 
 class Gradients(Protocol):
@@ -158,6 +163,37 @@ def zeroed(values: Tensor, finite: Tensor) -> Tensor:
     return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
+@dataclass(frozen=True)
+class GramPair:
+    """Gram matrices of the two factors of some gradients, whose squared norms are the inner
+    products of both.
+
+    Attributes:
+        left, right: (B, T, T).
+        relative: how far rounding may take these, relative to the squared sums of the norms of a
+            gradient's terms.
+    """
+
+    left: Tensor
+    right: Tensor
+    relative: float
+
+
+def norms_by_grams(pairs: Sequence[GramPair]) -> SquaredNorms:
+    """(K, B) squared norms of K pairs of the same shape, in as many operations as those of one."""
+    lefts, rights = (_stacked([pair.left for pair in pairs]), _stacked([p.right for p in pairs]))
+    # Rounding may leave a vanishing norm slightly negative.
+    values = (lefts * rights).sum(3).sum(2).clamp_(min=0)
+    sizes = (lengths(diagonal(lefts)) * lengths(diagonal(rights))).sum(2)
+    slack = sizes.square_()
+    torch._foreach_mul_(slack.unbind(0), [pair.relative for pair in pairs])
+    return SquaredNorms(values, slack)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
+
+
 class GramCache:
     """Gram matrices of the latest tensors, of which some come again: query, key and value have the
     same input; the embeddings of words, positions and types the same gradient."""
@@ -176,8 +212,8 @@ class GramCache:
 
 
 def diagonal(grams: Tensor) -> Tensor:
-    """(B, T, T) -> (B, T), as a view that torch can compile."""
-    return grams.flatten(1)[:, :: grams.shape[1] + 1]
+    """(…, T, T) -> (…, T), as a view that torch can compile."""
+    return grams.flatten(-2)[..., :: grams.shape[-1] + 1]
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

@@ -41,7 +41,8 @@ class Layout:
             dim: that holds the examples; None: the layout's.
             fill: stands where an example has fewer than k entries.
         """
-        values = values.movedim(self.dim if dim is None else dim, 0)
+        dim = self.dim if dim is None else dim
+        values = values.movedim(dim, 0) if dim else values
         if self.owners is not None:
             return self._gathered(values, self.owners, fill)
         if not self.batch:
@@ -50,6 +51,11 @@ class Layout:
         if self.interleaved:
             return torch.unflatten(values, 0, (entries, self.batch)).transpose(0, 1)
         return torch.unflatten(values, 0, (self.batch, entries))
+
+    @property
+    def is_in_order(self) -> bool:
+        """Whether all entries of one example come before those of the next."""
+        return self.owners is None and not self.interleaved and self.batch > 0
 
     def owner(self, entries: int) -> Tensor:
         """(entries,) the example of each entry."""
@@ -84,14 +90,24 @@ def by_example(values: Tensor, layout: Layout, dim: int | None = None) -> Tensor
     Args:
         dim: that holds the examples; None: the layout's.
     """
-    apart = layout.apart(full_precision(values), dim)
+    values = full_precision(values)
+    first = layout.dim if dim is None else dim
+    if layout.is_in_order and first == 0 and values.dim() > 1:  # the usual case, in one operation
+        positions = values.shape[0] // layout.batch * values.shape[1:-1].numel()
+        return values.reshape(layout.batch, positions, values.shape[-1])
+    apart = layout.apart(values, dim)
     positions = apart.shape[1:-1].numel()
     return apart.reshape(layout.batch, positions, apart.shape[-1])
 
 
 def added_up(values: Tensor, layout: Layout, shape: Sequence[int]) -> Tensor:
     """Values whose last dimensions are `shape` -> sums over each example's rows, (B, *shape)."""
-    apart = layout.apart(full_precision(values))
+    values = full_precision(values)
+    outer = values.dim() - len(shape)
+    if layout.is_in_order and layout.dim == 0 and outer > 0:
+        positions = values.shape[0] // layout.batch * values.shape[1:outer].numel()
+        return values.reshape(layout.batch, positions, *shape).sum(1)
+    apart = layout.apart(values)
     inner = apart.dim() - len(shape)
     return apart.reshape(layout.batch, apart.shape[1:inner].numel(), *shape).sum(1)
 

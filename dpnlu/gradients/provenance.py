@@ -93,7 +93,7 @@ class Provenance:
             seen: the nodes of the operations that it saw.
         """
         node = tensor.grad_fn
-        if node is None or self._is_computed(tensor):
+        if node is None or self.is_computed(tensor):
             return False
         return node not in seen
 
@@ -135,9 +135,11 @@ class Provenance:
     def is_known(self, tensor: Tensor) -> bool:
         """Whether it is known yet if the tensor depends on the batch."""
         key = id(tensor)
-        return key in self._independent or key in self._data or self._is_computed(tensor)
+        return key in self._independent or key in self._data or self.is_computed(tensor)
 
-    def _is_computed(self, tensor: Tensor) -> bool:
+    def is_computed(self, tensor: Tensor) -> bool:
+        """Whether an operation that the tape saw made the tensor from the batch, with a
+        gradient."""
         ref = self._computed.get(id(tensor))
         return ref is not None and ref() is tensor
 
@@ -154,7 +156,7 @@ class Provenance:
         key = id(tensor)
         if key in self._independent:
             return False
-        if key in self._data or self._is_computed(tensor):
+        if key in self._data or self.is_computed(tensor):
             return True
         self._check_leftover(tensor)
         if tensor.grad_fn is not None:  # made by an operation that the tape did not see

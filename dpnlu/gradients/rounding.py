@@ -19,7 +19,7 @@ from torch import Tensor
 _BLOCK = 1024
 
 # The older setting for products without shortcuts, and where the newer one is, from torch 2.9 on.
-_EXACT = "highest"
+_EXACT, _IEEE = "highest", "ieee"
 _NEWER: list[Any] = [
     backend.matmul
     for backend in (torch.backends.cuda, torch.backends.mkldnn)
@@ -86,36 +86,48 @@ def _flat(values: Tensor) -> Tensor:
 def full_precision(device: torch.device) -> Iterator[None]:
     """Have products of float32 matrices computed in float32, not by autocast, TF32 or bfloat16, for
     which the bounds do not hold."""
+    casts = [kind for kind in {"cpu", device.type} if torch.is_autocast_enabled(kind)]
+    newer = [(place, place.fp32_precision) for place in _NEWER]
+    if not casts and all(before == _IEEE for _, before in newer) and _older() == _EXACT:
+        yield  # one of these contexts inside another
+        return
     with ExitStack() as stack:
-        for kind in {"cpu", device.type}:
+        for kind in casts:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(_ieee_products())
+        stack.enter_context(_ieee_products(newer))
         yield
 
 
 @contextmanager
-def _ieee_products() -> Iterator[None]:
+def _ieee_products(newer: list[tuple[Any, str]]) -> Iterator[None]:
     """Switch off the libraries' shortcuts for products.
 
     Since torch 2.9 there are two settings, and where they disagree the older one cannot be read,
     which compiled programs do. So both are changed, unless somebody set the newer one alone.
+
+    Args:
+        newer: places of the newer setting, and what it is there.
     """
-    try:
-        older = torch.get_float32_matmul_precision()
-    except RuntimeError:  # they disagree already
-        older = _EXACT
-    newer = [(place, place.fp32_precision) for place in _NEWER]
+    older = _older()
     try:
         if older != _EXACT:
             torch.set_float32_matmul_precision(_EXACT)
         for place, _ in newer:
-            _set_precision(place, "ieee")
+            _set_precision(place, _IEEE)
         yield
     finally:
         if older != _EXACT:
             torch.set_float32_matmul_precision(older)
         for place, before in newer:
             _set_precision(place, before)
+
+
+def _older() -> str:
+    """The older setting; that of no shortcuts where both disagree."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return _EXACT
 
 
 def _set_precision(place: Any, precision: str) -> None:

@@ -10,9 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from dpnlu.gradients.forms import (
     GramCache,
+    GramPair,
     SquaredNorms,
-    diagonal,
     lengths,
+    norms_by_grams,
     of_written_out,
     squared_lengths,
     zeroed,
@@ -46,14 +47,16 @@ class Rows:
         return self.shape[0] * self.values.shape[2]
 
     def squared_norms(self, grams: GramCache) -> SquaredNorms:
-        if not self._is_pairwise:
+        if not self.takes_gram:
             return self.norms_written_out()
+        return norms_by_grams([self.gram_pair(grams)]).of(0)
+
+    def gram_pair(self, grams: GramCache) -> GramPair:
+        """Of the values, and of the unit vectors e, whose inner products say which ids are equal;
+        those of padding are zero."""
         same = (self.ids[:, :, None] == self.ids[:, None, :]) & (self.ids >= 0)[:, None, :]
-        products = grams(self.values)
-        values = (products * same).sum(2).sum(1).clamp_(min=0)
-        sizes = self._added(lengths(diagonal(products)))
-        relative = growth(self.values.shape[2] + 4 * self.terms + 4, values.dtype)
-        return SquaredNorms(values, sizes.square() * relative)
+        relative = growth(self.values.shape[2] + 4 * self.terms + 4, self.values.dtype)
+        return GramPair(same.to(self.values.dtype), grams(self.values), relative)
 
     def norms_written_out(self) -> SquaredNorms:
         sums, example, batch = self._merged()
@@ -77,10 +80,8 @@ class Rows:
 
     def add_weighted_sum(self, coefficients: Tensor, out: Tensor) -> None:
         kept, ids = self.ids >= 0, self.ids.flatten()
-        rows = (self.values * torch.where(kept, coefficients[:, None], 0.0)[:, :, None]).flatten(
-            0, 1
-        )
-        if self._is_pairwise:  # norms included the values of padding: they are finite
+        rows = (self.values * (kept * coefficients[:, None])[:, :, None]).flatten(0, 1)
+        if self.takes_gram:  # norms included the values of padding: they are finite
             ids = ids.clamp(min=0)
         else:
             ids, rows = ids[kept.flatten()], rows[kept.flatten()]
@@ -93,10 +94,14 @@ class Rows:
         return Rows(self.ids[examples], self.values[examples], self.shape)
 
     @property
-    def _is_pairwise(self) -> bool:
-        """Whether to compare all pairs of ids: for few positions, and for fake tensors, which have
-        no values to sort."""
-        return self.ids.shape[1] <= _PAIRWISE_POSITIONS or isinstance(self.ids, FakeTensor)
+    def dtype(self) -> torch.dtype:
+        """Type of the numbers."""
+        return self.values.dtype
+
+    @property
+    def takes_gram(self) -> bool:
+        """Whether norms are taken from the Gram matrices of all pairs of positions."""
+        return _is_pairwise(self.ids)
 
     def _merged(self) -> tuple[Tensor, Tensor, int]:
         """Sums of the values with equal example and id (n, d), their examples (n,), and B."""
@@ -135,17 +140,18 @@ class Bags:
 
     def squared_norms(self, grams: GramCache) -> SquaredNorms:
         """‖G‖² = ‖b‖² Σ_v (Σ_{t: id_t = v} c_t)²."""
-        values = self._squared_counts() * squared_lengths(self.right)
+        row_weights, squares = self._kept_weights(), squared_lengths(self.right)
+        values = self._squared_counts(row_weights) * squares
         # Weights are rounded when they scale b, and their sums are those of the gradient's terms.
         relative = growth(self.right.shape[1] + 4 * self.terms + 8, values.dtype)
-        return SquaredNorms(values, self.sizes().square() * relative)
+        sizes = row_weights.abs().sum(1) * lengths(squares)
+        return SquaredNorms(values, sizes.square_() * relative)
 
     def norms_written_out(self) -> SquaredNorms:
         return self.rows().norms_written_out()
 
     def sizes(self) -> Tensor:
-        row_weights = torch.where(self.ids >= 0, self.row_weights, 0.0).abs().sum(1)
-        return row_weights * lengths(squared_lengths(self.right))
+        return self._kept_weights().abs().sum(1) * lengths(squared_lengths(self.right))
 
     def dense(self) -> Tensor:
         return self.rows().dense()
@@ -155,11 +161,9 @@ class Bags:
         return Rows(self.ids, self.row_weights[:, :, None] * self.right[:, None], self.shape)
 
     def add_weighted_sum(self, coefficients: Tensor, out: Tensor) -> None:
-        # Padding has weight 0.
-        ids, row_weights = self.ids.clamp(min=0), torch.where(self.ids >= 0, self.row_weights, 0.0)
         right = self.right * coefficients[:, None]
-        rows = (row_weights[:, :, None] * right[:, None]).flatten(0, 1)
-        out.index_add_(0, ids.flatten(), rows.to(out.dtype))
+        rows = (self._kept_weights()[:, :, None] * right[:, None]).flatten(0, 1)
+        out.index_add_(0, self.ids.clamp(min=0).flatten(), rows.to(out.dtype))
 
     def finite_rows(self, finite: Tensor) -> Bags:
         row_weights, right = zeroed(self.row_weights, finite), zeroed(self.right, finite)
@@ -170,16 +174,26 @@ class Bags:
             self.ids[examples], self.row_weights[examples], self.right[examples], self.shape
         )
 
-    def _squared_counts(self) -> Tensor:
-        """(B,) sums over the table's rows of the squared sum of each row's weights."""
+    def _kept_weights(self) -> Tensor:
+        """(B, T) the weights, 0 for padding."""
+        return torch.where(self.ids >= 0, self.row_weights, 0.0)
+
+    def _squared_counts(self, row_weights: Tensor) -> Tensor:
+        """(B,) sums over the table's rows of the squared sum of each row's weights; padding has
+        weight 0."""
+        if _is_pairwise(self.ids):
+            same = (self.ids[:, :, None] == self.ids[:, None, :]).to(row_weights.dtype)
+            sums = torch.bmm(same, row_weights[:, :, None])[:, :, 0]  # of the row that t took
+            return (sums * row_weights).sum(1).clamp_(min=0)
         kept = self.ids >= 0
-        if isinstance(self.ids, FakeTensor):  # it has no values to sort
-            same = (
-                (self.ids[:, :, None] == self.ids[:, None, :]) & kept[:, None, :] & kept[:, :, None]
-            )
-            return (same * self.row_weights[:, :, None] * self.row_weights[:, None, :]).sum((1, 2))
         batch, rows = self.ids.shape[0], self.shape[0]
         example = torch.arange(batch, device=self.ids.device)[:, None]
         keys, place = torch.unique((self.ids + rows * example)[kept], return_inverse=True)
-        counts = self.row_weights.new_zeros(len(keys)).index_add_(0, place, self.row_weights[kept])
-        return self.row_weights.new_zeros(batch).index_add_(0, keys // rows, counts.square())
+        counts = row_weights.new_zeros(len(keys)).index_add_(0, place, row_weights[kept])
+        return row_weights.new_zeros(batch).index_add_(0, keys // rows, counts.square())
+
+
+def _is_pairwise(ids: Tensor) -> bool:
+    """Whether to compare all pairs of ids (B, T): for few positions, and for fake tensors, which
+    have no values to sort."""
+    return ids.shape[1] <= _PAIRWISE_POSITIONS or isinstance(ids, FakeTensor)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,18 +78,19 @@ class Signature:
         return self.chooses_rows or self.is_doubtful
 
 
-@dataclass(frozen=True)
-class Edge:
+class Edge(NamedTuple):
     """An edge of the autograd graph of some losses.
 
     Attributes:
         node: made the value.
+        name: of the node.
         output: number of the output of `node` that the value is.
         user: the node that used the value; None: the value is the losses.
         is_new: whether this is the first edge that leads to `node`.
     """
 
     node: Node
+    name: str
     output: int
     user: Node | None
     is_new: bool
@@ -98,16 +99,17 @@ class Edge:
 def walk(losses: Tensor) -> Iterator[Edge]:
     """Follow `losses` (B,) back through the autograd graph, always in the same order."""
     known: set[Node] = set()
-    waiting: list[tuple[Node | None, int, Node | None]] = [(losses.grad_fn, 0, None)]
+    first = losses.grad_fn
+    waiting: list[tuple[Node, int, Node | None]] = [] if first is None else [(first, 0, None)]
     while waiting:
         node, output, user = waiting.pop()
-        if node is None:
-            continue
         is_new = node not in known
-        yield Edge(node, output, user, is_new)
+        yield Edge(node, node.name(), output, user, is_new)
         if is_new:
             known.add(node)
-            waiting.extend((earlier, place, node) for earlier, place in node.next_functions)
+            for earlier, place in node.next_functions:
+                if earlier is not None:
+                    waiting.append((earlier, place, node))
 
 
 def signature_of(
@@ -130,9 +132,10 @@ def signature_of(
     chooses = False, False
     for edge in edges:
         node = edge.node
+        traits = _traits(type(node), edge.name)
         if (
-            not chooses[0]
-            and _kind(node) in _MAY_CHOOSE
+            traits.may_choose
+            and not chooses[0]
             and not _is_on_independent(node, is_batch_independent)
         ):
             found = _chooses_rows(node, batch) if may_unpack else (True, False)
@@ -140,30 +143,51 @@ def signature_of(
                 chooses = chooses[0] or found[0], chooses[1] or found[1]
         if edge.is_new:
             places[node] = len(places)
-            steps.append(f"{edge.output} of {_described(node, batch, may_unpack)}")
+            described = _described(node, edge.name, traits, batch, may_unpack)
+            steps.append(f"{edge.output} of {described}")
         else:
             steps.append(f"{edge.output} of {places[node]}")
     return Signature(tuple(steps), *chooses)
 
 
-def _described(node: Any, batch: int, may_unpack: bool) -> str:
-    name: str = node.name()
-    kind = _kind(node)
-    places = _CUT.get(kind, ())
-    if places and not (hasattr(node, "_saved_dim") and not any(_acts_on_examples(node, batch))):
-        name = f"{name} {[getattr(node, place) for place in places]}"
-    dimensions = _held(type(node), _DIMENSIONS)  # type: ignore[arg-type]
-    if dimensions:
-        name = f"{name} {[getattr(node, held) for held in dimensions]}"
-    if kind in _NUMBERS and may_unpack:
-        name = f"{name} {[_number(getattr(node, held, None)) for held in _NUMBERS[kind]]}"
-    return name
+@dataclass(frozen=True)
+class _Traits:
+    """What all nodes of a kind have in common.
+
+    Attributes:
+        may_choose: whether they may choose rows.
+        cuts, dimensions, numbers: attributes that are part of the signature.
+        has_dimension: whether they act along one.
+    """
+
+    may_choose: bool
+    cuts: tuple[str, ...]
+    dimensions: tuple[str, ...]
+    numbers: tuple[str, ...]
+    has_dimension: bool
 
 
 @functools.cache
-def _held(kind: Any, attributes: tuple[str, ...]) -> tuple[str, ...]:
-    """Which of these attributes the nodes of a kind have."""
-    return tuple(held for held in attributes if hasattr(kind, held))
+def _traits(of_node: Any, name: str) -> _Traits:
+    """Those of nodes of this type and name."""
+    kind = _kind_of(name)
+    return _Traits(
+        may_choose=kind in _MAY_CHOOSE,
+        cuts=_CUT.get(kind, ()),
+        dimensions=tuple(held for held in _DIMENSIONS if hasattr(of_node, held)),
+        numbers=_NUMBERS.get(kind, ()),
+        has_dimension=hasattr(of_node, "_saved_dim"),
+    )
+
+
+def _described(node: Any, name: str, traits: _Traits, batch: int, may_unpack: bool) -> str:
+    if traits.cuts and not (traits.has_dimension and not any(_acts_on_examples(node, batch))):
+        name = f"{name} {[getattr(node, place) for place in traits.cuts]}"
+    if traits.dimensions:
+        name = f"{name} {[getattr(node, held) for held in traits.dimensions]}"
+    if traits.numbers and may_unpack:
+        name = f"{name} {[_number(getattr(node, held, None)) for held in traits.numbers]}"
+    return name
 
 
 def _number(held: Any) -> str:
@@ -179,8 +203,11 @@ def _number(held: Any) -> str:
 
 
 def _kind(node: Node) -> str:
-    kind: str = node.name().partition("Backward")[0]
-    return kind
+    return _kind_of(node.name())
+
+
+def _kind_of(name: str) -> str:
+    return name.partition("Backward")[0]
 
 
 def _dimension(node: Any) -> int:

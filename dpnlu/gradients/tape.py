@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from dpnlu.gradients.calls import Call
 from dpnlu.gradients.entering import prepare_write, stand_in_for
-from dpnlu.gradients.errors import UnsupportedLayerError, naming_refusals
+from dpnlu.gradients.errors import UnsupportedLayerError, named, naming_refusals
 from dpnlu.gradients.independent import note_operation, note_parameters
 from dpnlu.gradients.nodes import OF_A_PARAMETER
 from dpnlu.gradients.operations import (
@@ -44,6 +44,9 @@ from dpnlu.gradients.operations import (
 from dpnlu.gradients.recorder import Recorder
 from dpnlu.gradients.records import GradientRule
 from dpnlu.gradients.trace import Trace
+
+# Of the next node of the autograd graph that will be made.
+_next_number = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
 
 
 class Tape(TorchFunctionMode):
@@ -167,18 +170,9 @@ class Tape(TorchFunctionMode):
         if func is Tensor.__getitem__ and args[0].requires_grad:
             if provenance.is_batch_independent(args[0]):
                 args = (args[0], with_numbers(args[1]))
-        tensors = values_of(func, args, kwargs)
-        start = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
-        with naming_refusals(recorder.module):
-            for tensor in tensors:
-                if provenance.is_unseen(tensor, recorder.trace.seen):
-                    note_parameters(recorder, provenance.recover(tensor, recorder.trace.seen))
-            batched = [tensor for tensor in tensors if provenance.is_batched(tensor)]
-            learned: list[Tensor] = []
-            if torch.is_grad_enabled():
-                learned = [
-                    t for t in tensors if t.requires_grad and provenance.is_batch_independent(t)
-                ]
+        start = _next_number()
+        try:
+            batched, learned = self._told_apart(values_of(func, args, kwargs))
             if batched and learned:
                 output = self._apply_learned(func, args, kwargs, batched, learned)
             elif batched:
@@ -191,11 +185,32 @@ class Tape(TorchFunctionMode):
                 if learned:
                     note_operation(recorder, func, args, kwargs, output, learned)
             provenance.derive(func, args, output, batched=bool(batched))
-        end = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
-        recorder.trace.seen.add(start, end)
-        if batched:
-            provenance.batched.add(start, end)
+        except UnsupportedLayerError as error:
+            raise named(error, recorder.module) from None
+        end = _next_number()
+        if end > start:
+            recorder.trace.seen.add(start, end)
+            if batched:
+                provenance.batched.add(start, end)
         return output
+
+    def _told_apart(self, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The batched ones, and those that are learned, where gradients are computed."""
+        recorder = self._recorder
+        provenance, seen = recorder.provenance, recorder.trace.seen
+        batched: list[Tensor] = []
+        learned: list[Tensor] = []
+        for tensor in tensors:
+            if provenance.is_computed(tensor):  # the usual case
+                batched.append(tensor)
+                continue
+            if provenance.is_unseen(tensor, seen):
+                note_parameters(recorder, provenance.recover(tensor, seen))
+            if provenance.is_batched(tensor):
+                batched.append(tensor)
+            elif tensor.requires_grad:
+                learned.append(tensor)
+        return batched, (learned if torch.is_grad_enabled() else [])
 
     def _run_again(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation of activations that are computed again, in a backward pass: in the same

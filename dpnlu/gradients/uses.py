@@ -30,6 +30,8 @@ _ENTRIES = 2**22
 def combine(uses: Sequence[Gradients]) -> list[Gradients]:
     """Merge several uses of one parameter into at most one of each form and shape, with the same
     sum."""
+    if len(uses) < 2:
+        return list(uses)
     outer = [use for use in uses if isinstance(use, OuterProducts)]
     bags = [use for use in uses if isinstance(use, Bags)]
     rows = [use for use in uses if isinstance(use, Rows)]

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dpnlu.engines.outcome import ClipOutcome, OpenUnit, buffer_like
+from dpnlu.engines.outcome import ClipOutcome, OpenUnit
 from dpnlu.engines.refusals import check_unchanged
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.noise import fill_gaussian
 from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.training.buffers import Buffers
 from dpnlu.training.handover import Handover
 from dpnlu.training.processes import Counts, OneProcess, Processes
 
@@ -189,11 +190,11 @@ class LogicalBatch:
         """
         if self._buffers:
             return
-        buffers = {parameter: buffer_like(parameter) for parameter in self._mechanism.parameters}
-        ours = self._mechanism.processes.noisy_part_of(list(buffers.values()))
+        buffers = Buffers.like(self._mechanism.parameters)
+        ours = self._mechanism.processes.noisy_part_of(buffers.blocks)
         std, generators = self._std / self._divisor, self._mechanism.generators
         fill_gaussian(ours, std=std, generators=generators)
-        self._buffers = buffers
+        self._buffers = buffers.of
 
     def _step(self) -> None:
         """Let the optimizer act on the sums, which it finds as gradients for as long as that

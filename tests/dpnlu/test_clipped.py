@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dpnlu.engines.clipped import clip_gradients, gradient_norms
-from dpnlu.gradients.forms import Dense
+from dpnlu.gradients.forms import Dense, SquaredNorms
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -34,3 +34,27 @@ def test_each_example_adds_its_whole_gradient_clipped(make_plan, spoilt):
     for found, right in zip(into.values(), expected, strict=True):
         assert torch.allclose(found, right, rtol=1e-12)
     assert clipped.non_finite == (spoilt is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_losses_of_any_type_leave_the_gradients_theirs(make_plan, dtype):
+    values, weight = torch.randn(4, 3, dtype=torch.float32), nn.Parameter(torch.zeros(3).float())
+    parts, losses = {weight: [Dense(values)]}, torch.tensor([1.0, math.inf, 2.0, 0.0], dtype=dtype)
+    clipped = clip_gradients(parts, gradient_norms(parts, losses), losses, make_plan())
+    into = torch.zeros(3, dtype=torch.float32)
+    clipped.total.add_to({weight: into}, scale=1.0)
+    factors = (make_plan().max_grad_norm / values.norm(dim=1)).clamp(max=1.0)
+    torch.testing.assert_close(into, factors[[0, 2, 3]] @ values[[0, 2, 3]])
+    assert clipped.finite.tolist() == [True, False, True, True] and clipped.non_finite == 1
+    assert clipped.total.coefficients.dtype is torch.float32
+
+
+def test_a_gradient_that_nothing_is_known_of_is_written_out(make_plan):
+    """Norms whose slack is infinite are taken anew; a norm alone would lose the example."""
+    values, weight = torch.randn(4, 3), nn.Parameter(torch.zeros(3))
+    parts, losses = {weight: [Dense(values)]}, torch.zeros(4)
+    norms = gradient_norms(parts, losses)
+    slack = torch.tensor([0.0, math.inf, 1e6, 0.0])
+    clipped = clip_gradients(parts, SquaredNorms(norms.values, slack), losses, make_plan())
+    expected = clip_gradients(parts, norms, losses, make_plan())
+    torch.testing.assert_close(clipped.total.coefficients, expected.total.coefficients)

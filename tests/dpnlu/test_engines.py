@@ -492,7 +492,7 @@ def test_examples_that_change_places_keep_their_gradients(add, chosen):
 def test_wrong_norms_are_noticed_though_the_sums_are_right(add, monkeypatch):
     """The check covers what the coefficients are made of."""
     ones, zeros = torch.ones(4), torch.zeros(4)
-    monkeypatch.setattr("dpnlu.engines.clipped.squared_norms", lambda *_: SquaredNorms(ones, zeros))
+    monkeypatch.setattr("dpnlu.engines.clipped.norms_of_all", lambda *_: SquaredNorms(ones, zeros))
     with pytest.raises(UnsupportedLayerError, match=r"norm .* of an example's gradient"):
         add(Feedforward(), [_vectors(4)])
 

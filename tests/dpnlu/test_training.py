@@ -132,13 +132,13 @@ def test_an_infinite_example_among_its_own_copies_is_counted_once(make, data, en
 def test_norms_are_checked_on_an_example_that_counts(make, monkeypatch, attempt):
     """Not on a filler, whose norm is zero whatever the defect."""
     model, private = make(sample_rate=1.0, steps=9)
-    right = clipped.squared_norms
+    right = clipped.norms_of_all
 
-    def wrong(uses, grams):
-        norms = right(uses, grams)
+    def wrong(parts, like):
+        norms = right(parts, like)
         return SquaredNorms(4 * norms.values, norms.slack)
 
-    monkeypatch.setattr(clipped, "squared_norms", wrong)
+    monkeypatch.setattr(clipped, "norms_of_all", wrong)
     data = list(torch.randn(8, 3))
     with pytest.raises(UnsupportedLayerError, match="the norm"):
         for batch in private.loader(data, physical_batch_size=11, fixed_size=True):
