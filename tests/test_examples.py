@@ -17,7 +17,7 @@ SAYS = {
     "lightning_trainer.py": "ε = ",
     "attack_your_model.py": "LiRA: AUC",
 }
-# What is in an extra that `dev` leaves out.
+# What not everybody has; its own warnings are no errors of ours.
 NEEDS = {"lightning_trainer.py": "lightning"}
 
 

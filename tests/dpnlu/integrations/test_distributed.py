@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch import distributed as dist
 from torch import nn
 
 from dpnlu.integrations.distributed import privatize_distributed
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.sampling import logical_batches
-from dpnlu.training.several_processes import digest_of_tensors
+from dpnlu.training.several_processes import SeveralProcesses, digest_of_tensors
 from tests.dpnlu.integrations import rank_tasks
 from tests.dpnlu.integrations.rank_tasks import Course
 from tests.dpnlu.integrations.ranks import Failed, Ranks
@@ -208,6 +209,56 @@ def test_an_error_on_one_rank_reaches_all(pair: Ranks, kind: str, message: str) 
     assert first.kind == "ProcessesError" and "rank 1: " in first.message
     for one in (first, second):
         assert re.search(message, one.message), one
+
+
+@pytest.fixture
+def by_itself(tmp_path: Path) -> Iterator[None]:
+    """A group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_group_of_one_trains_as_one_process(by_itself: None, tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    found = rank_tasks.together(0, plan(), ledger=path)
+    assert torch.allclose(found.weights, rank_tasks.alone(plan()).weights, rtol=1e-6, atol=1e-6)
+    assert len(Ledger.read(path)) == plan().steps
+    assert len(rank_tasks.copied(0)) == len(rank_tasks.tensors_of(0))
+    assert torch.equal(rank_tasks.added(0)[0], rank_tasks.sums_of_ranks()[0][0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("wrapped", "model.module"),
+        ("ledger", "found a ledger"),
+        ("unsampled", None),  # there is no other rank that could have the same examples
+    ],
+)
+def test_a_group_of_one_is_refused_what_others_are(
+    by_itself: None, tmp_path: Path, kind: str, message: str | None
+) -> None:
+    (tmp_path / "there.jsonl").write_text('{"ledger": 2}\n')
+    with pytest.raises((ValueError, UserWarning), match=message):
+        rank_tasks.differently(0, plan(), kind=kind, folder=tmp_path)
+    if kind == "ledger":
+        with pytest.raises(ValueError, match="path of the ledger that is to be resumed"):
+            rank_tasks.together(0, plan(), resume=True)
+    # What was refused left nothing open.
+    assert rank_tasks.together(0, plan()).releases == plan().steps
+
+
+def test_a_ledger_that_records_nothing_is_not_left_behind(
+    by_itself: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(SeveralProcesses, "copy_first", fail)
+    with pytest.raises(MemoryError):
+        rank_tasks.together(0, plan(), ledger=tmp_path / "ledger.jsonl")
+    assert not (tmp_path / "ledger.jsonl").exists()
 
 
 def test_without_processes_nothing_begins() -> None:
