@@ -122,7 +122,7 @@ def _zeros_among(tensors: list[Tensor]) -> list[Tensor]:
         by_device.setdefault(tensor.device, []).append(tensor)
     found = []
     for some in by_device.values():
-        have_others = torch.stack([tensor.detach().any() for tensor in some]).tolist()
+        have_others = torch.stack([tensor.detach().any() for tensor in some]).cpu().tolist()
         found += [tensor for tensor, other in zip(some, have_others, strict=True) if not other]
     return found
 

@@ -115,7 +115,9 @@ def compare(
         is_last = number + 1 == len(seen.pieces)
         used = parameters if is_last else seen.used[number]
         new = [parameter for parameter in used if parameter not in running.tolerances]
-        found = trace.backward(losses * weights, piece=piece, parameters=new, retain_graph=True)
+        # Products of lower precision, which a user may have asked for, would differ from ours.
+        with full_precision(losses.device):
+            found = trace.backward(losses * weights, piece=piece, parameters=new, retain_graph=True)
         with full_precision(losses.device), torch.no_grad():
             shared = _storages(found)
             for parameter in reversed(new):

@@ -86,7 +86,8 @@ def _flat(values: Tensor) -> Tensor:
 def full_precision(device: torch.device) -> Iterator[None]:
     """Have products of float32 matrices computed in float32, not by autocast, TF32 or bfloat16, for
     which the bounds do not hold."""
-    casts = [kind for kind in {"cpu", device.type} if torch.is_autocast_enabled(kind)]
+    kinds = filter(torch.amp.is_autocast_available, {"cpu", device.type})
+    casts = [kind for kind in kinds if torch.is_autocast_enabled(kind)]
     newer = [(place, place.fp32_precision) for place in _NEWER]
     if not casts and all(before == _IEEE for _, before in newer) and _older() == _EXACT:
         yield  # one of these contexts inside another
