@@ -25,7 +25,7 @@ from dpnlu.engines.verification import Evidence, gather, scales
 from dpnlu.gradients.calls import Call
 from dpnlu.gradients.forms import SquaredNorms
 from dpnlu.gradients.layout import Layout
-from dpnlu.gradients.rounding import full_precision
+from dpnlu.gradients.rounding import coarsest_of, full_precision
 from dpnlu.gradients.rules import OPERATIONS
 from dpnlu.gradients.signature import Edge, Signature, signature_of, walk
 from dpnlu.gradients.tape import Tape
@@ -246,7 +246,7 @@ class BookKeeping:
                     draws = torch.rand(batch, generator=self._generator).to(losses)
                     comparison = self._compared(losses, draws, seen)
             arrived = trace.backward(losses)
-        self.coarsest = trace.coarsest
+        self.coarsest = coarsest_of(arrived)
         layouts = known or trace.usual_layouts(batch, arrived)
         parts = self._parts(arrived, layouts, losses)
         if not (takes_norms or check_rows or comparison is not None):

@@ -18,7 +18,7 @@ from dpnlu.engines.clipped import gradient_norms
 from dpnlu.engines.separation import Separated
 from dpnlu.gradients.forms import Gradients
 from dpnlu.gradients.layout import Layout
-from dpnlu.gradients.rounding import full_precision, growth
+from dpnlu.gradients.rounding import coarsest_of, full_precision, growth
 from dpnlu.gradients.trace import Trace
 from dpnlu.gradients.uses import combine
 
@@ -36,12 +36,14 @@ class Sketch:
     Attributes:
         squares: (B,) squared norms of the examples' gradients, without what the uses of a parameter
             at several pieces have in common: good enough for a scale.
+        coarsest: distance from 1 to the next number, of the coarsest gradients that arrived.
         layouts: of each place, by its number.
         pieces: the numbers of the places, as they were gone through.
         used: of each piece, the parameters that are used in it.
     """
 
     squares: Tensor
+    coarsest: float = 0.0
     layouts: dict[int, Layout] = field(default_factory=dict)
     pieces: list[list[int]] = field(default_factory=list)
     used: list[list[Tensor]] = field(default_factory=list)
@@ -50,6 +52,7 @@ class Sketch:
         """Add a piece, with the gradients of the parameters that are used in it."""
         parts = {parameter: combine(uses) for parameter, uses in gradients.items()}
         self.squares = self.squares + gradient_norms(parts, self.squares).values
+        self.coarsest = max(self.coarsest, coarsest_of(some.arrived))
         self.layouts |= zip(some.piece, some.layouts, strict=True)
         self.pieces.append(some.piece)
         self.used.append(list(parts))
@@ -110,7 +113,7 @@ def compare(
         losses, weights: (B,), B >= 1.
         parameters: all of them.
     """
-    running = _Running(len(losses), trace.coarsest)
+    running = _Running(len(losses), seen.coarsest)
     for number, piece in enumerate(seen.pieces):
         is_last = number + 1 == len(seen.pieces)
         used = parameters if is_last else seen.used[number]
@@ -132,7 +135,7 @@ def compare(
         weights=weights,
         errors=torch.stack([running.errors[parameter] for parameter in parameters]),
         tolerances=torch.stack([running.tolerances[parameter] for parameter in parameters]),
-        coarsest=trace.coarsest,
+        coarsest=seen.coarsest,
     )
 
 

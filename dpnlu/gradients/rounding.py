@@ -8,7 +8,7 @@ magnitudes, where u is the unit roundoff. So they hold whatever kernel computes 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -35,6 +35,11 @@ def growth(terms: int, dtype: torch.dtype) -> float:
     bound."""
     product = terms * torch.finfo(dtype).eps / 2
     return _MARGIN * product / (1 - product) if product < 0.5 else math.inf
+
+
+def coarsest_of(values: Iterable[Tensor | None]) -> float:
+    """Distance from 1 to the next number, of the coarsest type among tensors; 0 for none."""
+    return max((torch.finfo(v.dtype).eps for v in values if v is not None), default=0.0)
 
 
 def underflow(dtype: torch.dtype) -> float:

@@ -94,11 +94,6 @@ class Trace:
             total += size
         return pieces
 
-    @property
-    def coarsest(self) -> float:
-        """Distance from 1 to the next number, of the coarsest gradients at the places."""
-        return max((torch.finfo(place.dtype).eps for place in self.places), default=0.0)
-
     def usual_layouts(
         self, batch: int, arrived: Sequence[Tensor | None] | None = None
     ) -> list[Layout]:

@@ -117,7 +117,8 @@ class RecipeSettings(DataSettings):
     )
     patience: int | None = setting(
         "end ordinary training once the loss on the validation split has not fallen for so many "
-        "epochs, and keep the weights of its lowest (default: train to the end)",
+        "epochs, and keep the weights of its lowest; interrupted, it begins anew (default: train "
+        "to the end)",
         default=None,
     )
     max_grad_norm: float = setting(

@@ -164,7 +164,9 @@ def fit(
     """
     model.to(compute.device).train()
     optimizer = _optimizer(model, recipe)
-    state = _State(model, optimizer, recipe, checkpoints, progress)
+    # The weights of the lowest validation loss are in no checkpoint: such a training begins anew.
+    kept = None if recipe.patience is not None else checkpoints
+    state = _State(model, optimizer, recipe, kept, progress)
     state.restore()
     started = time.perf_counter()
     stopping = _stopping(model, recipe, plan, validation_loss)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dpnlu.gradients.rounding import (
+    coarsest_of,
     full_precision,
     growth,
     inner_products,
@@ -22,6 +23,13 @@ SIZES = [0, 1, 7, 1023, 1024, 1025, 5000, 2**20 + 3]
 
 def _exact(values: Tensor) -> Fraction:
     return sum((Fraction(value) ** 2 for value in values.flatten().tolist()), Fraction(0))
+
+
+def test_what_is_not_there_does_not_count_as_coarse():
+    fine = torch.ones(1, dtype=torch.float64)
+    assert coarsest_of([None]) == 0
+    assert coarsest_of([None, fine]) == 2.0**-52
+    assert coarsest_of([fine, fine.bfloat16(), fine.float()]) == 2.0**-7
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,7 +1,9 @@
 """Early stopping: when the validation loss no longer falls, and with the weights of its lowest."""
 
+import copy
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.training.checkpoint import Checkpoints
 from dpnlu.training.loop import ComputeConfig, FitResult, Randomness, Recipe, fit
 from dpnlu.training.stopping import EarlyStopping
 
@@ -26,7 +29,7 @@ def _collate(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def _fit(model: nn.Module, losses: Iterator[float] | None, **changes: object) -> FitResult:
     fields = {"epochs": 10, "batch_size": BATCH, "learning_rate": 0.01, "patience": 2}
-    plan = changes.pop("plan", None)
+    plan, checkpoints = changes.pop("plan", None), changes.pop("checkpoints", None)
     return fit(
         model,
         _examples(),
@@ -34,6 +37,7 @@ def _fit(model: nn.Module, losses: Iterator[float] | None, **changes: object) ->
         collate=_collate,
         recipe=Recipe(**fields | changes),
         plan=plan,
+        checkpoints=checkpoints,
         compute=ComputeConfig(),
         randomness=Randomness(order=np.random.default_rng(0)),
         validation_loss=None if losses is None else lambda: next(losses),
@@ -66,6 +70,29 @@ def test_it_ends_after_as_many_epochs_in_vain_and_goes_back_to_the_best(
     assert result.steps == epochs * SIZE // BATCH
     assert len(weights) == epochs
     torch.testing.assert_close(model.weight.detach(), weights[(best or epochs) - 1])
+
+
+def test_an_interrupted_training_begins_anew(tmp_path: Path) -> None:
+    """The weights of the lowest loss, which may be of an epoch before it was interrupted, are in no
+    checkpoint."""
+    losses = [1.0, 2.0, 3.0]
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    initial = copy.deepcopy(model.state_dict())
+    _fit(model, iter(losses))
+    expected = model.weight.detach().clone()
+
+    def interrupted() -> Iterator[float]:
+        yield losses[0]
+        raise KeyboardInterrupt
+
+    kept = Checkpoints(path=tmp_path / "checkpoint.pt", every=1)
+    model.load_state_dict(initial)
+    with pytest.raises(KeyboardInterrupt):
+        _fit(model, interrupted(), checkpoints=kept)
+    model.load_state_dict(initial)
+    assert _fit(model, iter(losses), checkpoints=kept).steps == len(losses) * SIZE // BATCH
+    torch.testing.assert_close(model.weight.detach(), expected)
 
 
 def test_training_goes_on_in_training_mode() -> None:
