@@ -19,7 +19,7 @@ from dpnlu.runs.settings import (
     RecipeSettings,
     parse_epsilon,
     setting,
-    without_unit,
+    without_later,
 )
 
 # Fewer say nothing about any model.
@@ -188,7 +188,7 @@ class StudySettings(RecipeSettings, MeasurementSettings):
         }
         content: dict[str, Any] = json.loads(json.dumps(asdict(self) | named))
         del content["device"]  # a study may be resumed on another
-        return without_unit(content)
+        return without_later(self, content)
 
 
 def budget_name(epsilon: float) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,15 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from dpnlu.integrations.trainer_callback import PrivacyCallback, show_epsilon, terminable
 from dpnlu.integrations.trainer_card import add_statement
-from dpnlu.integrations.trainer_checkpoints import Staging, complete
+from dpnlu.integrations.trainer_checkpoints import Staging, checkpoint_for, complete
 from dpnlu.integrations.trainer_data import Passes
 from dpnlu.integrations.trainer_losses import PerExampleLoss, losses_of_trainer
 from dpnlu.integrations.trainer_plan import check_plan, check_users, plan_for_trainer
-from dpnlu.integrations.trainer_privacy import Settings, TrainerPrivacy, has_begun
+from dpnlu.integrations.trainer_privacy import Settings, TrainerPrivacy
 from dpnlu.integrations.trainer_support import (
     check_not_begun,
     check_supported,
@@ -138,10 +139,28 @@ def privatize_trainer(
     private: Any = trainer
     private.__class__ = type(f"Private{kind.__name__}", (_PrivateTrainer, kind), {})
     private.private = TrainerPrivacy(chosen, settings, not_covered=chosen_by)
-    private._losses_of, private._staging, private._loss = losses, Staging(), None
+    private._dpnlu = _Own(losses)
     # The first, so that all others see the epoch that it sets right.
     trainer.callback_handler.callbacks.insert(0, PrivacyCallback(private.private))
     return trainer
+
+
+@dataclass
+class _Own:
+    """What a private trainer has for itself, in one attribute: the user's class may have any other.
+
+    Attributes:
+        losses_of: what is trained on.
+        loss: of the step that is being taken: sum and number of losses; None: no step is.
+        is_first: whether losses are those of the step, not of its checks.
+        lost: releases after the checkpoint that training goes on from.
+    """
+
+    losses_of: PerExampleLoss
+    staging: Staging = field(default_factory=Staging)
+    loss: list[float] | None = None
+    is_first: bool = False
+    lost: int = 0
 
 
 class _PrivateTrainer(Trainer):
@@ -152,10 +171,7 @@ class _PrivateTrainer(Trainer):
     """
 
     private: TrainerPrivacy
-    _losses_of: PerExampleLoss
-    _staging: Staging
-    #: Of the step that is being taken: sum and number of losses; None: no step is.
-    _loss: list[float] | None
+    _dpnlu: _Own
 
     # ---- training ----------------------------------------------------------------------------
 
@@ -169,21 +185,21 @@ class _PrivateTrainer(Trainer):
         check_supported(self)  # whatever was set since
         folder = Path(self._get_output_dir(trial))
         resumes = bool(resume_from_checkpoint)
-        checkpoint = _checkpoint(resume_from_checkpoint, folder)
+        checkpoint = checkpoint_for(resume_from_checkpoint, folder)
         with (
             terminable(self.private),
             self.private.opened(folder, self.train_dataset, resumes=resumes, checkpoint=checkpoint),
         ):
-            self._staging.clear(folder)
+            self._dpnlu.staging.clear(folder)
             begun = None if checkpoint is None else str(checkpoint)
             result = super().train(begun, trial, ignore_keys_for_eval)
-            if self.private.is_terminated and not self._is_saved(folder):
+            if self.private.is_terminated and not self._dpnlu_is_saved(folder):
                 self._save_checkpoint(self.model_wrapped, trial)  # told to end after its last step
         if self.private.is_terminated:
             raise SystemExit(f"Terminated; a checkpoint is in {folder}: resume from it.")
         return result
 
-    def _is_saved(self, folder: Path) -> bool:
+    def _dpnlu_is_saved(self, folder: Path) -> bool:
         return (folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}").is_dir()
 
     def get_train_dataloader(self) -> Any:
@@ -207,8 +223,8 @@ class _PrivateTrainer(Trainer):
         super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        made = len(self._ledger)
-        self._lost = made - self.state.global_step
+        made = len(self._dpnlu_ledger)
+        self._dpnlu.lost = made - self.state.global_step
         self.state.global_step = made
         return made // num_update_steps_per_epoch, 0
 
@@ -224,7 +240,7 @@ class _PrivateTrainer(Trainer):
         scheduler: Any = self.lr_scheduler
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of steps of the scheduler without the optimizer
-            for _ in range(self._lost):
+            for _ in range(self._dpnlu.lost):
                 scheduler.step()
         self.private.begin(model, optimizer)
         return model, prepared[1]
@@ -240,27 +256,28 @@ class _PrivateTrainer(Trainer):
         if callable(begin := getattr(self.optimizer, "train", None)):
             begin()
         training.weights_changed()  # by the optimizer, or a callback
-        step = training.stepper(lambda batch: self._losses(model, batch))
-        self._loss = [0.0, 0]
+        step = training.stepper(lambda batch: self._dpnlu_losses(model, batch))
+        self._dpnlu.loss = [0.0, 0]
         try:
             for batch in inputs:
-                self._is_first = True
+                self._dpnlu.is_first = True
                 step(batch)
             self.private.hand_over()
-            mean = self._loss[0] / max(1, self._loss[1])
+            mean = self._dpnlu.loss[0] / max(1, self._dpnlu.loss[1])
         finally:
-            self._loss = None
+            self._dpnlu.loss = None
         return torch.tensor(mean, device=self.args.device)
 
-    def _losses(self, model: nn.Module, batch: Any) -> Tensor:
+    def _dpnlu_losses(self, model: nn.Module, batch: Any) -> Tensor:
         """(B,); called again where the independence of examples is checked."""
         inputs = dict(self._prepare_inputs(batch))
         with self.compute_loss_context_manager():
-            losses = self._losses_of(model, inputs)
-        if self._is_first and self.private.settings.log_private and self._loss is not None:
-            self._loss[0] += float(losses.detach().sum())
-            self._loss[1] += len(losses)
-        self._is_first = False
+            losses = self._dpnlu.losses_of(model, inputs)
+        own, logs = self._dpnlu, self.private.settings.log_private
+        if logs and own.is_first and own.loss is not None:
+            own.loss[0] += float(losses.detach().sum())
+            own.loss[1] += len(losses)
+        own.is_first = False
         return losses
 
     def hyperparameter_search(self, *arguments: Any, **named: Any) -> Any:
@@ -277,7 +294,7 @@ class _PrivateTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Without what is private, with ε; what is logged within a step is left out."""
-        if self._loss is not None and not self.private.settings.log_private:
+        if self._dpnlu.loss is not None and not self.private.settings.log_private:
             return
         if self.private.training is not None:
             hidden = _PRIVATE_LOGS if self.private.settings.log_private else _PRIVATE_LOGS + _LOSSES
@@ -316,20 +333,20 @@ class _PrivateTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         """While a checkpoint is written, a folder that nobody resumes from."""
-        return self._staging.place or super()._get_output_dir(trial)
+        return self._dpnlu.staging.place or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save it as a whole, with what it must not be resumed without."""
         folder = Path(self._get_output_dir(trial))
-        with self._staging.begun(folder) as staged:
+        with self._dpnlu.staging.begun(folder) as staged:
             super()._save_checkpoint(model, trial)
-        checkpoint = complete(self, self._ledger, staged, folder)
+        checkpoint = complete(self, self._dpnlu_ledger, staged, folder)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(checkpoint))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Pushed when it is in its place."""
-        if self._staging.place is None:
+        if self._dpnlu.staging.place is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, *arguments: Any, **named: Any) -> None:
@@ -340,31 +357,9 @@ class _PrivateTrainer(Trainer):
             add_statement(Path(folder) / "README.md", self.private)
 
     @property
-    def _ledger(self) -> Any:
+    def _dpnlu_ledger(self) -> Any:
         assert self.private.ledger is not None
         return self.private.ledger
-
-
-def _checkpoint(asked: Any, folder: Path) -> Path | None:
-    """The checkpoint to go on from; None: training begins, or goes on from the initial weights, as
-    what a ledger without a checkpoint has spent stays spent.
-
-    Args:
-        asked: a path; True: the last one in the folder.
-
-    Raises:
-        ValueError: nothing has begun in the folder.
-    """
-    if not asked:
-        return None
-    if asked is not True:
-        return Path(asked)
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None  # type: ignore[no-untyped-call]
-    if found is None and not has_begun(folder):
-        raise ValueError(
-            f"Expected a training to resume in {folder}, found none: begin one by train()."
-        )
-    return None if found is None else Path(found)
 
 
 # ---- before training -------------------------------------------------------------------------

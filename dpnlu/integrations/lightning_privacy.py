@@ -11,33 +11,29 @@ Every checkpoint says which ledger it belongs to, and how far that was.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dpnlu.integrations.lightning_support import check_training, planned_steps
 from dpnlu.integrations.records import ResumeError
+from dpnlu.integrations.spending import EngineSettings, Spending
 from dpnlu.integrations.trainer_data import fingerprint, is_same
 from dpnlu.mechanism.durable import make_directory, write_json
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.plan import PrivacyPlan
-from dpnlu.training.handle import PrivateTraining, privatize
-from dpnlu.training.handover import Handover
 from dpnlu.training.logical_loader import DrawnBatch
 
 FOLDER, LEDGER, RUN = "_private", "ledger.jsonl", "run.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(EngineSettings):
     """What `privatize_trainer` was told; see there."""
 
     target_epsilon: float | None
@@ -46,45 +42,23 @@ class Settings:
     plan: PrivacyPlan | None
     physical_batch_size: int | None
     resume: bool
-    engine: str | None
-    noise: torch.Generator | Literal["system"] | None
-    sampling_rng: np.random.Generator | None
-    verify: bool
     log_private: bool
 
 
-class LightningPrivacy:
+class LightningPrivacy(Spending):
     """The privacy of one trainer: its plan, and what `fit` has spent of it.
 
     Attributes:
-        plan, ledger: of the last or present call of `fit`; None: there was none.
-        training: of the present call; None: there is none.
+        plan: of the last or present call of `fit`; None: there was none.
         is_repeated: whether the losses of a batch are being computed once more.
     """
 
     def __init__(self, settings: Settings) -> None:
+        super().__init__()
         self.settings = settings
         self.plan = settings.plan
-        self.ledger: Ledger | None = None
-        self.training: PrivateTraining | None = None
         self.is_repeated = False
-        self._last: PrivateTraining | None = None
-        self._handover: Handover | None = None
         self._loader: DataLoader[Any] | None = None
-
-    @property
-    def steps_taken(self) -> int:
-        """Releases that the last or present call of `fit` has made."""
-        return 0 if self._last is None else self._last.steps_taken
-
-    @property
-    def gradients(self) -> Mapping[nn.Parameter, Tensor]:
-        """The released sums of the last logical batch; see `PrivateTraining.gradients`."""
-        return {} if self._last is None else self._last.gradients
-
-    def epsilon(self, *, accountant: str = "pld") -> float:
-        """ε spent so far, at the plan's δ, from the ledger; 0 before training."""
-        return 0.0 if self.ledger is None else self.ledger.epsilon(accountant=accountant)
 
     # ---- for the trainer ---------------------------------------------------------------------
 
@@ -105,33 +79,17 @@ class LightningPrivacy:
         try:
             yield
         finally:
-            if self.training is not None:
-                self.training.close()
+            self._detach()
             self.ledger.close()
             if not len(self.ledger):
                 (place / LEDGER).unlink(missing_ok=True)  # it records nothing
-            self.training = self._handover = self._loader = None
+            self._loader = None
 
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
         """Attach to the module and the optimizer that was configured for it."""
         check_training(trainer)
-        assert self.plan is not None and self.ledger is not None
-        self._handover = Handover(trainer.optimizers[0])
-        self.training = self._last = privatize(
-            module,
-            self._handover,
-            self.plan,
-            engine=self.settings.engine,
-            ledger=self.ledger,
-            noise=self.settings.noise,
-            sampling_rng=self.settings.sampling_rng,
-            verify=self.settings.verify,
-        )
-
-    def hand_over(self) -> None:
-        """Leave what was released last as gradients."""
-        assert self._handover is not None
-        self._handover.hand_over()
+        assert self.plan is not None
+        self._attach(module, trainer.optimizers[0], self.plan, self.settings)
 
     def batches(self) -> Iterator[DrawnBatch]:
         """What is left of the pass over the data that the ledger stands in."""

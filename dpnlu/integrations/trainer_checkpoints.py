@@ -11,12 +11,17 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    get_last_checkpoint,
+    rotate_checkpoints,
+)
 
-from dpnlu.integrations.trainer_privacy import FOLDER, write_record
+from dpnlu.integrations.trainer_privacy import FOLDER, has_begun, write_record
 from dpnlu.mechanism.durable import make_directory, sync, sync_tree
 from dpnlu.mechanism.ledger import Ledger
 
@@ -80,3 +85,25 @@ def complete(trainer: Trainer, ledger: Ledger, staging: Path, folder: Path) -> P
         use_mtime=True,
     )
     return final
+
+
+def checkpoint_for(asked: Any, folder: Path) -> Path | None:
+    """The checkpoint to go on from; None: training begins, or goes on from the initial weights, as
+    what a ledger without a checkpoint has spent stays spent.
+
+    Args:
+        asked: a path; True: the last one in the folder.
+
+    Raises:
+        ValueError: nothing has begun in the folder.
+    """
+    if not asked:
+        return None
+    if asked is not True:
+        return Path(asked)
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None  # type: ignore[no-untyped-call]
+    if found is None and not has_begun(folder):
+        raise ValueError(
+            f"Expected a training to resume in {folder}, found none: begin one by train()."
+        )
+    return None if found is None else Path(found)

@@ -13,52 +13,43 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from dpnlu.integrations.records import ResumeError, check_record, record_of
+from dpnlu.integrations.spending import EngineSettings, Spending
 from dpnlu.integrations.trainer_data import fingerprint, is_same
 from dpnlu.mechanism.durable import remove, write_json
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.runs.directory import claimed, new_ledger, resumed_ledger
 from dpnlu.training.cutting import WhoseExamples
-from dpnlu.training.handle import PrivateTraining, privatize
-from dpnlu.training.handover import Handover
 
 FOLDER, LEDGER, RUN, RECORD = "_private", "ledger.jsonl", "run.json", "privacy.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(EngineSettings):
     """What `privatize_trainer` was told besides the plan; see there."""
 
     physical_batch_size: int
     users: WhoseExamples | None = None
-    engine: str | None = None
-    noise: torch.Generator | Literal["system"] | None = None
-    sampling_rng: np.random.Generator | None = None
-    verify: bool = True
     max_epsilon: float | None = None
     log_private: bool = False
 
 
-class TrainerPrivacy:
+class TrainerPrivacy(Spending):
     """The privacy of one trainer: its plan, and what `train` has spent of it.
 
     Attributes:
         plan: the mechanism.
         settings: the rest of what was asked for.
-        ledger: of the last or present call of `train`; None: there was none.
-        training: of the present call of `train`; None: there is none.
         last_step: after how many releases to stop.
         not_covered: what was chosen by scores on data, in sentences.
         is_terminated: whether the process was told to end during `train`.
@@ -67,38 +58,16 @@ class TrainerPrivacy:
     def __init__(
         self, plan: PrivacyPlan, settings: Settings, *, not_covered: Sequence[str] = ()
     ) -> None:
+        super().__init__()
         self.plan, self.settings = plan, settings
-        self.ledger: Ledger | None = None
-        self.training: PrivateTraining | None = None
         self.last_step = last_step(plan, settings.max_epsilon)
         self.not_covered = list(not_covered)
         self.is_terminated = False
-        self._handover: Handover | None = None
-        self._last: PrivateTraining | None = None
-
-    @property
-    def steps_taken(self) -> int:
-        """Releases that the last or present call of `train` has made."""
-        return 0 if self._last is None else self._last.steps_taken
-
-    @property
-    def non_finite_units(self) -> int:
-        """Examples or users left out so far because their gradient was not finite. Private."""
-        return 0 if self._last is None else self._last.non_finite_units
 
     @property
     def remaining_steps(self) -> int:
         """Releases that are planned and not made."""
         return self.plan.steps if self.ledger is None else self.ledger.remaining_steps(self.plan)
-
-    @property
-    def gradients(self) -> Mapping[nn.Parameter, Tensor]:
-        """The released sums of the last logical batch; see `PrivateTraining.gradients`."""
-        return {} if self._last is None else self._last.gradients
-
-    def epsilon(self, *, accountant: str = "pld") -> float:
-        """ε spent so far, at the plan's δ, from the ledger; 0 before training."""
-        return 0.0 if self.ledger is None else self.ledger.epsilon(accountant=accountant)
 
     # ---- for the trainer ---------------------------------------------------------------------
 
@@ -132,34 +101,12 @@ class TrainerPrivacy:
             elif len(self.ledger):
                 _check_not_lost(self.ledger, place)
             self.last_step = last_step(self.plan, self.settings.max_epsilon)
-            stack.callback(self._end)
+            stack.callback(self._detach)
             yield
 
     def begin(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Attach to the model; the trainer steps the optimizer."""
-        assert self.ledger is not None
-        self._handover = Handover(optimizer)
-        self.training = self._last = privatize(
-            model,
-            self._handover,
-            self.plan,
-            engine=self.settings.engine,
-            ledger=self.ledger,
-            noise=self.settings.noise,
-            sampling_rng=self.settings.sampling_rng,
-            verify=self.settings.verify,
-        )
-
-    def hand_over(self) -> None:
-        """Leave what was released last as gradients; see `Handover.hand_over`."""
-        assert self._handover is not None
-        self._handover.hand_over()
-
-    def _end(self) -> None:
-        """Detach from the model."""
-        if self.training is not None:
-            self.training.close()
-        self.training = self._handover = None
+        self._attach(model, optimizer, self.plan, self.settings)
 
 
 def last_step(plan: PrivacyPlan, max_epsilon: float | None) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 # Of a user in a step: enough to even out single texts, few enough to compute at once.
@@ -175,12 +175,22 @@ class TrainSettings(RecipeSettings):
         """The settings as JSON, which has no infinity."""
         content = asdict(self) | {"epsilon": str(self.epsilon).removesuffix(".0")}
         del content["device"]  # a training may be resumed on another
-        return without_unit(content)
+        return without_later(self, content)
 
 
-def without_unit(content: dict[str, Any]) -> dict[str, Any]:
-    """Settings without the unit of privacy where it is the example, as of versions that knew no
-    other: what they began can be resumed."""
-    if content["unit"] != "example":
-        return content
-    return {k: v for k, v in content.items() if k not in ("unit", "examples_per_user")}
+# Settings that earlier versions did not know, of trainings and studies.
+_LATER = {
+    *("unit", "examples_per_user", "weight_decay", "characters", "redact_digits", "patience"),
+    *("decimals", "audit_canaries", "searches"),
+}
+
+
+def without_later(settings: DataSettings, content: dict[str, Any]) -> dict[str, Any]:
+    """What is recorded of settings, without those that earlier versions did not know and that are
+    as they are by default: what such a version began can be resumed."""
+    same = {
+        known.name
+        for known in fields(settings)
+        if known.name in _LATER and getattr(settings, known.name) == known.default
+    }
+    return {name: value for name, value in content.items() if name not in same}

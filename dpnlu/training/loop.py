@@ -174,36 +174,9 @@ def fit(
         steps = _fit_ordinarily(state, examples, loss, collate, compute, randomness, stopping)
         synchronize(compute.device)
         return FitResult(steps=steps, seconds=time.perf_counter() - started, epsilon=None)
-    with privatize(
-        model,
-        optimizer,
-        plan,
-        engine=compute.engine,
-        ledger=ledger,
-        noise=randomness.noise,
-        sampling_rng=randomness.order,
-    ) as private:
-        made, total = len(private.ledger), len(private.ledger) + private.remaining_steps
-        state.check_restored(made, total)
-        step = private.stepper(lambda batch: loss(_moved(batch, compute.device)))
-        for batch in private.loader(
-            examples,
-            collate_fn=collate,
-            users=users,
-            physical_batch_size=compute.physical_batch_size,
-        ):
-            state.begin(len(private.ledger), total)
-            if step(batch):
-                state.finish(len(private.ledger), total)
-        state.save(len(private.ledger))  # the last steps may have been empty
-        synchronize(compute.device)
-        seconds = time.perf_counter() - started
-        return FitResult(
-            steps=len(private.ledger),
-            seconds=seconds,
-            epsilon=private.epsilon(),
-            left_out=private.non_finite_units,
-        )
+    return _fit_privately(
+        state, examples, loss, collate, plan, compute, randomness, users, ledger, started
+    )
 
 
 def check_fit(
@@ -295,6 +268,50 @@ def _stopping(
             f"{recipe.patience}: leave it out, or use data with a validation split."
         )
     return EarlyStopping(model, validation_loss, recipe.patience)
+
+
+def _fit_privately(
+    state: _State,
+    examples: Sequence[Any],
+    loss: Callable[[Any], Tensor],
+    collate: Callable[[list[Any]], Any],
+    plan: PrivacyPlan,
+    compute: ComputeConfig,
+    randomness: Randomness,
+    users: WhoseExamples | None,
+    ledger: Ledger | Path | None,
+    started: float,
+) -> FitResult:
+    with privatize(
+        state.model,
+        state.optimizer,
+        plan,
+        engine=compute.engine,
+        ledger=ledger,
+        noise=randomness.noise,
+        sampling_rng=randomness.order,
+    ) as private:
+        made, total = len(private.ledger), len(private.ledger) + private.remaining_steps
+        state.check_restored(made, total)
+        step = private.stepper(lambda batch: loss(_moved(batch, compute.device)))
+        for batch in private.loader(
+            examples,
+            collate_fn=collate,
+            users=users,
+            physical_batch_size=compute.physical_batch_size,
+        ):
+            state.begin(len(private.ledger), total)
+            if step(batch):
+                state.finish(len(private.ledger), total)
+        state.save(len(private.ledger))  # the last steps may have been empty
+        synchronize(compute.device)
+        seconds = time.perf_counter() - started
+        return FitResult(
+            steps=len(private.ledger),
+            seconds=seconds,
+            epsilon=private.epsilon(),
+            left_out=private.non_finite_units,
+        )
 
 
 def _fit_ordinarily(

@@ -32,6 +32,27 @@ class Doubled(Trainer):
         return (losses, outputs) if return_outputs else losses
 
 
+class WithNames(Doubled):
+    """A user's own names, which ours must not hide, nor be hidden by."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self._loss = None
+        losses = self._losses(super().compute_loss(model, inputs))
+        self._staging = self._lost = self._is_first = losses.detach().mean()
+        self.log({"loss": float(losses.detach().mean())})
+        return (losses, {}) if return_outputs else losses
+
+    def _losses(self, losses):
+        return losses
+
+    def _is_saved(self):
+        return "mine"
+
+    @property
+    def _ledger(self):
+        return "mine"
+
+
 class Meaning(Trainer):
     """A user's own loss, of the batch."""
 
@@ -100,6 +121,16 @@ def test_five_steps_are_those_of_the_plain_loop(tmp_path, name):
     assert made.private.steps_taken == made.state.global_step == 5
     assert torch.allclose(weights(made.model), expected, rtol=1e-5, atol=1e-7)
     assert not torch.allclose(weights(subjects.model(task)), expected, rtol=1e-2)
+
+
+def test_names_of_the_users_class_stay_the_users(tmp_path):
+    """And what it logs within a step, of private data, stays out of the logs."""
+    expected = _plainly_trained(subjects.model(), "texts", _of_doubled)
+    made = private(trainer(tmp_path, kind=WithNames))
+    made.train()
+    assert torch.allclose(weights(made.model), expected, rtol=1e-5, atol=1e-7)
+    assert (made._is_saved(), made._ledger) == ("mine", "mine")
+    assert not any("loss" in entry for entry in made.state.log_history)
 
 
 def test_another_engine_takes_the_same_steps(tmp_path):

@@ -116,7 +116,6 @@ CALLED = {
     "_get_collator_with_removed_columns": ["data_collator", "description"],
     "is_world_process_zero": [],
 }
-OURS = {"_losses", "_ledger", "_is_saved"}
 
 
 def _parameters(function):
@@ -131,7 +130,7 @@ def test_a_method_that_is_used_is_there(name):
 def test_every_method_that_is_overridden_is_listed():
     own = vars(huggingface._PrivateTrainer)
     found = {name for name, value in own.items() if inspect.isfunction(value)}
-    assert found - OURS == OVERRIDDEN.keys()
+    assert {name for name in found if not name.startswith("_dpnlu")} == OVERRIDDEN.keys()
 
 
 @pytest.mark.parametrize("name", ["training_step", "get_batch_samples", "_run_epoch"])
