@@ -28,6 +28,9 @@ HEADINGS = {
     "exact match (%)": "canary found %",
 }
 
+LONGEST_WHOLE = 8
+"""Names of at most so many characters stay on one line; the table then fits 80 columns."""
+
 
 def terminal_table(report: Mapping[str, Any]) -> Table:
     """Return the main table for a terminal: what was measured at all, and any alarm below it.
@@ -47,11 +50,13 @@ def terminal_table(report: Mapping[str, Any]) -> Table:
     ]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.caption, table.caption_justify = _caption(content, data), "left"
-    table.add_column("run", overflow="fold", min_width=6)
+    names = [shortened(row.name, LONGEST_NAME) for row in data.rows]
+    whole = max(map(len, names)) <= LONGEST_WHOLE
+    table.add_column("run", overflow="fold", min_width=6, no_wrap=whole)
     for heading, texts in columns:
         table.add_column(heading, min_width=_longest_word([heading, *map(str, texts)]))
-    for row, *texts in zip(data.rows, *(texts for _, texts in columns), strict=True):
-        table.add_row(Text(shortened(row.name, LONGEST_NAME), style="bold"), *texts)
+    for name, *texts in zip(names, *(texts for _, texts in columns), strict=True):
+        table.add_row(Text(name, style="bold"), *texts)
     return table
 
 

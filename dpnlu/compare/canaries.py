@@ -132,8 +132,9 @@ def _exposures(
             "fit_p_values": [found.fit_p_value for found in estimates],
         }
     center = float(np.mean(bits))
-    entry = {"exposure_bits": center, "available_bits": float(np.log2(canary.combinations)), **more}
-    return entry | _mean_interval(bits, confidence)
+    available = float(np.log2(canary.combinations))
+    entry = {"exposure_bits": center, "available_bits": available, **more}
+    return entry | _mean_interval(bits, confidence, most=available)
 
 
 def _guesses(canary: CanarySpec, readings: Sequence[CanaryReading]) -> dict[str, NDArray[np.int64]]:
@@ -199,11 +200,13 @@ def _tokens(candidates: Sequence[Sequence[str]], secret: NDArray[np.int64]) -> l
     return [tokens[index] for tokens, index in zip(candidates, secret, strict=True)]
 
 
-def _mean_interval(values: Sequence[float], confidence: float) -> dict[str, list[float]]:
-    """Student's interval of a mean; absent for a single value."""
+def _mean_interval(
+    values: Sequence[float], confidence: float, *, most: float
+) -> dict[str, list[float]]:
+    """Student's interval of a mean, cut to the possible [0, most]; absent for a single value."""
     if len(values) < 2:
         return {}
     error = float(stats.sem(values))
     half = error * float(stats.t.ppf((1 + confidence) / 2, len(values) - 1))
     center = float(np.mean(values))
-    return {"exposure_interval": [center - half, center + half]}
+    return {"exposure_interval": [max(center - half, 0.0), min(center + half, max(most, center))]}

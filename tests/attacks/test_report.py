@@ -641,7 +641,7 @@ def rendered(report, width):
 def test_the_terminal_shows_whole_numbers_at_any_width(width):
     text = rendered(study(), width)
     assert "…" not in text
-    for number in ("0.700", "7.98", "96.0", "[0.680,", "0.720]", "80.0"):
+    for number in ("eps-inf", "0.700", "7.98", "96.0", "[0.680,", "0.720]", "80.0"):
         assert number in text
     assert max(map(len, text.splitlines())) <= width
 

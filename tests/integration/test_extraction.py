@@ -377,6 +377,17 @@ class TestStudies:
         entry = canary_entry(canary, readings, delta=1e-5, confidence=0.95)
         assert "accounted_group_epsilon" not in entry and refuted(entry) == ""
 
+    def test_the_interval_of_the_exposure_stays_within_what_is_possible(self) -> None:
+        """One canary is found at once, the other is ranked last: Student's interval is wider."""
+        canary = parse_canary("pin:2:R=3")
+        losses = np.arange(100.0)
+        readings = [
+            CanaryReading(losses=losses, secret=np.array(digits)) for digits in ([0, 0], [9, 9])
+        ]
+        entry = canary_entry(canary, readings, delta=1e-5, confidence=0.95)
+        assert entry["exposure_bits"] == pytest.approx(entry["available_bits"] / 2)
+        assert entry["exposure_interval"] == [0.0, entry["available_bits"]]
+
     def test_a_reading_survives_its_file(self) -> None:
         canary = parse_canary("pin:2:R=1")
         before = self._reading(canary, [4, 2], model=0)
