@@ -1,8 +1,8 @@
 """Time of a private step over that of an ordinary one: interleaved pairs, median of ratios.
 
 Each case has a process of its own, so that none inherits another's memory. Where private steps
-take faster matrix products than torch's, each case is measured once more with torch's on both
-sides: what a user gets on this processor, and what the method costs.
+take other kernels than torch's, a case is measured once more with torch's alone on both sides: what
+a user gets on this processor, and what the method costs.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from dpnlu.benchmark.cases import Case, named
 from dpnlu.benchmark.process import EQUAL_KERNELS, KEEPS_MEMORY, result_of
 from dpnlu.benchmark.steps import Step, ordinary, private
 from dpnlu.gradients.kernels import are_those_of_torch
+from dpnlu.gradients.lstm.native import scan_for
 
 # Pairs of steps before those that are timed: memory is there then, and most early checks are done.
 _WARM_UP = 4
@@ -35,7 +37,7 @@ class Overhead:
         ordinary_ms, private_ms: median times of a logical step.
         ratio: median over pairs of private / ordinary.
         ratios: the quartiles of the same.
-        equal_ratio: the ratio with the same matrix products on both sides.
+        equal_ratio: the ratio with torch's kernels alone on both sides.
         target: what was aimed at.
     """
 
@@ -56,7 +58,7 @@ def measure(case: Case, *, pairs: int, device: str = "cpu") -> Overhead:
     """
     ours = _result(case, pairs=pairs, device=device, environment=KEEPS_MEMORY)
     equal = ours
-    if not (are_those_of_torch() or device != "cpu"):
+    if device == "cpu" and _takes_other_kernels(case):
         environment = KEEPS_MEMORY | EQUAL_KERNELS
         equal = _result(case, pairs=pairs, device=device, environment=environment)
     return Overhead(
@@ -64,6 +66,14 @@ def measure(case: Case, *, pairs: int, device: str = "cpu") -> Overhead:
         **ours | {"ratios": tuple(ours["ratios"])},
         equal_ratio=equal["ratio"],
         target=case.target,
+    )
+
+
+def _takes_other_kernels(case: Case) -> bool:
+    """Whether private steps of this case have kernels that ordinary ones do not have."""
+    compiled = scan_for(torch.zeros(4, 1)) is not None
+    return not are_those_of_torch() or (
+        compiled and any(isinstance(module, nn.LSTM) for module in case.build().modules())
     )
 
 

@@ -1,10 +1,11 @@
 """Matrix products with the fastest kernel at hand.
 
 torch multiplies float32 matrices on a CPU with MKL. On processors with AVX-512 that are not made by
-MKL's maker, MKL reaches half the speed of oneDNN, the library behind torch's recurrent kernels;
-with AVX2 alone MKL is the faster one. So with AVX-512, and where torch has a product through
-oneDNN, that product is used for float32; elsewhere, and where the environment says
-`DPNLU_KERNELS=torch`, the ordinary one. Both compute in float32.
+MKL's maker, MKL reaches half the speed of oneDNN, the library behind torch's recurrent kernels; on
+its maker's processors, and with AVX2 alone, MKL is the faster one. So with AVX-512 on another
+maker's processor, and where torch has a product through oneDNN, that product is used for float32;
+elsewhere, and where the environment says `DPNLU_KERNELS=torch`, the ordinary one. Both compute in
+float32.
 
 oneDNN compiles a kernel for every new shape and keeps working memory for it. So it gets few shapes:
 blocks of fixed size, and small batches.
@@ -13,11 +14,22 @@ blocks of fixed size, and small batches.
 from __future__ import annotations
 
 import os
+import platform
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def _is_by_mkls_maker() -> bool:
+    """Whether the processor is Intel's."""
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return "GenuineIntel" in platform.processor()
+
 
 # torch's operator for x Wᵀ + b through oneDNN, and the one that reorders W for it; None where they
 # are missing or not faster.
@@ -27,6 +39,7 @@ if (
     os.environ.get("DPNLU_KERNELS") != "torch"
     and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    and not _is_by_mkls_maker()
 ):
     _product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     _lay_out = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)

@@ -34,12 +34,15 @@ class Memory:
         made: T = self._of_this_pass[whole][1]
         return made
 
-    def prepared(self, weights: tuple[Tensor, ...], make: Callable[[], T]) -> T:
+    def prepared(self, weights: tuple[Tensor, ...], make: Callable[[], T], *key: Any) -> T:
         """The result of `make`, which is called again only if the numbers in the weights changed.
 
         They are compared with copies: an assignment to `.data` leaves no other trace.
+
+        Args:
+            weights, key: as in `remembered`.
         """
-        whole = tuple(id(weight) for weight in weights)
+        whole = (*key, *(id(weight) for weight in weights))
         held = self._prepared.get(whole)
         if held is None or not held.is_of(weights):
             held = self._prepared[whole] = _Prepared.of(weights, make())

@@ -20,10 +20,11 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from dpnlu.gradients.layout import Layout
+from dpnlu.gradients.lstm.passes import Reverse
 from dpnlu.gradients.packing import Packing, PackRows, SortStates, SpreadRows, UnpackRows
 from dpnlu.gradients.recorder import Recorder
 from dpnlu.gradients.rules.linear import linear
-from dpnlu.gradients.rules.lstm import Reverse, lstm_layer
+from dpnlu.gradients.rules.lstm import lstm_layer
 
 States = tuple[Tensor, ...]
 Weights = tuple[Tensor, ...]
