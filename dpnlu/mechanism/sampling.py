@@ -90,7 +90,9 @@ def physical_batches(
     """Cut a logical batch into pieces of at most `size` examples, group by group.
 
     Args:
-        fixed_size: fill the pieces up to `size` with further copies of their own examples.
+        fixed_size: pieces of exactly `size`, the last filled up with further copies of its own
+            examples; otherwise there are as few pieces as can be, of sizes that differ by one at
+            most: a piece of three examples takes little less time than one of sixty.
 
     Returns:
         The pieces in order; none at all for an empty logical batch.
@@ -98,11 +100,11 @@ def physical_batches(
     groups = [unit for unit in batch.units if len(unit)]
     pieces = []
     for number, unit in enumerate(groups, start=1):
-        cuts = range(0, len(unit), size)
-        for start in cuts:
-            closes_unit = start == cuts[-1]
+        count = -(-len(unit) // size)
+        ends = range(size, len(unit), size) if fixed_size else count
+        for place, ids in enumerate(np.array_split(unit, ends), start=1):
+            closes_unit = place == count
             closes_step = closes_unit and number == len(groups)
-            ids = unit[start : start + size]
             fillers = size - len(ids) if fixed_size else 0
             ids = np.resize(ids, len(ids) + fillers)  # repeats them
             pieces.append(PhysicalBatch(ids, closes_unit, closes_step, fillers))

@@ -176,17 +176,25 @@ def test_physical_batches_partition_the_logical_batch(sizes, size):
     assert len(pieces) == sum(-(-length // size) for length in sizes)
 
 
+@given(length=st.integers(1, 40), size=st.integers(1, 9))
+def test_pieces_of_a_group_are_of_like_size(length, size):
+    pieces = physical_batches(LogicalBatch((np.arange(length),)), size=size)
+    sizes = [len(piece.ids) for piece in pieces]
+    assert max(sizes) - min(sizes) <= 1
+
+
 @given(sizes=UNITS, size=st.integers(1, 9))
 def test_pieces_of_a_fixed_size_hold_the_same_and_fillers_of_their_own(sizes, size):
     ends = np.cumsum([0, *sizes])
     batch = LogicalBatch(tuple(np.arange(a, b) for a, b in pairwise(ends)))
-    plain = physical_batches(batch, size=size)
     filled = physical_batches(batch, size=size, fixed_size=True)
-    for piece, full in zip(plain, filled, strict=True):
-        assert len(full.ids) == size == len(piece.ids) + full.fillers
-        assert full.ids[: len(piece.ids)].tolist() == piece.ids.tolist()
-        assert set(full.ids) == set(piece.ids)
-        assert (full.closes_unit, full.closes_step) == (piece.closes_unit, piece.closes_step)
+    kept = [piece.ids[: size - piece.fillers] for piece in filled]
+    assert np.concatenate([[], *kept]).tolist() == list(range(ends[-1]))
+    for piece, own in zip(filled, kept, strict=True):
+        assert len(piece.ids) == size and set(piece.ids) == set(own)
+        assert piece.fillers == 0 or piece.closes_unit
+    marks = [(piece.closes_unit, piece.closes_step) for piece in physical_batches(batch, size=size)]
+    assert [(piece.closes_unit, piece.closes_step) for piece in filled] == marks
 
 
 def test_an_empty_logical_batch_has_no_pieces():
