@@ -113,7 +113,7 @@ def _rdp_epsilon(events: tuple[SampledGaussian, ...], delta: float) -> float:
     from dp_accounting import rdp
 
     _refuse_truncation(events, "rdp")
-    with _quiet_absl():  # it reports every Rényi order that it leaves out
+    with quiet():  # it reports every Rényi order that it leaves out
         return _composed_epsilon(rdp.RdpAccountant(), events, delta)
 
 
@@ -144,11 +144,11 @@ def _is_truncated(events: tuple[SampledGaussian, ...]) -> bool:
 
 def _composed_epsilon(accountant: Any, events: tuple[SampledGaussian, ...], delta: float) -> float:
     for event in events:
-        accountant.compose(_dp_event(event), event.steps)
+        accountant.compose(as_dp_event(event), event.steps)
     return float(accountant.get_epsilon(delta))
 
 
-def _dp_event(event: SampledGaussian) -> Any:
+def as_dp_event(event: SampledGaussian) -> Any:
     """One step of `event` in the vocabulary of `dp_accounting`."""
     from dp_accounting import dp_event
 
@@ -173,7 +173,8 @@ def _relation(events: tuple[SampledGaussian, ...]) -> Any:
 
 
 @contextmanager
-def _quiet_absl() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Leave out what `dp-accounting` reports of its own workings."""
     logger = logging.getLogger("absl")
     before = logger.disabled
     logger.disabled = True

@@ -59,6 +59,22 @@ def calibrate_noise_multiplier(
     return _narrowed(lambda sigma: excess(sigma, 1.0), fine, tolerance=tolerance)[1]
 
 
+def least_noise(
+    excess: Callable[[float], float], *, start: float = 1.0, tolerance: float = 1e-3
+) -> float:
+    """The smallest noise multiplier, within tolerance, at which an excess is not above 0.
+
+    Args:
+        excess: of a noise multiplier: the logarithm of its ε over the target; it must fall.
+        start: a noise multiplier to begin with.
+        tolerance: as for `calibrate_noise_multiplier`.
+
+    Raises:
+        ValueError: no noise multiplier below a million reaches the target.
+    """
+    return _narrowed(excess, _bracket(excess, start=start), tolerance=tolerance)[1]
+
+
 def _bracket(
     excess: Callable[[float], float], *, start: float, factor: float = 1.5
 ) -> tuple[float, float]:
