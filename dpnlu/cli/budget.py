@@ -10,9 +10,6 @@ from typing import Any
 from dpnlu.accounting.accountants import ACCOUNTANTS
 from dpnlu.mechanism.plan import PrivacyPlan
 
-# As good as 0, for which there is no noise.
-_SMALLEST_EPSILON = 1e-300
-
 
 def add_parser(commands: Any) -> None:
     """Add the command to the command line."""
@@ -61,8 +58,9 @@ def _add_noise(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--noise-schedule",
         default="constant",
-        help="how the noise changes with the epochs: constant, exponential:F or inverse:F "
-        "(default: %(default)s)",
+        help="how the noise changes with the epochs: constant; exponential:F or step:F:N, F times "
+        "as much after every epoch or every N; inverse:F, 1 / (1 + F * epoch) of it; or "
+        "list:A,B,... as much (default: %(default)s)",
     )
     parser.add_argument(
         "--microbatches",
@@ -87,7 +85,10 @@ def run(options: argparse.Namespace) -> None:
         "accountant": options.accountant,
     }
     if plan.noise_schedule != "constant":
-        found["constant_noise_multiplier_of_equal_epsilon"] = _constant(plan).noise_multiplier
+        found["noise_schedule"] = plan.noise_schedule
+        found["constant_noise_multiplier_of_equal_epsilon"] = (
+            plan.with_constant_noise().noise_multiplier
+        )
     if options.json:
         known = {name: None if value == math.inf else value for name, value in found.items()}
         print(json.dumps(known, allow_nan=False))
@@ -118,15 +119,3 @@ def plan_of(options: argparse.Namespace) -> PrivacyPlan:
     if options.noise_multiplier is None:
         return plan
     return plan.with_noise(options.noise_multiplier)
-
-
-def _constant(plan: PrivacyPlan) -> PrivacyPlan:
-    """The plan of the same ε whose noise does not change: what a schedule has to beat."""
-    return PrivacyPlan.calibrate(
-        target_epsilon=max(plan.epsilon(), _SMALLEST_EPSILON),
-        target_delta=plan.target_delta,
-        num_examples=plan.num_examples,
-        expected_batch_size=round(plan.expected_batch_size),
-        steps=plan.steps,
-        max_grad_norm=plan.max_grad_norm,
-    )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -21,11 +20,14 @@ from dpnlu.accounting.events import (
 )
 from dpnlu.mechanism.clipping import CLIPPING_RULES
 from dpnlu.mechanism.ranges import check_choice, check_count, check_not_negative, check_positive
+from dpnlu.mechanism.schedules import check_noise_is_left, schedule
 
 # A training of a millisecond a step takes twelve days for so many.
 MOST_STEPS = 10**9
 # Each epoch of a noise schedule is a mechanism of its own; composing so many takes minutes.
 MOST_SCHEDULED_EPOCHS = 10_000
+# As good as 0, for which there is no noise.
+_SMALLEST_EPSILON = 1e-300
 SAMPLINGS = ("poisson", "truncated_poisson")
 CLIPPING_UNITS = ("example", "microbatch", "user")
 UNITS = ("example", "user")
@@ -39,8 +41,8 @@ class PrivacyPlan:
     Gaussian noise of standard deviation `noise_multiplier * sensitivity`.
 
     Attributes:
-        noise_multiplier: noise standard deviation / sensitivity in the first epoch, >= 0; 0 trains
-            without privacy and ε is infinite.
+        noise_multiplier: noise standard deviation / sensitivity where the schedule's factor is 1,
+            >= 0; 0 trains without privacy and ε is infinite.
         max_grad_norm: bound C > 0 on the gradient norm of one clipping unit.
         sample_rate: probability in (0, 1] with which each unit enters a logical batch.
         steps: number of releases, in [1, 1e9]; empty logical batches count.
@@ -55,8 +57,10 @@ class PrivacyPlan:
         sampling: "poisson", or "truncated_poisson": batches above `max_batch_size` lose random
             members.
         max_batch_size: the truncation point in units; only with sampling="truncated_poisson".
-        noise_schedule: "constant", "exponential:F" (noise_multiplier * F**epoch) or "inverse:F"
-            (noise_multiplier / (1 + F * epoch)).
+        noise_schedule: the factor on noise_multiplier in epoch 0, 1, …: "constant";
+            "exponential:F", F**epoch; "step:F:N", F once more after every N epochs; "inverse:F",
+            1 / (1 + F * epoch); or "list:A,B,…", one for each epoch, the last one for all that
+            follow. There must be noise in every epoch.
         unit: what is drawn, clipped as a whole and protected: one "example", that is one labelled
             text; or one "user", with all of their examples (McMahan et al. 2018).
         examples_per_user: how many examples of a drawn user count in a step at most, chosen anew
@@ -101,12 +105,14 @@ class PrivacyPlan:
         _check_paired("max_batch_size", self.max_batch_size, self.sampling == "truncated_poisson")
         if self.max_batch_size is not None:
             check_digits(self.target_delta, self.steps)  # now, and not after hours of training
-        _schedule(self.noise_schedule)
+        schedule(self.noise_schedule)
         if self.noise_schedule != "constant" and self.epochs > MOST_SCHEDULED_EPOCHS:
             raise ValueError(
                 f"Expected {MOST_SCHEDULED_EPOCHS} epochs at most with a noise schedule, got "
                 f"{self.epochs:.4g}: train for fewer, or with constant noise."
             )
+        epochs = -(-self.steps // self.steps_per_epoch)
+        check_noise_is_left(self.noise_schedule, self.noise_multiplier, epochs=epochs)
 
     @classmethod
     def calibrate(
@@ -162,15 +168,7 @@ class PrivacyPlan:
             unit=unit,
             examples_per_user=examples_per_user,
         )
-        if math.isinf(target_epsilon):
-            return draft
-        return draft.with_noise(
-            calibrate_noise_multiplier(
-                lambda sigma: draft.with_noise(sigma).events(),
-                target_epsilon=target_epsilon,
-                delta=target_delta,
-            )
-        )
+        return draft._calibrated(target_epsilon)
 
     @property
     def adjacency(self) -> str:
@@ -209,7 +207,7 @@ class PrivacyPlan:
 
     def noise_multiplier_at(self, step: int) -> float:
         """The noise multiplier of the release with index `step`, counted from 0."""
-        return self.noise_multiplier * _schedule(self.noise_schedule)(step // self.steps_per_epoch)
+        return self.noise_multiplier * schedule(self.noise_schedule)(step // self.steps_per_epoch)
 
     def noise_std_at(self, step: int) -> float:
         """Standard deviation of the noise on each coordinate of the released sum."""
@@ -248,6 +246,28 @@ class PrivacyPlan:
             warnings.simplefilter("ignore")  # whatever δ deserves was said when this plan was made
             return replace(self, noise_multiplier=noise_multiplier)
 
+    def with_constant_noise(self) -> PrivacyPlan:
+        """The plan of equal ε whose noise does not change: what a schedule has to beat.
+
+        Guarantee: its ε does not exceed that of this plan.
+        """
+        if self.noise_schedule == "constant":
+            return self
+        constant = replace(self.with_noise(0.0), noise_schedule="constant")
+        return constant._calibrated(max(self.epsilon(), _SMALLEST_EPSILON))
+
+    def _calibrated(self, target_epsilon: float) -> PrivacyPlan:
+        """The same plan with the least noise that meets the target."""
+        if math.isinf(target_epsilon):
+            return self
+        return self.with_noise(
+            calibrate_noise_multiplier(
+                lambda sigma: self.with_noise(sigma).events(),
+                target_epsilon=target_epsilon,
+                delta=self.target_delta,
+            )
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, for JSON."""
         return asdict(self)
@@ -278,25 +298,6 @@ class PrivacyPlan:
             max_batch_size=self.max_batch_size,
             num_examples=self.num_examples if truncated else None,
         )
-
-
-def _schedule(spec: str) -> Callable[[int], float]:
-    """The function from an epoch to the factor on the noise multiplier."""
-    name, _, value = spec.partition(":")
-    if spec == "constant":
-        return lambda epoch: 1.0
-    try:
-        factor = float(value)
-    except ValueError:
-        factor = math.nan
-    if name == "exponential" and 0 < factor <= 1:
-        return lambda epoch: factor**epoch
-    if name == "inverse" and factor >= 0 and math.isfinite(factor):
-        return lambda epoch: 1 / (1 + factor * epoch)
-    raise ValueError(
-        "Expected `noise_schedule` to be constant, exponential:F with F in (0, 1] or inverse:F "
-        f"with F >= 0, got {spec!r}."
-    )
 
 
 def _rate(expected_batch_size: float, num_examples: int, unit: str) -> float:

@@ -124,6 +124,12 @@ class RecipeSettings(DataSettings):
     max_grad_norm: float = setting(
         "clipping bound on the gradient norm of an example, or of a user", default=1.0
     )
+    noise_schedule: str = setting(
+        "how the noise changes with the epochs: constant; exponential:F or step:F:N, F times as "
+        "much after every epoch or every N; inverse:F, 1 / (1 + F * epoch) of it; or list:A,B,... "
+        "as much",
+        default="constant",
+    )
     unit: str = setting(
         "what ε protects: an example, or with `user` a person with all of their examples, who are "
         "named in the data; batch size, epochs and δ are then those of users",
@@ -181,6 +187,7 @@ class TrainSettings(RecipeSettings):
 # Settings that earlier versions did not know, of trainings and studies.
 _LATER = {
     *("unit", "examples_per_user", "weight_decay", "characters", "redact_digits", "patience"),
+    *("noise_schedule",),
     *("decimals", "audit_canaries", "searches"),
 }
 

@@ -15,6 +15,8 @@ RUN = {
     "epsilon": 1.99,
     "delta": 1e-5,
     "noise_multiplier": 1.1,
+    "noise_schedule": "exponential:0.9",
+    "constant_noise_multiplier": 0.9,
     "max_grad_norm": 1.0,
     "sample_rate": 0.02,
     "steps": 500,

@@ -127,6 +127,7 @@ BAD_BUDGETS = {
     "--noise-multiplier -1": "`noise_multiplier` to be finite and >= 0",
     "--microbatches 0": "`microbatches`",
     "--noise-schedule fast": "`noise_schedule`",
+    "--noise-schedule list:1,0": "list:1,0 reaches zero after 1 of 3",
 }
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from dpnlu.accounting.accountants import epsilon
 from dpnlu.accounting.events import SampledGaussian
+from dpnlu.mechanism import schedules
 from dpnlu.mechanism.plan import PrivacyPlan
 
 CALIBRATION = {
@@ -79,7 +80,20 @@ INVALID_PLANS = [
             "exponential:fast",
             "inverse:-1",
             "inverse:inf",
+            "step:0.5",
+            "step:0.5:0",
+            "step:0.5:1.5",
+            "step:2:1",
+            "list",
+            "list:",
+            "list:1,-1",
+            "list:1,nan",
+            "list:1,inf",
         )
+    ),
+    *(
+        Invalid({"noise_schedule": spec, "sample_rate": 0.25, "steps": 16}, f"{spec} reaches zero")
+        for spec in ("list:1,0.5,0", "list:0,1", "exponential:1e-110", "step:1e-200:1")
     ),
 ]
 INVALID_CALIBRATIONS = [
@@ -189,6 +203,10 @@ def test_a_decaying_schedule_costs_the_composition_of_its_epochs(make_plan, sche
         ("exponential:1", [1, 1, 1]),
         ("inverse:2", [1, 1 / 3, 1 / 5]),
         ("inverse:0", [1, 1, 1]),
+        ("step:0.5:2", [1, 1, 0.5]),
+        ("step:0.5:1", [1, 0.5, 0.25]),
+        ("list:2,1.5,0.3,0", [2, 1.5, 0.3]),
+        ("list:1,0.4", [1, 0.4, 0.4]),
     ],
 )
 def test_the_schedule_sets_the_noise_of_every_epoch(make_plan, spec, factors):
@@ -205,7 +223,45 @@ def test_the_schedule_sets_the_noise_of_every_epoch(make_plan, spec, factors):
     assert [plan.event_at(step).noise_multiplier for step in range(11)] == pytest.approx(planned)
 
 
-@pytest.mark.parametrize("spec", ["constant", "exponential:0.5"])
+# The last column of the same table: σ0, factor -> constant σ of the same ε. The third belongs to an
+# ε of 1.297; that of the schedule is 1.316, by dp-accounting, too.
+CONTROLS = [((1.0, 0.95), 0.71), ((1.0, 0.9), 0.47), ((2.0, 0.9), 0.96), ((2.0, 0.8), 0.35)]
+
+
+@pytest.mark.parametrize(("schedule", "known"), CONTROLS, ids=str)
+def test_a_schedule_has_a_constant_noise_of_equal_epsilon(make_plan, schedule, known):
+    sigma, factor = schedule
+    size = {"sample_rate": 64 / 13_084, "num_examples": 13_084, "steps": 2040}
+    plan = make_plan(noise_multiplier=sigma, noise_schedule=f"exponential:{factor}", **size)
+    constant = plan.with_constant_noise()
+    assert constant.noise_multiplier == pytest.approx(known, abs=0.0065)
+    assert 0.99 * plan.epsilon() <= constant.epsilon() <= plan.epsilon()
+    assert constant.noise_schedule == "constant" and constant.with_constant_noise() is constant
+
+
+def test_without_noise_the_constant_noise_of_equal_epsilon_is_none(make_plan):
+    plan = make_plan(noise_multiplier=0.0, noise_schedule="exponential:0.5")
+    assert plan.with_constant_noise().noise_multiplier == 0
+
+
+SCHEDULES = ["exponential:0.8", "step:0.5:2", "inverse:0.5", "list:1,2,0.5"]
+
+
+@pytest.mark.parametrize("spec", SCHEDULES)
+def test_calibration_scales_a_schedule_as_a_whole(spec):
+    """The factors between epochs stay, ε is that of all blocks by another accountant."""
+    plan = PrivacyPlan.calibrate(**CALIBRATION | {"noise_schedule": spec, "steps": 80})
+    factors = [schedules.schedule(spec)(epoch) for epoch in range(4)]
+    blocks = [
+        SampledGaussian(noise_multiplier=plan.noise_multiplier * f, sample_rate=0.05, steps=20)
+        for f in factors
+    ]
+    assert 0.99 * 4 <= plan.epsilon() <= 4
+    second = epsilon(blocks, delta=1e-5, accountant="dp-accounting")
+    assert plan.epsilon() == pytest.approx(second, rel=0.005)
+
+
+@pytest.mark.parametrize("spec", ["constant", *SCHEDULES])
 @pytest.mark.parametrize("steps", [0, 1, 4, 5, 11])
 def test_the_events_of_a_part_are_the_beginning_of_all(make_plan, spec, steps):
     plan = make_plan(sample_rate=0.25, steps=11, noise_schedule=spec)
@@ -278,10 +334,23 @@ def test_epochs_are_the_expected_visits(make_plan):
 # ---- as values -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", [{}, MICROBATCH, TRUNCATED, {"noise_schedule": "inverse:0.5"}])
+SCHEDULED = [{"noise_schedule": spec} for spec in SCHEDULES]
+
+
+@pytest.mark.parametrize("change", [{}, MICROBATCH, TRUNCATED, *SCHEDULED])
 def test_a_plan_survives_json(make_plan, change):
     plan = make_plan(**change)
     assert PrivacyPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_a_plan_of_an_earlier_version_is_read(make_plan):
+    """It had fewer fields."""
+    first = """{"noise_multiplier": 1.0, "max_grad_norm": 1.0, "sample_rate": 0.5, "steps": 10,
+        "target_delta": 1e-05, "num_examples": 8, "clipping": "flat", "clipping_unit": "example",
+        "microbatches": null, "sampling": "poisson", "max_batch_size": null,
+        "noise_schedule": "exponential:0.9"}"""
+    plan = PrivacyPlan.from_dict(json.loads(first))
+    assert plan == make_plan(noise_schedule="exponential:0.9")
 
 
 def test_unknown_missing_and_wrong_fields_are_refused(make_plan):
