@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -15,15 +16,21 @@ from dpnlu.accounting.accountants import epsilon
 from dpnlu.accounting.calibration import calibrate_noise_multiplier
 from dpnlu.accounting.events import (
     SampledGaussian,
-    check_delta,
     check_digits,
 )
-from dpnlu.mechanism.clipping import CLIPPING_RULES
+from dpnlu.mechanism.clipping import clipping_rule
+from dpnlu.mechanism.fields import (
+    MOST_STEPS,
+    check_paired,
+    check_sample_rate,
+    check_target_delta,
+    groups_of_names,
+    rate_for,
+    steps_for,
+)
 from dpnlu.mechanism.ranges import check_choice, check_count, check_not_negative, check_positive
 from dpnlu.mechanism.schedules import check_noise_is_left, schedule
 
-# A training of a millisecond a step takes twelve days for so many.
-MOST_STEPS = 10**9
 # Each epoch of a noise schedule is a mechanism of its own; composing so many takes minutes.
 MOST_SCHEDULED_EPOCHS = 10_000
 # As good as 0, for which there is no noise.
@@ -31,6 +38,9 @@ _SMALLEST_EPSILON = 1e-300
 SAMPLINGS = ("poisson", "truncated_poisson")
 CLIPPING_UNITS = ("example", "microbatch", "user")
 UNITS = ("example", "user")
+# How neighbouring data sets differ: by one unit's presence, by one that is replaced by nothing, or
+# by one that is replaced by another.
+ADJACENCIES = ("add-remove-one", "zero-out-one", "replace-one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +59,14 @@ class PrivacyPlan:
         target_delta: the δ at which ε is stated, in [1e-12, 1); should be below 1 / num_examples.
         num_examples: size of the training set in units, of users with unit="user"; treated as
             public.
-        clipping: key of `dpnlu.mechanism.clipping.CLIPPING_RULES`.
+        clipping: the rule, and how it divides C among groups of parameters (`dpnlu.mechanism.
+            clipping`): "flat"; "automatic[:γ]", every gradient scaled to nearly C;
+            "per_layer[:HOW]", or "groups[:HOW]" for `clipping_groups`, where HOW is uniform, size
+            (its square root), weights (their norm, as training finds them) or, for groups, a number
+            for each; "quantile:Q[:RATE[:BUDGET]]": the bound begins with C and follows the quantile
+            Q of the norms, by a count that costs the share BUDGET of 1 / noise_multiplier².
+        clipping_groups: names of trained parameters, or of modules that own some, for each group;
+            only with clipping="groups…".
         clipping_unit: "example"; "microbatch": the mean gradient of each of `microbatches` groups,
             to which examples are assigned independently (eDP-SGD, Dupuy et al. 2022); or "user":
             the mean gradient of some of a user's examples, which it becomes with unit="user".
@@ -81,6 +98,7 @@ class PrivacyPlan:
     noise_schedule: str = "constant"
     unit: str = "example"
     examples_per_user: int | None = None
+    clipping_groups: tuple[tuple[str, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.unit == "user" and self.clipping_unit == "example":
@@ -89,10 +107,13 @@ class PrivacyPlan:
         check_positive("max_grad_norm", self.max_grad_norm)
         check_count("steps", self.steps, most=MOST_STEPS)
         check_count("num_examples", self.num_examples)
-        _check_sample_rate(self.sample_rate)
+        check_sample_rate(self.sample_rate)
         check_choice("unit", self.unit, UNITS)
-        _check_delta(self.target_delta, self.num_examples, self.unit)
-        check_choice("clipping", self.clipping, tuple(CLIPPING_RULES))
+        check_target_delta(self.target_delta, self.num_examples, self.unit)
+        takes_groups = clipping_rule(self.clipping).takes_groups
+        check_paired("clipping_groups", self.clipping_groups, takes_groups)
+        if self.clipping_groups is not None:
+            object.__setattr__(self, "clipping_groups", groups_of_names(self.clipping_groups))
         check_choice("sampling", self.sampling, SAMPLINGS)
         check_choice("clipping_unit", self.clipping_unit, CLIPPING_UNITS)
         if (self.clipping_unit == "user") != (self.unit == "user"):
@@ -100,9 +121,9 @@ class PrivacyPlan:
                 "Expected clipping_unit='user' exactly together with unit='user', got "
                 f"{self.clipping_unit!r} and {self.unit!r}: leave `clipping_unit` out."
             )
-        _check_paired("examples_per_user", self.examples_per_user, self.unit == "user")
-        _check_paired("microbatches", self.microbatches, self.clipping_unit == "microbatch")
-        _check_paired("max_batch_size", self.max_batch_size, self.sampling == "truncated_poisson")
+        check_paired("examples_per_user", self.examples_per_user, self.unit == "user")
+        check_paired("microbatches", self.microbatches, self.clipping_unit == "microbatch")
+        check_paired("max_batch_size", self.max_batch_size, self.sampling == "truncated_poisson")
         if self.max_batch_size is not None:
             check_digits(self.target_delta, self.steps)  # now, and not after hours of training
         schedule(self.noise_schedule)
@@ -133,6 +154,7 @@ class PrivacyPlan:
         noise_schedule: str = "constant",
         unit: str = "example",
         examples_per_user: int | None = None,
+        clipping_groups: Sequence[Sequence[str]] | None = None,
     ) -> PrivacyPlan:
         """The plan with the least noise that meets the target.
 
@@ -155,8 +177,8 @@ class PrivacyPlan:
         draft = cls(
             noise_multiplier=0.0,
             max_grad_norm=max_grad_norm,
-            sample_rate=_rate(expected_batch_size, num_examples, unit),
-            steps=_steps(epochs, steps, expected_batch_size, num_examples),
+            sample_rate=rate_for(expected_batch_size, num_examples, unit),
+            steps=steps_for(epochs, steps, expected_batch_size, num_examples),
             target_delta=target_delta,
             num_examples=num_examples,
             clipping=clipping,
@@ -167,6 +189,7 @@ class PrivacyPlan:
             noise_schedule=noise_schedule,
             unit=unit,
             examples_per_user=examples_per_user,
+            clipping_groups=clipping_groups,  # type: ignore[arg-type]  # made tuples of
         )
         return draft._calibrated(target_epsilon)
 
@@ -177,13 +200,25 @@ class PrivacyPlan:
 
     @property
     def sensitivity(self) -> float:
-        """How far, in L2 norm, one unit can move the sum that a step releases.
+        """How far, in L2 norm, one unit can move the sum that a step releases; see
+        `sensitivity_under`. It grows and falls with an adaptive bound, and so does the noise."""
+        return self.sensitivity_under(self.adjacency)
 
-        Clipping of examples or users: C, the unit's own clipped gradient. Micro-batches: 2C, as one
-        example can turn the mean of its group from any vector into any other; the members of the
-        other groups do not change, because each is assigned independently.
+    def sensitivity_under(self, adjacency: str) -> float:
+        """The same for data sets that are neighbours in another way than `adjacency`, which alone
+        is what ε is stated for. It is the same for all clipping rules.
+
+        Clipping of examples or users: C, the unit's own clipped gradient; 2C where another unit
+        takes its place. Micro-batches: 2C, as one example can turn the mean of its group from any
+        vector into any other; the members of the other groups do not change, because each is
+        assigned independently.
+
+        Args:
+            adjacency: one of `ADJACENCIES`.
         """
-        return self.max_grad_norm * (2.0 if self.clipping_unit == "microbatch" else 1.0)
+        check_choice("adjacency", adjacency, ADJACENCIES)
+        is_double = self.clipping_unit == "microbatch" or adjacency == "replace-one"
+        return self.max_grad_norm * (2.0 if is_double else 1.0)
 
     @property
     def expected_batch_size(self) -> float:
@@ -209,9 +244,29 @@ class PrivacyPlan:
         """The noise multiplier of the release with index `step`, counted from 0."""
         return self.noise_multiplier * schedule(self.noise_schedule)(step // self.steps_per_epoch)
 
-    def noise_std_at(self, step: int) -> float:
-        """Standard deviation of the noise on each coordinate of the released sum."""
-        return self.noise_multiplier_at(step) * self.sensitivity
+    def noise_std_at(self, step: int, *, bound: float | None = None) -> float:
+        """Standard deviation of the noise on each coordinate of the released sum.
+
+        Args:
+            bound: where the rule adapts it, what it is in this step; None: `max_grad_norm`.
+        """
+        adaptation = clipping_rule(self.clipping).adaptation
+        factor = 1.0 if adaptation is None else adaptation.sum_factor()
+        scale = 1.0 if bound is None else bound / self.max_grad_norm
+        return self.noise_multiplier_at(step) * factor * self.sensitivity * scale
+
+    def count_std_at(self, step: int) -> float:
+        """Standard deviation of the noise on the number of units left unclipped, less half of all
+        units; only with a rule that adapts the bound.
+
+        A unit that is added or removed moves it by 1/2, as it counts 1/2 or -1/2; one whose
+        gradient becomes zero by 1, and so does an example in a micro-batch.
+        """
+        adaptation = clipping_rule(self.clipping).adaptation
+        assert adaptation is not None
+        is_half = self.adjacency == "add-remove-one" and self.clipping_unit != "microbatch"
+        sensitivity = 0.5 if is_half else 1.0
+        return adaptation.count_std(self.noise_multiplier_at(step), sensitivity=sensitivity)
 
     def event_at(self, step: int, *, sampled: bool = True) -> SampledGaussian:
         """What the release with index `step` tells an accountant.
@@ -298,67 +353,3 @@ class PrivacyPlan:
             max_batch_size=self.max_batch_size,
             num_examples=self.num_examples if truncated else None,
         )
-
-
-def _rate(expected_batch_size: float, num_examples: int, unit: str) -> float:
-    check_count("num_examples", num_examples)
-    if not 1 <= expected_batch_size <= num_examples:
-        raise ValueError(
-            f"Expected a batch size between 1 and the number of {unit}s, {num_examples}, "
-            f"got {expected_batch_size}."
-        )
-    return expected_batch_size / num_examples
-
-
-def _steps(
-    epochs: float | None, steps: int | None, expected_batch_size: float, num_examples: int
-) -> int:
-    if (epochs is None) == (steps is None):
-        raise ValueError(f"Expected either `epochs` or `steps`, got {epochs} and {steps}.")
-    if steps is not None:
-        return steps
-    assert epochs is not None
-    if not (epochs > 0 and math.isfinite(epochs)):
-        raise ValueError(f"Expected `epochs` > 0, got {epochs}.")
-    asked = epochs * num_examples / expected_batch_size
-    if asked > MOST_STEPS:
-        raise ValueError(
-            f"Expected {MOST_STEPS:.4g} steps at most, got {asked:.4g}: lower the epochs, or raise "
-            "the batch size."
-        )
-    return max(1, round(asked))
-
-
-def _check_sample_rate(value: float) -> None:
-    if not 0 < value <= 1:
-        raise ValueError(
-            f"Expected `sample_rate` in (0, 1], got {value}. It is a probability: pass "
-            "expected batch size / number of examples."
-        )
-
-
-def _check_delta(value: float, num_examples: int, unit: str) -> None:
-    check_delta(value, name="target_delta")
-    if value >= 1 / num_examples:
-        warnings.warn(
-            f"δ = {value:g} is not below 1 / {num_examples} {unit}s: at this δ, publishing a few "
-            f"{unit}s outright would count as private. Choose a smaller δ.",
-            stacklevel=4,
-        )
-
-
-# Fields that another one needs.
-_OWNERS = {
-    "examples_per_user": "unit='user'",
-    "microbatches": "clipping_unit='microbatch'",
-    "max_batch_size": "sampling='truncated_poisson'",
-}
-
-
-def _check_paired(name: str, value: int | None, needed: bool) -> None:
-    """Raise ValueError unless a count is there exactly if another field needs it."""
-    if needed != (value is not None):
-        owner = _OWNERS[name]
-        raise ValueError(f"Expected `{name}` exactly together with {owner}, got {value}.")
-    if value is not None:
-        check_count(name, value)

@@ -122,6 +122,7 @@ def plan_for(
         expected_batch_size=recommended if settings.batch_size is None else settings.batch_size,
         epochs=recipe.epochs,
         max_grad_norm=settings.max_grad_norm,
+        clipping=settings.clipping,
         noise_schedule=settings.noise_schedule,
         unit=settings.unit,
         examples_per_user=settings.most_per_user,

@@ -124,6 +124,12 @@ class RecipeSettings(DataSettings):
     max_grad_norm: float = setting(
         "clipping bound on the gradient norm of an example, or of a user", default=1.0
     )
+    clipping: str = setting(
+        "how gradients are clipped: flat; automatic[:G], each scaled to nearly the bound; "
+        "per_layer[:uniform|size|weights], layers to shares of it; quantile:Q[:RATE[:BUDGET]], to "
+        "a bound that follows the quantile Q of their norms",
+        default="flat",
+    )
     noise_schedule: str = setting(
         "how the noise changes with the epochs: constant; exponential:F or step:F:N, F times as "
         "much after every epoch or every N; inverse:F, 1 / (1 + F * epoch) of it; or list:A,B,... "
@@ -187,7 +193,7 @@ class TrainSettings(RecipeSettings):
 # Settings that earlier versions did not know, of trainings and studies.
 _LATER = {
     *("unit", "examples_per_user", "weight_decay", "characters", "redact_digits", "patience"),
-    *("noise_schedule",),
+    *("noise_schedule", "clipping"),
     *("decimals", "audit_canaries", "searches"),
 }
 

@@ -17,6 +17,7 @@ RUN = {
     "noise_multiplier": 1.1,
     "noise_schedule": "exponential:0.9",
     "constant_noise_multiplier": 0.9,
+    "clipping": "per_layer",
     "max_grad_norm": 1.0,
     "sample_rate": 0.02,
     "steps": 500,

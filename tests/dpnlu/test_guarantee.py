@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from dpnlu.engines.book_keeping import BookKeeping
 from dpnlu.engines.clipped import clip_gradients, gradient_norms
+from dpnlu.engines.clipper import Clipper
 from dpnlu.engines.compiled import CompiledClipping
 from dpnlu.gradients.factors import OuterProducts
 from dpnlu.gradients.forms import Dense
@@ -350,7 +351,9 @@ def test_no_form_of_gradients_adds_more_than_the_bound(form, seed, scale, cancel
     parts, losses = {weight: combine(uses), told: [Dense(short)]}, torch.zeros(3)
     norms = gradient_norms(parts, losses)
     into = {parameter: torch.zeros_like(parameter) for parameter in parts}
-    clipped = clip_gradients(parts, norms, losses, _plan(clipping))
+    clipped = clip_gradients(
+        parts, norms, losses, Clipper({"weight": weight, "told": told}, _plan(clipping))
+    )
     clipped.total.add_to(into, scale=1.0)
     coefficients = into[told].double() / 1e-15
     for example in range(3):

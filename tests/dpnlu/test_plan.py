@@ -57,7 +57,7 @@ INVALID_PLANS = [
     Invalid({"target_delta": 1e-13}, "`target_delta`"),
     Invalid({"target_delta": 1.0}, "`target_delta`"),
     Invalid({"target_delta": math.nan}, "`target_delta`"),
-    Invalid({"clipping": "none"}, "`clipping` to be one of flat, automatic, got 'none'"),
+    Invalid({"clipping": "none"}, r"`clipping` to be one of flat, automatic.*, got 'none'"),
     Invalid({"unit": "person"}, "`unit` to be one of example, user"),
     Invalid({"sampling": "shuffle"}, "`sampling` to be one of poisson, truncated_poisson"),
     Invalid({"clipping_unit": "layer"}, "`clipping_unit` to be one of example, microbatch"),
