@@ -35,6 +35,11 @@ from dpnlu.mechanism.schedules import check_noise_is_left, schedule
 MOST_SCHEDULED_EPOCHS = 10_000
 # As good as 0, for which there is no noise.
 _SMALLEST_EPSILON = 1e-300
+# Why an ε as published is none.
+NOT_AS_PUBLISHED = (
+    "it takes C for the sensitivity, but one example can turn the mean of its micro-batch from any "
+    "vector into any other, and so what is clipped to C from one side of the ball to the other: 2C"
+)
 SAMPLINGS = ("poisson", "truncated_poisson")
 CLIPPING_UNITS = ("example", "microbatch", "user")
 UNITS = ("example", "user")
@@ -291,15 +296,43 @@ class PrivacyPlan:
             for start in starts
         ]
 
-    def epsilon(self, *, steps: int | None = None, accountant: str = "pld") -> float:
-        """ε at `target_delta` after `steps` releases (default: all planned ones)."""
-        return epsilon(self.events(steps=steps), delta=self.target_delta, accountant=accountant)
+    def epsilon(
+        self, *, steps: int | None = None, accountant: str = "pld", as_published: bool = False
+    ) -> float:
+        """ε at `target_delta` after `steps` releases (default: all planned ones).
+
+        Args:
+            as_published: of micro-batches, what is claimed where their sensitivity is taken for C,
+                as eDP-SGD was published. **No guarantee**: see `NOT_AS_PUBLISHED`.
+
+        Raises:
+            ValueError: `as_published`, and the plan clips no micro-batches.
+        """
+        plan = self._with_sensitivity_of_one_clip() if as_published else self
+        return epsilon(plan.events(steps=steps), delta=self.target_delta, accountant=accountant)
+
+    def _with_sensitivity_of_one_clip(self) -> PrivacyPlan:
+        """The plan of which the same noise would be twice as much."""
+        if self.clipping_unit != "microbatch":
+            raise ValueError(
+                "Expected a plan that clips micro-batches for an ε as published, got one that "
+                f"clips a {self.clipping_unit}: leave `as_published` out."
+            )
+        return self.with_noise(2 * self.noise_multiplier)
 
     def with_noise(self, noise_multiplier: float) -> PrivacyPlan:
         """The same plan with another noise multiplier."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # whatever δ deserves was said when this plan was made
             return replace(self, noise_multiplier=noise_multiplier)
+
+    def of_batch_size(self, expected_batch_size: int, *, target_epsilon: float) -> PrivacyPlan:
+        """The plan of as many epochs in batches of another size, with the least noise that meets
+        the target."""
+        rate = rate_for(expected_batch_size, self.num_examples, self.unit)
+        steps = steps_for(self.epochs, None, expected_batch_size, self.num_examples)
+        draft = replace(self.with_noise(0.0), sample_rate=rate, steps=steps)
+        return draft._calibrated(target_epsilon)
 
     def with_constant_noise(self) -> PrivacyPlan:
         """The plan of equal ε whose noise does not change: what a schedule has to beat.

@@ -188,7 +188,8 @@ class LogicalBatch:
             processes.add_up(list(self._buffers.values()))
             event = plan.event_at(len(ledger), sampled=sampled)
             bound = self._next_bound(counts)
-            processes.record(partial(ledger.append, event, bound=bound))
+            told = {} if bound is None else {"bound": bound}
+            processes.record(partial(ledger.append, event, **told))
         except BaseException:
             self.abandon()
             raise

@@ -219,7 +219,7 @@ def test_a_release_that_is_not_recorded_is_abandoned(make, monkeypatch) -> None:
     mechanism = make()
     batch = LogicalBatch(mechanism)
 
-    def full(event, *, bound):
+    def full(event):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as broken, pytest.raises(OSError, match="No space"):

@@ -2,13 +2,14 @@
 
 import json
 import math
-from dataclasses import FrozenInstanceError, dataclass, field
+from dataclasses import FrozenInstanceError, dataclass, field, replace
 
 import pytest
 
 from dpnlu.accounting.accountants import epsilon
 from dpnlu.accounting.events import SampledGaussian
 from dpnlu.mechanism import schedules
+from dpnlu.mechanism.choices import choices
 from dpnlu.mechanism.plan import PrivacyPlan
 
 CALIBRATION = {
@@ -58,6 +59,19 @@ INVALID_PLANS = [
     Invalid({"target_delta": 1.0}, "`target_delta`"),
     Invalid({"target_delta": math.nan}, "`target_delta`"),
     Invalid({"clipping": "none"}, r"`clipping` to be one of flat, automatic.*, got 'none'"),
+    Invalid({"clipping": "groups"}, "`clipping_groups` exactly together with clipping='groups'"),
+    Invalid({"clipping_groups": (("a",),)}, "`clipping_groups` exactly together"),
+    *(
+        Invalid({"clipping": "groups", "clipping_groups": groups}, says)
+        for groups, says in (
+            ((("a", "b"), ("b",)), "every name once in `clipping_groups`, got b twice"),
+            ((("a", "a"),), "got a twice"),
+            (("a", "b"), "to be lists of names"),
+            ((("a",), ()), "to be lists of names"),
+            ((("a", ""),), "to be lists of names"),
+            (((1,),), "to be lists of names"),
+        )
+    ),
     Invalid({"unit": "person"}, "`unit` to be one of example, user"),
     Invalid({"sampling": "shuffle"}, "`sampling` to be one of poisson, truncated_poisson"),
     Invalid({"clipping_unit": "layer"}, "`clipping_unit` to be one of example, microbatch"),
@@ -270,6 +284,67 @@ def test_the_events_of_a_part_are_the_beginning_of_all(make_plan, spec, steps):
     assert plan.epsilon(steps=steps) == pytest.approx(epsilon(singly, delta=1e-5))
 
 
+# ---- as published, and in comparison -----------------------------------------------------------
+
+# n, B, σ, steps of ten epochs -> ε as published (sensitivity C) and ε, by Rényi orders.
+PUBLISHED = [
+    ((13_084, 64, 1.0, 2040), 1.4, 11.7),
+    ((13_084, 64, 0.8, 2040), 2.6, 25.5),
+    ((13_084, 64, 0.6, 2040), 6.3, 68),
+    ((4_478, 32, 1.0, 1400), 1.75, 13.6),
+]
+
+
+@pytest.mark.parametrize(("size", "claimed", "true"), PUBLISHED, ids=str)
+def test_micro_batches_cost_far_more_than_was_published(make_plan, size, claimed, true):
+    """The same noise, σ times C, is half as much relative to 2C."""
+    count, batch, sigma, steps = size
+    plan = make_plan(
+        noise_multiplier=sigma / 2,
+        num_examples=count,
+        sample_rate=batch / count,
+        steps=steps,
+        **MICROBATCH,
+    )
+    assert plan.noise_std_at(0) == pytest.approx(sigma * plan.max_grad_norm)
+    assert plan.epsilon(accountant="rdp") == pytest.approx(true, rel=0.02)
+    found = plan.epsilon(accountant="rdp", as_published=True)
+    assert found == pytest.approx(claimed, rel=0.03)
+    event = SampledGaussian(noise_multiplier=sigma, sample_rate=batch / count, steps=steps)
+    assert found == epsilon([event], delta=1e-5, accountant="rdp")
+
+
+@pytest.mark.parametrize("change", [{}, {"unit": "user", "examples_per_user": 2}])
+def test_only_micro_batches_have_an_epsilon_as_published(make_plan, change):
+    with pytest.raises(ValueError, match="leave `as_published` out"):
+        make_plan(**change).epsilon(as_published=True)
+
+
+@pytest.mark.parametrize("change", [{}, {"noise_schedule": "exponential:0.5"}, MICROBATCH])
+def test_choices_of_the_batch_size_have_one_epsilon_and_one_cost(make_plan, change):
+    plan = make_plan(num_examples=400, sample_rate=0.1, steps=40, **change)
+    found = choices(plan, target_epsilon=3)
+    assert [choice.batch_size for choice in found] == [5, 10, 20, 40, 80, 160, 320]
+    for choice in found:
+        assert choice.sample_rate == choice.batch_size / 400
+        assert choice.steps * choice.batch_size == pytest.approx(1600, rel=0.05)
+        same = replace(plan, sample_rate=choice.sample_rate, steps=choice.steps)
+        same = same.with_noise(choice.noise_multiplier)
+        assert 0.99 * 3 <= same.epsilon() <= 3
+        stds = [same.noise_std_at(step) / plan.max_grad_norm for step in range(same.steps)]
+        whole = same.divisor * same.steps / math.hypot(*stds)
+        assert choice.signal_to_noise == pytest.approx(whole)
+        root = math.sqrt(choice.steps)
+        assert choice.step_signal_to_noise * root == pytest.approx(whole)
+    assert [c.batch_size for c in choices(make_plan(), target_epsilon=3)] == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("target", [0.0, -1.0, math.nan, math.inf])
+def test_choices_need_a_finite_epsilon(make_plan, target):
+    with pytest.raises(ValueError, match="finite ε > 0 to compare"):
+        choices(make_plan(), target_epsilon=target)
+
+
 # ---- the mechanism ---------------------------------------------------------------------------
 
 
@@ -337,7 +412,13 @@ def test_epochs_are_the_expected_visits(make_plan):
 SCHEDULED = [{"noise_schedule": spec} for spec in SCHEDULES]
 
 
-@pytest.mark.parametrize("change", [{}, MICROBATCH, TRUNCATED, *SCHEDULED])
+RULED = [
+    {"clipping": "quantile:0.5:0.1"},
+    {"clipping": "groups:1,2", "clipping_groups": [["a", "b.weight"], ["c"]]},
+]
+
+
+@pytest.mark.parametrize("change", [{}, MICROBATCH, TRUNCATED, *SCHEDULED, *RULED])
 def test_a_plan_survives_json(make_plan, change):
     plan = make_plan(**change)
     assert PrivacyPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
