@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dpnlu.runs.loaded_model import LoadedModel as LoadedModel
     from dpnlu.runs.loaded_model import load as load
     from dpnlu.runs.physical_size import physical_batch_size as physical_batch_size
+    from dpnlu.training.adam_bc import AdamBC as AdamBC
     from dpnlu.training.handle import PrivateTraining as PrivateTraining
     from dpnlu.training.handle import privatize as privatize
     from dpnlu.training.loop import ComputeConfig as ComputeConfig
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from dpnlu.training.loop import fit as fit
 
 _HOMES = {
+    "AdamBC": "training.adam_bc",
     "ComputeConfig": "training.loop",
     "Ledger": "mechanism.ledger",
     "LoadedModel": "runs.loaded_model",
