@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dpnlu.accounting.events import check_delta
-from dpnlu.mechanism.clipping import clipping_rule
 from dpnlu.mechanism.plan import UNITS
 from dpnlu.mechanism.ranges import LARGEST_SEED, check_choice, check_count, check_positive
 from dpnlu.mechanism.schedules import schedule
 from dpnlu.runs.settings import (
     DataSettings,
     RecipeSettings,
+    check_clipping,
     parse_epsilon,
     setting,
     without_later,
@@ -233,11 +233,7 @@ def _check_recipe(settings: RecipeSettings) -> None:
     check_positive("max_grad_norm", settings.max_grad_norm)
     check_choice("unit", settings.unit, UNITS)
     schedule(settings.noise_schedule)
-    if clipping_rule(settings.clipping).takes_groups:
-        raise ValueError(
-            "Expected a clipping rule that divides parameters by itself, got groups, which "
-            "PrivacyPlan(clipping_groups=...) alone takes: use per_layer."
-        )
+    check_clipping(settings.clipping)
 
 
 def _check_measurement(settings: MeasurementSettings) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
+from dpnlu.mechanism.clipping import clipping_rule
+
 # Of a user in a step: enough to even out single texts, few enough to compute at once.
 EXAMPLES_PER_USER = 8
 
@@ -55,6 +57,15 @@ def parse_epsilon(text: str) -> float:
     if not value > 0:
         raise ValueError(f"expected ε > 0 or inf, got {text}")
     return value
+
+
+def check_clipping(spec: str) -> None:
+    """Raise ValueError unless there is such a clipping rule, which needs no list of groups."""
+    if clipping_rule(spec).takes_groups:
+        raise ValueError(
+            "Expected a clipping rule that divides parameters by itself, got groups, which "
+            "PrivacyPlan(clipping_groups=...) alone takes: use per_layer."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

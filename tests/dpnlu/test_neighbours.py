@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dpnlu.engines import ENGINES
 from dpnlu.engines.outcome import OpenUnit
 from dpnlu.mechanism.plan import ADJACENCIES
+from dpnlu.testing import assert_private_step
 
 # torch's opinion of the hooks that Opacus uses.
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
@@ -204,6 +205,15 @@ def test_a_user_with_all_examples_moves_the_sum_by_the_bound(plan_for, engine, r
     plain = _released(engine, plan, [(inputs, weights)], BOUND)
     torch.testing.assert_close(singly.total, plain.total, rtol=1e-4, atol=1e-6)
     assert singly.count == plain.count
+
+
+@pytest.mark.parametrize("rule", ["automatic", "per_layer:size", "groups:3,1", "quantile:0.3"])
+def test_private_steps_release_what_every_rule_says(plan_for, rule):
+    """The helper for tests of one's own, which looks at sums and noise of whole steps."""
+    torch.manual_seed(4)
+    plan, model = plan_for("book_keeping", rule), _model()
+    batch = torch.randn(3, 3)
+    assert_private_step(model, lambda inputs: (model(inputs) + 1).square().sum(1), batch, plan)
 
 
 # ---- engines agree ---------------------------------------------------------------------------
