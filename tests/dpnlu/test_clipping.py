@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -25,6 +25,7 @@ SPECS = [
     *("groups", "groups:size", "groups:weights", "groups:3,0.1"),
 ]
 every_rule = pytest.mark.parametrize("spec", SPECS)
+few = settings(max_examples=30, deadline=None)
 
 
 def test_every_rule_is_tested():
@@ -33,6 +34,7 @@ def test_every_rule_is_tested():
 
 @every_rule
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@few
 @given(norms=NORMS, bound=BOUNDS)
 def test_no_unit_contributes_more_than_the_bound(spec, dtype, norms, bound):
     """coefficient * norm <= bound for every norm >= 0."""
@@ -44,6 +46,7 @@ def test_no_unit_contributes_more_than_the_bound(spec, dtype, norms, bound):
 
 
 @every_rule
+@few
 @given(norms=NORMS, bound=BOUNDS)
 def test_every_unit_and_group_is_judged_by_itself(spec, norms, bound):
     rule, norms = clipping_rule(spec).coefficients, torch.tensor(norms, dtype=torch.float64)

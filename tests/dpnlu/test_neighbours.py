@@ -112,10 +112,10 @@ def _neighbours(adjacency: str, count: int):
 def test_one_unit_moves_the_sum_by_no_more_than_the_sensitivity(plan_for, engine, rule, adjacency):
     """At every scale of gradients, with one example or none beside, and with an adapted bound."""
     plan = plan_for(engine, rule)
-    for seed, count in enumerate((1, 2, 5, 9) * 2):
+    for seed, count in enumerate((1, 2, 5, 1, 3, 6)):
         torch.manual_seed(seed)
         pair = _neighbours(adjacency, count)
-        bound = BOUND if seed < 4 or plan.clipping != "quantile:0.3" else 0.1
+        bound = BOUND if seed < 3 or plan.clipping != "quantile:0.3" else 0.1
         one, other = (_released(engine, plan, _groups(engine, *b), bound) for b in pair)
         moved = float((one.total - other.total).norm())
         assert moved <= plan.sensitivity_under(adjacency) * bound / BOUND * EXCESS

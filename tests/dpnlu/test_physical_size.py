@@ -53,18 +53,18 @@ def test_a_step_that_fits_is_found_and_leaves_no_trace(make_plan):
     model = _model()
     before = [parameter.detach().clone() for parameter in model.parameters()]
     state = torch.get_rng_state()
-    asked = []
 
-    def random_batch(size):
-        asked.append(size)
-        return torch.randn(size, 64)
-
-    small, large = (
-        dpnlu.physical_batch_size(
-            model, plan, lambda batch: model(batch).square().sum(1), random_batch, memory_mib=mib
+    def found(mib: float, plan=plan) -> int:
+        return dpnlu.physical_batch_size(
+            model,
+            plan,
+            lambda batch: model(batch).square().sum(1),
+            lambda size: torch.randn(size, 64),
+            memory_mib=mib,
         )
-        for mib in (_now() + 250, _now() + 500)
-    )
+
+    found(1e6, make_plan())  # loads what steps need
+    small, large = found(_now() + 80), found(_now() + 200)
     assert 8 <= small < large <= 36_000 + 5 * 190
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -24,7 +24,7 @@ def _root_of_size(parameters: Sequence[Tensor]) -> float:
 
 
 def _norm(parameters: Sequence[Tensor]) -> float:
-    return math.sqrt(sum(float(p.detach().float().square().sum()) for p in parameters))
+    return math.sqrt(sum(float(p.detach().cpu().double().square().sum()) for p in parameters))
 
 
 SIZES: dict[str, _Size] = {"uniform": _uniform, "size": _root_of_size, "weights": _norm}
