@@ -53,7 +53,9 @@ class PrivacyPlan:
     """What is released, how often, and with how much noise.
 
     One step releases the sum of the clipped gradients of a freshly sampled logical batch, plus
-    Gaussian noise of standard deviation `noise_multiplier * sensitivity`.
+    Gaussian noise of standard deviation `noise_multiplier * sensitivity`, times the factor of the
+    schedule. With an adaptive bound it releases a noisy count beside it, and both together are one
+    Gaussian release with this noise multiplier.
 
     Attributes:
         noise_multiplier: noise standard deviation / sensitivity where the schedule's factor is 1,
