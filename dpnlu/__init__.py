@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from dpnlu.nlu.prediction import Slot as Slot
     from dpnlu.runs.loaded_model import LoadedModel as LoadedModel
     from dpnlu.runs.loaded_model import load as load
+    from dpnlu.runs.physical_size import physical_batch_size as physical_batch_size
+    from dpnlu.training.adam_bc import AdamBC as AdamBC
     from dpnlu.training.handle import PrivateTraining as PrivateTraining
     from dpnlu.training.handle import privatize as privatize
     from dpnlu.training.loop import ComputeConfig as ComputeConfig
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from dpnlu.training.loop import fit as fit
 
 _HOMES = {
+    "AdamBC": "training.adam_bc",
     "ComputeConfig": "training.loop",
     "Ledger": "mechanism.ledger",
     "LoadedModel": "runs.loaded_model",
@@ -32,6 +35,7 @@ _HOMES = {
     "UnsupportedLayerError": "gradients.errors",
     "fit": "training.loop",
     "load": "runs.loaded_model",
+    "physical_batch_size": "runs.physical_size",
     "privatize": "training.handle",
 }
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import asdict, fields
 from typing import Any
 
 from dpnlu.accounting.accountants import ACCOUNTANTS
-from dpnlu.mechanism.plan import PrivacyPlan
-
-# As good as 0, for which there is no noise.
-_SMALLEST_EPSILON = 1e-300
+from dpnlu.mechanism.choices import Choice, choices
+from dpnlu.mechanism.plan import NOT_AS_PUBLISHED, PrivacyPlan
 
 
 def add_parser(commands: Any) -> None:
@@ -61,8 +60,9 @@ def _add_noise(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--noise-schedule",
         default="constant",
-        help="how the noise changes with the epochs: constant, exponential:F or inverse:F "
-        "(default: %(default)s)",
+        help="how the noise changes with the epochs: constant; exponential:F or step:F:N, F times "
+        "as much after every epoch or every N; inverse:F, 1 / (1 + F * epoch) of it; or "
+        "list:A,B,... as much (default: %(default)s)",
     )
     parser.add_argument(
         "--microbatches",
@@ -71,11 +71,26 @@ def _add_noise(parser: argparse.ArgumentParser) -> None:
         help="clip M micro-batches of a logical batch, each as a whole, which has twice the "
         "sensitivity (default: clip examples)",
     )
+    parser.add_argument(
+        "--as-published",
+        action="store_true",
+        help="with --microbatches: print beside ε what the published analysis of eDP-SGD would "
+        "claim, which is no guarantee",
+    )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="with --epsilon: compare batch sizes for as many examples in all: sample rate, steps, "
+        "noise multiplier and signal-to-noise at this ε",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     """Print the plan that the options describe, and its ε."""
     plan = plan_of(options)
+    if options.plan:
+        _print_choices(plan, options)
+        return
     found = {
         "epsilon": plan.epsilon(accountant=options.accountant),
         "delta": plan.target_delta,
@@ -87,7 +102,14 @@ def run(options: argparse.Namespace) -> None:
         "accountant": options.accountant,
     }
     if plan.noise_schedule != "constant":
-        found["constant_noise_multiplier_of_equal_epsilon"] = _constant(plan).noise_multiplier
+        found["noise_schedule"] = plan.noise_schedule
+        found["constant_noise_multiplier_of_equal_epsilon"] = (
+            plan.with_constant_noise().noise_multiplier
+        )
+    if options.as_published:
+        claimed = plan.epsilon(accountant=options.accountant, as_published=True)
+        found["epsilon_as_published"] = claimed
+        found["epsilon_as_published_is"] = f"no guarantee: {NOT_AS_PUBLISHED}"
     if options.json:
         known = {name: None if value == math.inf else value for name, value in found.items()}
         print(json.dumps(known, allow_nan=False))
@@ -120,13 +142,29 @@ def plan_of(options: argparse.Namespace) -> PrivacyPlan:
     return plan.with_noise(options.noise_multiplier)
 
 
-def _constant(plan: PrivacyPlan) -> PrivacyPlan:
-    """The plan of the same ε whose noise does not change: what a schedule has to beat."""
-    return PrivacyPlan.calibrate(
-        target_epsilon=max(plan.epsilon(), _SMALLEST_EPSILON),
-        target_delta=plan.target_delta,
-        num_examples=plan.num_examples,
-        expected_batch_size=round(plan.expected_batch_size),
-        steps=plan.steps,
-        max_grad_norm=plan.max_grad_norm,
-    )
+def _print_choices(plan: PrivacyPlan, options: argparse.Namespace) -> None:
+    """Print plans of the same ε that compute as many examples.
+
+    Raises:
+        ValueError: no ε is given.
+    """
+    if options.epsilon is None:
+        raise ValueError(
+            "Expected --epsilon with --plan, whose plans have the same ε, got a noise multiplier: "
+            "give the ε instead."
+        )
+    found = choices(plan, target_epsilon=options.epsilon)
+    if options.json:
+        print(json.dumps([asdict(choice) for choice in found], allow_nan=False))
+        return
+    names = [field.name for field in fields(Choice)]
+    rows = [[_short(getattr(choice, name)) for name in names] for choice in found]
+    heads = [name.replace("_", " ") for name in names]
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    for row in [heads, *rows]:
+        print("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)))
+    print("signal to noise: of all clipped gradients, were they alike, along their direction")
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

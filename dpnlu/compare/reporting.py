@@ -144,6 +144,12 @@ def _run(
     if plan is not None:
         kept = ("noise_multiplier", "max_grad_norm", "sample_rate", "steps", "adjacency", "unit")
         entry |= {name: getattr(plan, name) for name in kept} | {"accountant": "pld"}
+        if plan.clipping != "flat":
+            entry["clipping"] = plan.clipping
+        if plan.noise_schedule != "constant":
+            entry["noise_schedule"] = plan.noise_schedule
+            constant = plan.with_constant_noise().noise_multiplier
+            entry["constant_noise_multiplier"] = constant
         if plan.examples_per_user is not None:
             entry["examples_per_user"] = plan.examples_per_user
         entry |= _second_opinion(plan, results.epsilon, steps=results.steps, delta=settings.delta)

@@ -14,9 +14,11 @@ from typing import Any
 from dpnlu.accounting.events import check_delta
 from dpnlu.mechanism.plan import UNITS
 from dpnlu.mechanism.ranges import LARGEST_SEED, check_choice, check_count, check_positive
+from dpnlu.mechanism.schedules import schedule
 from dpnlu.runs.settings import (
     DataSettings,
     RecipeSettings,
+    check_clipping,
     parse_epsilon,
     setting,
     without_later,
@@ -230,6 +232,8 @@ def _check_recipe(settings: RecipeSettings) -> None:
         check_count("batch_size", settings.batch_size)
     check_positive("max_grad_norm", settings.max_grad_norm)
     check_choice("unit", settings.unit, UNITS)
+    schedule(settings.noise_schedule)
+    check_clipping(settings.clipping)
 
 
 def _check_measurement(settings: MeasurementSettings) -> None:

@@ -8,8 +8,9 @@ All engines keep the same contract and differ in how they find an example's grad
 - `Opacus`: per-example gradients by Opacus' hooks. The reference.
 
 Guarantee, of all of them, where the loss of an example depends on that example alone: each clipping
-unit has a share of at most `max_grad_norm` in L2 norm in the sum of the clip outcome, rounding of
-its norm included. A unit whose gradient is not finite has none.
+unit has a share of at most `clipper.bound` in L2 norm in the sum of the clip outcome, rounding of
+its norm included; that is the plan's `max_grad_norm` unless it adapts. A unit whose gradient is not
+finite has none.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dpnlu.engines.clipper import Clipper
 from dpnlu.engines.outcome import ClipOutcome, OpenUnit
 
 
@@ -14,9 +15,11 @@ class Engine(Protocol):
     """Finds and clips gradients.
 
     Attributes:
+        clipper: the plan's clipping rule for the model's parameters.
         counts_forward_passes: of each that keeps a graph the losses must be stepped on.
     """
 
+    clipper: Clipper
     counts_forward_passes: bool
 
     def clip(

@@ -14,6 +14,7 @@ from dpnlu.engines.base import without_fillers
 from dpnlu.engines.batches import detached, leaves_of
 from dpnlu.engines.checks import Checks, own_generator
 from dpnlu.engines.clipped import Parts, clip_gradients, gradient_norms
+from dpnlu.engines.clipper import Clipper
 from dpnlu.engines.coverage import check_seen
 from dpnlu.engines.inspection import Comparison, Sketch, all_pieces, compare, sketch
 from dpnlu.engines.outcome import ClipOutcome, OpenUnit
@@ -42,6 +43,7 @@ class BookKeeping:
 
     Attributes:
         model: whose forward passes are recorded.
+        clipper: the plan's clipping rule for its parameters.
         names: of its trainable parameters.
         checks: when to check; None: never.
         signature: of the last batch; None: it was not looked at.
@@ -53,6 +55,7 @@ class BookKeeping:
     def __init__(self, model: nn.Module, plan: PrivacyPlan, *, verify: bool = True) -> None:
         check_visible(model)
         self.model = model
+        self.clipper = Clipper.of(model, plan)
         self.names: dict[Tensor, str] = {
             p: name for name, p in model.named_parameters() if p.requires_grad
         }
@@ -146,19 +149,18 @@ class BookKeeping:
             losses = shares(losses, users)
         try:
             with self._tape.during_backward():
-                parts, norms = self._found(losses, takes_norms=users is None)
+                takes_norms = users is None and not self.clipper.is_divided
+                parts, norms = self._found(losses, takes_norms=takes_norms)
         finally:
             self._tape.clear()
         if users is not None:
             parts, losses = of_users(parts, users), user_sums(losses.detach(), users)
             norms = None
-        if norms is None:
-            norms = gradient_norms(parts, losses)
         return self.clip_found(parts, norms, losses).first(kept)
 
-    def clip_found(self, parts: Parts, norms: SquaredNorms, losses: Tensor) -> ClipOutcome:
-        """`clip`, of gradients and norms that were found before."""
-        return clip_gradients(parts, norms, losses, self._plan)
+    def clip_found(self, parts: Parts, norms: SquaredNorms | None, losses: Tensor) -> ClipOutcome:
+        """`clip`, of gradients and, unless they are not known, norms that were found before."""
+        return clip_gradients(parts, norms, losses, self.clipper)
 
     def weights_changed(self) -> None:
         """Weights are not what they were: forget what was derived from them."""

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from dpnlu.engines.outcome import ClipOutcome, WeightedGradients
+from dpnlu.engines.clipper import Clipper
+from dpnlu.engines.outcome import ClipOutcome, ClippedSum, Together, WeightedGradients
 from dpnlu.gradients.forms import Gradients, SquaredNorms
 from dpnlu.gradients.rounding import full_precision
 from dpnlu.gradients.together import added, norms_of_all
 from dpnlu.gradients.uses import norms_written_out
-from dpnlu.mechanism.clipping import CLIPPING_RULES
-from dpnlu.mechanism.plan import PrivacyPlan
 
 # Parameter -> its uses, whose gradients add up.
 Parts = Mapping[Tensor, Sequence[Gradients]]
-_Rule = Callable[[Tensor, float], Tensor]
 
 # What rounding may cost an example of its coefficient before its norm is taken more exactly.
 _LOOSE = 0.01
@@ -39,49 +37,63 @@ def weighted_sum(uses: Sequence[Gradients], weights: Tensor, like: Tensor) -> Te
 
 
 def clip_gradients(
-    parts: Parts, norms: SquaredNorms, losses: Tensor, plan: PrivacyPlan
+    parts: Parts, norms: SquaredNorms | None, losses: Tensor, clipper: Clipper
 ) -> ClipOutcome:
-    """Clip each example's whole gradient, of all parameters together.
+    """Clip each example's gradient, that of each group of parameters as a whole.
 
-    Guarantee: coefficient times gradient, as the factors of `parts` define it, has norm at most
-    `plan.max_grad_norm` (1 + 1e-5), whatever was lost to rounding in the norms; for clipping takes
+    Guarantee: coefficients times gradients, as the factors of `parts` define them, have norm at
+    most `clipper.bound` (1 + 1e-5), whatever was lost to rounding in the norms; for clipping takes
     upper bounds of them.
 
     Args:
-        norms: (B,) of these gradients.
+        norms: (B,) of these gradients, all parameters together; None: they are not known. They
+            are taken anew where there are several groups.
     """
     with full_precision(losses.device):
-        finite, coefficients = _decided(parts, norms, losses, plan)
-        if not bool(finite.all()):
-            kept = finite.to(losses.device)
-            parts = {
-                parameter: [use.finite_rows(kept) for use in uses]
-                for parameter, uses in parts.items()
-            }
-        weighted = WeightedGradients(parts, coefficients.to(norms.values))
-    return ClipOutcome(norms.values.sqrt(), finite, weighted)
+        divided = clipper.divided(parts)
+        if norms is None or clipper.is_divided:
+            found = [gradient_norms(some, losses) for some in divided]
+        else:
+            found = [norms]
+        finite, coefficients = _decided(divided, found, losses, clipper)
+        kept = None if bool(finite.all()) else finite.to(losses.device)
+        sums: list[ClippedSum] = [
+            WeightedGradients(_finite_rows(some, kept), of_group.to(norms.values))
+            for some, norms, of_group in zip(divided, found, coefficients, strict=True)
+        ]
+        lengths = torch.stack([one.values for one in found]).sum(0).sqrt()
+    total = sums[0] if len(sums) == 1 else Together(sums)
+    return ClipOutcome(lengths, finite, total, clipper.unclipped(coefficients))
+
+
+def _finite_rows(parts: Parts, kept: Tensor | None) -> Parts:
+    """The gradients with zeros in place of those that are not kept; None: all are."""
+    if kept is None:
+        return parts
+    return {p: [use.finite_rows(kept) for use in uses] for p, uses in parts.items()}
 
 
 def _decided(
-    parts: Parts, norms: SquaredNorms, losses: Tensor, plan: PrivacyPlan
+    divided: Sequence[Parts], norms: Sequence[SquaredNorms], losses: Tensor, clipper: Clipper
 ) -> tuple[Tensor, Tensor]:
-    """(B,) which gradients are finite, and clip coefficients for upper bounds of their norms, 0
-    for the others; on the CPU, which waits for the device only once.
+    """(B,) which gradients are finite, and (G, B) clip coefficients for upper bounds of their norms
+    in each group, 0 for the others; on the CPU, which waits for the device only once.
 
     Where the bound is so far above the norm that it costs the example more than a percent of its
     coefficient, its gradient is written out, for a closer one.
     """
-    rule, bound = CLIPPING_RULES[plan.clipping], plan.max_grad_norm
-    rows = torch.stack((norms.values, losses.detach(), norms.slack)).cpu()
-    finite = torch.isfinite(rows[:2]).all(0)
-    values, slack = rows[0], rows[2]
-    ideal, coefficients = rule(torch.stack((values, values + slack)).sqrt_(), bound)
+    groups = len(norms)
+    columns = [one.values for one in norms] + [one.slack for one in norms]
+    rows = torch.stack((*columns, losses.detach())).cpu()
+    values, slack = rows[:groups], rows[groups:-1]
+    finite = torch.isfinite(values).all(0) & torch.isfinite(rows[-1])
+    ideal, coefficients = clipper.coefficients(torch.stack((values, values + slack)).sqrt_())
     loose = (coefficients < (1 - _LOOSE) * ideal) & finite
-    if bool(loose.any()):
-        examples = loose.nonzero()[:, 0].to(norms.values.device)
-        found = [norms_written_out(uses, examples) for uses in parts.values() if uses]
-        closer = added(found, norms.values[examples])
-        coefficients[loose] = rule(_upper(closer), bound).to(coefficients)
+    for place in loose.any(1).nonzero()[:, 0].tolist():
+        examples = loose[place].nonzero()[:, 0].to(norms[place].values.device)
+        found = [norms_written_out(uses, examples) for uses in divided[place].values() if uses]
+        closer = _upper(added(found, norms[place].values[examples]))
+        coefficients[place, loose[place]] = clipper.of_group(place, closer).to(coefficients)
     return finite, torch.where(finite, coefficients, 0.0)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
+from dpnlu.engines.clipper import Clipper
 from dpnlu.engines.outcome import ClipOutcome, OpenUnit, WrittenOut, buffer_like
-from dpnlu.engines.plain import gradient_of, norm_of
-from dpnlu.mechanism.clipping import CLIPPING_RULES
+from dpnlu.engines.plain import gradient_of
 from dpnlu.mechanism.plan import PrivacyPlan
 
 
@@ -21,7 +23,15 @@ class Microbatch:
 
     counts_forward_passes = False
 
-    def __init__(self, model: nn.Module, plan: PrivacyPlan) -> None:
+    def __init__(
+        self, model: nn.Module, plan: PrivacyPlan, *, clipper: Clipper | None = None
+    ) -> None:
+        """Nothing is computed yet.
+
+        Args:
+            clipper: of another engine of this training; None: one of its own.
+        """
+        self.clipper = clipper or Clipper.of(model, plan)
         self._plan = plan
         self._parameters = [p for p in model.parameters() if p.requires_grad]
 
@@ -49,14 +59,15 @@ class Microbatch:
             return ClipOutcome.nothing(losses)
         group = torch.randint(self._plan.microbatches, (len(losses),), device=losses.device)
         sums = {parameter: buffer_like(parameter).zero_() for parameter in self._parameters}
-        norms, finite = [], []
+        outcomes = []
         for number in torch.unique(group):
             outcome = self._clip_group(losses[group == number])
             if outcome.total is not None:
                 outcome.total.add_to(sums, scale=1.0)
-            norms.append(outcome.norms)
-            finite.append(outcome.finite)
-        return ClipOutcome(torch.cat(norms), torch.cat(finite), WrittenOut(sums))
+            outcomes.append(replace(outcome, total=None))
+        norms, finite = (torch.cat([getattr(o, n) for o in outcomes]) for n in ("norms", "finite"))
+        counted = [o.unclipped for o in outcomes if o.unclipped is not None]
+        return ClipOutcome(norms, finite, WrittenOut(sums), torch.cat(counted) if counted else None)
 
     def _clip_group(self, losses: Tensor) -> ClipOutcome:
         """A micro-batch in one piece, of a graph that others need as well."""
@@ -75,12 +86,15 @@ class Microbatch:
 
     def _closed(self, unit: OpenUnit) -> ClipOutcome:
         """The micro-batch is complete."""
-        sums, size = unit.emptied()
-        norm = norm_of(sums) / size
+        found, size = unit.emptied()
+        sums: dict[Tensor, Tensor] = dict(zip(self._parameters, found, strict=True))
+        norms = self.clipper.norms_of(sums) / size
+        norm = norms.square().sum(0, keepdim=True).sqrt() if self.clipper.is_divided else norms
         finite = torch.isfinite(norm)
+        coefficients = self.clipper.coefficients(norms[:, None])
+        coefficients = torch.where(finite, coefficients, 0.0)
+        unclipped = self.clipper.unclipped(coefficients.cpu())
         if not bool(finite):
-            return ClipOutcome(norm[None], finite[None], None)
-        rule = CLIPPING_RULES[self._plan.clipping]
-        coefficient = float(rule(norm[None], self._plan.max_grad_norm)) / size
-        total = WrittenOut(dict(zip(self._parameters, sums, strict=True)), coefficient)
-        return ClipOutcome(norm[None], finite[None], total)
+            return ClipOutcome(norm, finite, None, unclipped)
+        total = self.clipper.clipped(sums, [each / size for each in coefficients[:, 0].tolist()])
+        return ClipOutcome(norm, finite, total, unclipped)

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from dpnlu.engines.base import without_fillers
-from dpnlu.engines.clipped import Parts, clip_gradients, gradient_norms
+from dpnlu.engines.clipped import Parts, clip_gradients
+from dpnlu.engines.clipper import Clipper
 from dpnlu.engines.outcome import ClipOutcome, OpenUnit
 from dpnlu.engines.user_gradients import of_users, shares, user_sums
 from dpnlu.gradients.errors import UnsupportedLayerError
@@ -37,7 +38,8 @@ class Opacus:
             self._hooks = GradSampleHooks(model, batch_first=True, loss_reduction="sum")
         except NotImplementedError as error:
             raise UnsupportedLayerError(f"Opacus refuses this model: {error}") from None
-        self._model, self._plan = model, plan
+        self.clipper = Clipper.of(model, plan)
+        self._model = model
         self._parameters = [p for p in model.parameters() if p.requires_grad]
 
     def clip(
@@ -67,8 +69,7 @@ class Opacus:
         parts: Parts = written_out
         if users is not None:
             parts, losses = of_users(parts, users), user_sums(losses, users)
-        norms = gradient_norms(parts, losses)
-        return clip_gradients(parts, norms, losses, self._plan).first(kept)
+        return clip_gradients(parts, None, losses, self.clipper).first(kept)
 
     def _check_forward_passes(self) -> None:
         """Opacus counts forward passes, and delivers nothing while one has had no backward pass.

@@ -33,11 +33,14 @@ class ClipOutcome:
         norms: (U,) gradient norms before clipping.
         finite: (U,) bool, on the CPU; units that are not were left out.
         total: the sum of their clipped gradients; None: there are none.
+        unclipped: (U,) bool, on the CPU, which of them the bound left as they are; None: the
+            clipping rule does not ask.
     """
 
     norms: Tensor
     finite: Tensor
     total: ClippedSum | None
+    unclipped: Tensor | None = None
 
     @classmethod
     def nothing(cls, losses: Tensor) -> ClipOutcome:
@@ -51,7 +54,8 @@ class ClipOutcome:
 
     def first(self, count: int | None) -> ClipOutcome:
         """The same without the units after the first `count`, which add nothing."""
-        return ClipOutcome(self.norms[:count], self.finite[:count], self.total)
+        unclipped = None if self.unclipped is None else self.unclipped[:count]
+        return ClipOutcome(self.norms[:count], self.finite[:count], self.total, unclipped)
 
 
 def buffer_like(parameter: Tensor) -> Tensor:
@@ -92,6 +96,17 @@ class WrittenOut:
     def add_to(self, buffers: Mapping[Any, Tensor], *, scale: float) -> None:
         into = [buffers[parameter] for parameter in self.values]
         torch._foreach_add_(into, list(self.values.values()), alpha=scale * self.coefficient)
+
+
+@dataclass(frozen=True)
+class Together:
+    """Several sums, each of some of the parameters."""
+
+    sums: Sequence[ClippedSum]
+
+    def add_to(self, buffers: Mapping[Any, Tensor], *, scale: float) -> None:
+        for one in self.sums:
+            one.add_to(buffers, scale=scale)
 
 
 @dataclass

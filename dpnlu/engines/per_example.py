@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dpnlu.engines.clipper import Clipper
 from dpnlu.engines.outcome import ClipOutcome, OpenUnit, WrittenOut, buffer_like
-from dpnlu.engines.plain import gradient_of, norm_of, nothing_accumulated
+from dpnlu.engines.plain import gradient_of, nothing_accumulated
 from dpnlu.engines.user_gradients import user_losses
-from dpnlu.mechanism.clipping import CLIPPING_RULES
 from dpnlu.mechanism.plan import PrivacyPlan
 
 
@@ -22,7 +22,7 @@ class PerExample:
     counts_forward_passes = False
 
     def __init__(self, model: nn.Module, plan: PrivacyPlan) -> None:
-        self._plan = plan
+        self.clipper = Clipper.of(model, plan)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
 
     def clip(
@@ -41,25 +41,30 @@ class PerExample:
             return ClipOutcome.nothing(losses)
         sums = {parameter: buffer_like(parameter).zero_() for parameter in self._parameters}
         is_alone = len(losses) == 1
-        norms = torch.stack([self._clip_one(loss, sums, is_alone=is_alone) for loss in losses])
+        found = [self._clip_one(loss, sums, is_alone=is_alone) for loss in losses]
+        norms, coefficients = (torch.stack(each) for each in zip(*found, strict=True))
         finite = torch.isfinite(norms) & torch.isfinite(losses)
-        return ClipOutcome(norms, finite, WrittenOut(sums))
+        return ClipOutcome(
+            norms, finite, WrittenOut(sums), self.clipper.unclipped(coefficients.T.cpu())
+        )
 
     def _clip_one(
         self, loss: Tensor, sums: dict[nn.Parameter, Tensor], *, is_alone: bool
-    ) -> Tensor:
-        """Add the clipped gradient of one example to the sums; returned is its norm, ()."""
+    ) -> tuple[Tensor, Tensor]:
+        """Add the clipped gradient of one example to the sums; returned are its norm, (), and its
+        coefficient in each group, (G,)."""
         with nothing_accumulated(self._parameters):
-            gradients = gradient_of(loss, self._parameters, keep_graph=True)
-        norm = norm_of(gradients)
+            found = gradient_of(loss, self._parameters, keep_graph=True)
+        gradients: dict[Tensor, Tensor] = dict(zip(self._parameters, found, strict=True))
+        norms = self.clipper.norms_of(gradients)
+        norm = norms.square().sum().sqrt() if self.clipper.is_divided else norms[0]
         if not (is_alone or bool(torch.isfinite(norm))):
             raise RuntimeError(
                 "Expected finite gradients: engine 'per_example' cannot tell an infinite one "
                 "from those it spreads to; use engine='book_keeping', or one example at a time."
             )
-        if bool(torch.isfinite(norm) & torch.isfinite(loss)):
-            rule = CLIPPING_RULES[self._plan.clipping]
-            coefficient = float(rule(norm[None], self._plan.max_grad_norm))
-            for total, gradient in zip(sums.values(), gradients, strict=True):
-                total.add_(gradient, alpha=coefficient)
-        return norm
+        if not bool(torch.isfinite(norm) & torch.isfinite(loss)):
+            return norm, torch.zeros_like(norms)
+        coefficients = self.clipper.coefficients(norms[:, None])[:, 0]
+        self.clipper.clipped(gradients, coefficients.tolist()).add_to(sums, scale=1.0)
+        return norm, coefficients

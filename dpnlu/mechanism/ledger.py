@@ -24,6 +24,7 @@ from dpnlu.accounting.confirmation import SecondOpinion, confirm
 from dpnlu.accounting.events import SampledGaussian
 from dpnlu.mechanism.durable import locked, sync, write_all
 from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.mechanism.ranges import check_positive
 
 # 1 did not say whether all releases are sampled.
 _FORMAT, _FORMATS = 2, (1, 2)
@@ -61,6 +62,7 @@ class Ledger:
         self.sampled_only = sampled_only
         self.identity = secrets.token_hex(16)
         self._releases: list[SampledGaussian] = []
+        self._bounds: list[float | None] = []
         self._is_as_planned = True
         self._path = path
         self._file: _File | None = None
@@ -97,7 +99,7 @@ class Ledger:
             ledger, torn_at = _parse(file.read(), path)
             if torn_at is not None:
                 last = len(ledger) - 1
-                file.replace_end(torn_at, _release_line(last, ledger._releases[last]))
+                file.replace_end(torn_at, _release_line(last, ledger._releases[last], None))
         except BaseException:
             file.close()
             raise
@@ -126,11 +128,19 @@ class Ledger:
 
     def content(self) -> bytes:
         """All that it holds, in the form of its file."""
-        lines = [_release_line(number, one) for number, one in enumerate(self._releases)]
-        return b"".join([self._first_line(), *lines])
+        made = enumerate(zip(self._releases, self._bounds, strict=True))
+        return b"".join([self._first_line(), *(_release_line(place, *one) for place, one in made)])
 
-    def append(self, release: SampledGaussian) -> None:
+    @property
+    def bound(self) -> float | None:
+        """The clipping bound after the last release that told of one; None: none has."""
+        return next((bound for bound in reversed(self._bounds) if bound is not None), None)
+
+    def append(self, release: SampledGaussian, *, bound: float | None = None) -> None:
         """Record one release; on return it is on disk. Call before the update is applied.
+
+        Args:
+            bound: what the clipping bound is from now on, where it follows the releases.
 
         Raises:
             ValueError: it is not what the plan says of its step.
@@ -145,8 +155,8 @@ class Ledger:
                     f"Expected an open ledger, got that of {self._path}, which was closed or "
                     "opened for reading: continue it by Ledger.resume."
                 )
-            self._file.append(_release_line(len(self), release))
-        self._add(release)
+            self._file.append(_release_line(len(self), release, bound))
+        self._add(release, bound)
 
     def __len__(self) -> int:
         """Number of releases made so far."""
@@ -228,9 +238,10 @@ class Ledger:
         delta = self.plan.target_delta
         return max(self._possible(), key=lambda event: epsilon([event], delta=delta))
 
-    def _add(self, release: SampledGaussian) -> None:
+    def _add(self, release: SampledGaussian, bound: float | None = None) -> None:
         self._is_as_planned &= release == self.plan.event_at(len(self))
         self._releases.append(release)
+        self._bounds.append(bound)
 
 
 class _File:
@@ -311,8 +322,9 @@ def _line(entry: dict[str, Any]) -> bytes:
     return (json.dumps(entry) + "\n").encode()
 
 
-def _release_line(number: int, release: SampledGaussian) -> bytes:
-    known = {name: value for name, value in vars(release).items() if value is not None}
+def _release_line(number: int, release: SampledGaussian, bound: float | None) -> bytes:
+    content = vars(release) | {"bound": bound}
+    known = {name: value for name, value in content.items() if value is not None}
     return _line({"release": number} | known)
 
 
@@ -337,7 +349,7 @@ def _parse(content: bytes, path: Path) -> tuple[Ledger, int | None]:
     ledger._path = path
     parse = partial(_release, ledger=ledger)
     for number, line in enumerate(lines, start=2):
-        ledger._add(_parsed(parse, line, f"line {number} of {path}"))
+        ledger._add(*_parsed(parse, line, f"line {number} of {path}"))
     if not torn:
         return ledger, None
     ledger._add(ledger._costliest())
@@ -366,10 +378,12 @@ def _started(entry: dict[str, Any]) -> Ledger:
     return ledger
 
 
-def _release(entry: dict[str, Any], *, ledger: Ledger) -> SampledGaussian:
-    number = len(ledger)
+def _release(entry: dict[str, Any], *, ledger: Ledger) -> tuple[SampledGaussian, float | None]:
+    number, bound = len(ledger), entry.pop("bound", None)
+    if bound is not None:
+        check_positive("bound", bound)
     if entry.pop("release", None) != number:
         raise ValueError(f"release {number} should follow; was a line removed?")
     release = SampledGaussian(**entry)
     ledger._check_planned(release)
-    return release
+    return release, bound

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -16,19 +16,36 @@ from dpnlu.accounting.accountants import epsilon
 from dpnlu.accounting.calibration import calibrate_noise_multiplier
 from dpnlu.accounting.events import (
     SampledGaussian,
-    check_delta,
     check_digits,
 )
-from dpnlu.mechanism.clipping import CLIPPING_RULES
+from dpnlu.mechanism.clipping import clipping_rule
+from dpnlu.mechanism.fields import (
+    MOST_STEPS,
+    check_paired,
+    check_sample_rate,
+    check_target_delta,
+    groups_of_names,
+    rate_for,
+    steps_for,
+)
 from dpnlu.mechanism.ranges import check_choice, check_count, check_not_negative, check_positive
+from dpnlu.mechanism.schedules import check_noise_is_left, schedule
 
-# A training of a millisecond a step takes twelve days for so many.
-MOST_STEPS = 10**9
 # Each epoch of a noise schedule is a mechanism of its own; composing so many takes minutes.
 MOST_SCHEDULED_EPOCHS = 10_000
+# As good as 0, for which there is no noise.
+_SMALLEST_EPSILON = 1e-300
+# Why an ε as published is none.
+NOT_AS_PUBLISHED = (
+    "it takes C for the sensitivity, but one example can turn the mean of its micro-batch from any "
+    "vector into any other, and so what is clipped to C from one side of the ball to the other: 2C"
+)
 SAMPLINGS = ("poisson", "truncated_poisson")
 CLIPPING_UNITS = ("example", "microbatch", "user")
 UNITS = ("example", "user")
+# How neighbouring data sets differ: by one unit's presence, by one that is replaced by nothing, or
+# by one that is replaced by another.
+ADJACENCIES = ("add-remove-one", "zero-out-one", "replace-one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,18 +53,27 @@ class PrivacyPlan:
     """What is released, how often, and with how much noise.
 
     One step releases the sum of the clipped gradients of a freshly sampled logical batch, plus
-    Gaussian noise of standard deviation `noise_multiplier * sensitivity`.
+    Gaussian noise of standard deviation `noise_multiplier * sensitivity`, times the factor of the
+    schedule. With an adaptive bound it releases a noisy count beside it, and both together are one
+    Gaussian release with this noise multiplier.
 
     Attributes:
-        noise_multiplier: noise standard deviation / sensitivity in the first epoch, >= 0; 0 trains
-            without privacy and ε is infinite.
+        noise_multiplier: noise standard deviation / sensitivity where the schedule's factor is 1,
+            >= 0; 0 trains without privacy and ε is infinite.
         max_grad_norm: bound C > 0 on the gradient norm of one clipping unit.
         sample_rate: probability in (0, 1] with which each unit enters a logical batch.
         steps: number of releases, in [1, 1e9]; empty logical batches count.
         target_delta: the δ at which ε is stated, in [1e-12, 1); should be below 1 / num_examples.
         num_examples: size of the training set in units, of users with unit="user"; treated as
             public.
-        clipping: key of `dpnlu.mechanism.clipping.CLIPPING_RULES`.
+        clipping: the rule, and how it divides C among groups of parameters (`dpnlu.mechanism.
+            clipping`): "flat"; "automatic[:γ]", every gradient scaled to nearly C;
+            "per_layer[:HOW]", or "groups[:HOW]" for `clipping_groups`, where HOW is uniform, size
+            (its square root), weights (their norm, as training finds them) or, for groups, a number
+            for each; "quantile:Q[:RATE[:BUDGET]]": the bound begins with C and follows the quantile
+            Q of the norms, by a count that costs the share BUDGET of 1 / noise_multiplier².
+        clipping_groups: names of trained parameters, or of modules that own some, for each group;
+            only with clipping="groups…".
         clipping_unit: "example"; "microbatch": the mean gradient of each of `microbatches` groups,
             to which examples are assigned independently (eDP-SGD, Dupuy et al. 2022); or "user":
             the mean gradient of some of a user's examples, which it becomes with unit="user".
@@ -55,8 +81,10 @@ class PrivacyPlan:
         sampling: "poisson", or "truncated_poisson": batches above `max_batch_size` lose random
             members.
         max_batch_size: the truncation point in units; only with sampling="truncated_poisson".
-        noise_schedule: "constant", "exponential:F" (noise_multiplier * F**epoch) or "inverse:F"
-            (noise_multiplier / (1 + F * epoch)).
+        noise_schedule: the factor on noise_multiplier in epoch 0, 1, …: "constant";
+            "exponential:F", F**epoch; "step:F:N", F once more after every N epochs; "inverse:F",
+            1 / (1 + F * epoch); or "list:A,B,…", one for each epoch, the last one for all that
+            follow. There must be noise in every epoch.
         unit: what is drawn, clipped as a whole and protected: one "example", that is one labelled
             text; or one "user", with all of their examples (McMahan et al. 2018).
         examples_per_user: how many examples of a drawn user count in a step at most, chosen anew
@@ -77,6 +105,7 @@ class PrivacyPlan:
     noise_schedule: str = "constant"
     unit: str = "example"
     examples_per_user: int | None = None
+    clipping_groups: tuple[tuple[str, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.unit == "user" and self.clipping_unit == "example":
@@ -85,10 +114,13 @@ class PrivacyPlan:
         check_positive("max_grad_norm", self.max_grad_norm)
         check_count("steps", self.steps, most=MOST_STEPS)
         check_count("num_examples", self.num_examples)
-        _check_sample_rate(self.sample_rate)
+        check_sample_rate(self.sample_rate)
         check_choice("unit", self.unit, UNITS)
-        _check_delta(self.target_delta, self.num_examples, self.unit)
-        check_choice("clipping", self.clipping, tuple(CLIPPING_RULES))
+        check_target_delta(self.target_delta, self.num_examples, self.unit)
+        takes_groups = clipping_rule(self.clipping).takes_groups
+        check_paired("clipping_groups", self.clipping_groups, takes_groups)
+        if self.clipping_groups is not None:
+            object.__setattr__(self, "clipping_groups", groups_of_names(self.clipping_groups))
         check_choice("sampling", self.sampling, SAMPLINGS)
         check_choice("clipping_unit", self.clipping_unit, CLIPPING_UNITS)
         if (self.clipping_unit == "user") != (self.unit == "user"):
@@ -96,17 +128,19 @@ class PrivacyPlan:
                 "Expected clipping_unit='user' exactly together with unit='user', got "
                 f"{self.clipping_unit!r} and {self.unit!r}: leave `clipping_unit` out."
             )
-        _check_paired("examples_per_user", self.examples_per_user, self.unit == "user")
-        _check_paired("microbatches", self.microbatches, self.clipping_unit == "microbatch")
-        _check_paired("max_batch_size", self.max_batch_size, self.sampling == "truncated_poisson")
+        check_paired("examples_per_user", self.examples_per_user, self.unit == "user")
+        check_paired("microbatches", self.microbatches, self.clipping_unit == "microbatch")
+        check_paired("max_batch_size", self.max_batch_size, self.sampling == "truncated_poisson")
         if self.max_batch_size is not None:
             check_digits(self.target_delta, self.steps)  # now, and not after hours of training
-        _schedule(self.noise_schedule)
+        schedule(self.noise_schedule)
         if self.noise_schedule != "constant" and self.epochs > MOST_SCHEDULED_EPOCHS:
             raise ValueError(
                 f"Expected {MOST_SCHEDULED_EPOCHS} epochs at most with a noise schedule, got "
                 f"{self.epochs:.4g}: train for fewer, or with constant noise."
             )
+        epochs = -(-self.steps // self.steps_per_epoch)
+        check_noise_is_left(self.noise_schedule, self.noise_multiplier, epochs=epochs)
 
     @classmethod
     def calibrate(
@@ -127,6 +161,7 @@ class PrivacyPlan:
         noise_schedule: str = "constant",
         unit: str = "example",
         examples_per_user: int | None = None,
+        clipping_groups: Sequence[Sequence[str]] | None = None,
     ) -> PrivacyPlan:
         """The plan with the least noise that meets the target.
 
@@ -149,8 +184,8 @@ class PrivacyPlan:
         draft = cls(
             noise_multiplier=0.0,
             max_grad_norm=max_grad_norm,
-            sample_rate=_rate(expected_batch_size, num_examples, unit),
-            steps=_steps(epochs, steps, expected_batch_size, num_examples),
+            sample_rate=rate_for(expected_batch_size, num_examples, unit),
+            steps=steps_for(epochs, steps, expected_batch_size, num_examples),
             target_delta=target_delta,
             num_examples=num_examples,
             clipping=clipping,
@@ -161,16 +196,9 @@ class PrivacyPlan:
             noise_schedule=noise_schedule,
             unit=unit,
             examples_per_user=examples_per_user,
+            clipping_groups=clipping_groups,  # type: ignore[arg-type]  # made tuples of
         )
-        if math.isinf(target_epsilon):
-            return draft
-        return draft.with_noise(
-            calibrate_noise_multiplier(
-                lambda sigma: draft.with_noise(sigma).events(),
-                target_epsilon=target_epsilon,
-                delta=target_delta,
-            )
-        )
+        return draft._calibrated(target_epsilon)
 
     @property
     def adjacency(self) -> str:
@@ -179,13 +207,25 @@ class PrivacyPlan:
 
     @property
     def sensitivity(self) -> float:
-        """How far, in L2 norm, one unit can move the sum that a step releases.
+        """How far, in L2 norm, one unit can move the sum that a step releases; see
+        `sensitivity_under`. It grows and falls with an adaptive bound, and so does the noise."""
+        return self.sensitivity_under(self.adjacency)
 
-        Clipping of examples or users: C, the unit's own clipped gradient. Micro-batches: 2C, as one
-        example can turn the mean of its group from any vector into any other; the members of the
-        other groups do not change, because each is assigned independently.
+    def sensitivity_under(self, adjacency: str) -> float:
+        """The same for data sets that are neighbours in another way than `adjacency`, which alone
+        is what ε is stated for. It is the same for all clipping rules.
+
+        Clipping of examples or users: C, the unit's own clipped gradient; 2C where another unit
+        takes its place. Micro-batches: 2C, as one example can turn the mean of its group from any
+        vector into any other; the members of the other groups do not change, because each is
+        assigned independently.
+
+        Args:
+            adjacency: one of `ADJACENCIES`.
         """
-        return self.max_grad_norm * (2.0 if self.clipping_unit == "microbatch" else 1.0)
+        check_choice("adjacency", adjacency, ADJACENCIES)
+        is_double = self.clipping_unit == "microbatch" or adjacency == "replace-one"
+        return self.max_grad_norm * (2.0 if is_double else 1.0)
 
     @property
     def expected_batch_size(self) -> float:
@@ -209,11 +249,31 @@ class PrivacyPlan:
 
     def noise_multiplier_at(self, step: int) -> float:
         """The noise multiplier of the release with index `step`, counted from 0."""
-        return self.noise_multiplier * _schedule(self.noise_schedule)(step // self.steps_per_epoch)
+        return self.noise_multiplier * schedule(self.noise_schedule)(step // self.steps_per_epoch)
 
-    def noise_std_at(self, step: int) -> float:
-        """Standard deviation of the noise on each coordinate of the released sum."""
-        return self.noise_multiplier_at(step) * self.sensitivity
+    def noise_std_at(self, step: int, *, bound: float | None = None) -> float:
+        """Standard deviation of the noise on each coordinate of the released sum.
+
+        Args:
+            bound: where the rule adapts it, what it is in this step; None: `max_grad_norm`.
+        """
+        adaptation = clipping_rule(self.clipping).adaptation
+        factor = 1.0 if adaptation is None else adaptation.sum_factor()
+        scale = 1.0 if bound is None else bound / self.max_grad_norm
+        return self.noise_multiplier_at(step) * factor * self.sensitivity * scale
+
+    def count_std_at(self, step: int) -> float:
+        """Standard deviation of the noise on the number of units left unclipped, less half of all
+        units; only with a rule that adapts the bound.
+
+        A unit that is added or removed moves it by 1/2, as it counts 1/2 or -1/2; one whose
+        gradient becomes zero by 1, and so does an example in a micro-batch.
+        """
+        adaptation = clipping_rule(self.clipping).adaptation
+        assert adaptation is not None
+        is_half = self.adjacency == "add-remove-one" and self.clipping_unit != "microbatch"
+        sensitivity = 0.5 if is_half else 1.0
+        return adaptation.count_std(self.noise_multiplier_at(step), sensitivity=sensitivity)
 
     def event_at(self, step: int, *, sampled: bool = True) -> SampledGaussian:
         """What the release with index `step` tells an accountant.
@@ -238,15 +298,65 @@ class PrivacyPlan:
             for start in starts
         ]
 
-    def epsilon(self, *, steps: int | None = None, accountant: str = "pld") -> float:
-        """ε at `target_delta` after `steps` releases (default: all planned ones)."""
-        return epsilon(self.events(steps=steps), delta=self.target_delta, accountant=accountant)
+    def epsilon(
+        self, *, steps: int | None = None, accountant: str = "pld", as_published: bool = False
+    ) -> float:
+        """ε at `target_delta` after `steps` releases (default: all planned ones).
+
+        Args:
+            as_published: of micro-batches, what is claimed where their sensitivity is taken for C,
+                as eDP-SGD was published. **No guarantee**: see `NOT_AS_PUBLISHED`.
+
+        Raises:
+            ValueError: `as_published`, and the plan clips no micro-batches.
+        """
+        plan = self._with_sensitivity_of_one_clip() if as_published else self
+        return epsilon(plan.events(steps=steps), delta=self.target_delta, accountant=accountant)
+
+    def _with_sensitivity_of_one_clip(self) -> PrivacyPlan:
+        """The plan of which the same noise would be twice as much."""
+        if self.clipping_unit != "microbatch":
+            raise ValueError(
+                "Expected a plan that clips micro-batches for an ε as published, got one that "
+                f"clips a {self.clipping_unit}: leave `as_published` out."
+            )
+        return self.with_noise(2 * self.noise_multiplier)
 
     def with_noise(self, noise_multiplier: float) -> PrivacyPlan:
         """The same plan with another noise multiplier."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # whatever δ deserves was said when this plan was made
             return replace(self, noise_multiplier=noise_multiplier)
+
+    def of_batch_size(self, expected_batch_size: int, *, target_epsilon: float) -> PrivacyPlan:
+        """The plan of as many epochs in batches of another size, with the least noise that meets
+        the target."""
+        rate = rate_for(expected_batch_size, self.num_examples, self.unit)
+        steps = steps_for(self.epochs, None, expected_batch_size, self.num_examples)
+        draft = replace(self.with_noise(0.0), sample_rate=rate, steps=steps)
+        return draft._calibrated(target_epsilon)
+
+    def with_constant_noise(self) -> PrivacyPlan:
+        """The plan of equal ε whose noise does not change: what a schedule has to beat.
+
+        Guarantee: its ε does not exceed that of this plan.
+        """
+        if self.noise_schedule == "constant":
+            return self
+        constant = replace(self.with_noise(0.0), noise_schedule="constant")
+        return constant._calibrated(max(self.epsilon(), _SMALLEST_EPSILON))
+
+    def _calibrated(self, target_epsilon: float) -> PrivacyPlan:
+        """The same plan with the least noise that meets the target."""
+        if math.isinf(target_epsilon):
+            return self
+        return self.with_noise(
+            calibrate_noise_multiplier(
+                lambda sigma: self.with_noise(sigma).events(),
+                target_epsilon=target_epsilon,
+                delta=self.target_delta,
+            )
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, for JSON."""
@@ -278,86 +388,3 @@ class PrivacyPlan:
             max_batch_size=self.max_batch_size,
             num_examples=self.num_examples if truncated else None,
         )
-
-
-def _schedule(spec: str) -> Callable[[int], float]:
-    """The function from an epoch to the factor on the noise multiplier."""
-    name, _, value = spec.partition(":")
-    if spec == "constant":
-        return lambda epoch: 1.0
-    try:
-        factor = float(value)
-    except ValueError:
-        factor = math.nan
-    if name == "exponential" and 0 < factor <= 1:
-        return lambda epoch: factor**epoch
-    if name == "inverse" and factor >= 0 and math.isfinite(factor):
-        return lambda epoch: 1 / (1 + factor * epoch)
-    raise ValueError(
-        "Expected `noise_schedule` to be constant, exponential:F with F in (0, 1] or inverse:F "
-        f"with F >= 0, got {spec!r}."
-    )
-
-
-def _rate(expected_batch_size: float, num_examples: int, unit: str) -> float:
-    check_count("num_examples", num_examples)
-    if not 1 <= expected_batch_size <= num_examples:
-        raise ValueError(
-            f"Expected a batch size between 1 and the number of {unit}s, {num_examples}, "
-            f"got {expected_batch_size}."
-        )
-    return expected_batch_size / num_examples
-
-
-def _steps(
-    epochs: float | None, steps: int | None, expected_batch_size: float, num_examples: int
-) -> int:
-    if (epochs is None) == (steps is None):
-        raise ValueError(f"Expected either `epochs` or `steps`, got {epochs} and {steps}.")
-    if steps is not None:
-        return steps
-    assert epochs is not None
-    if not (epochs > 0 and math.isfinite(epochs)):
-        raise ValueError(f"Expected `epochs` > 0, got {epochs}.")
-    asked = epochs * num_examples / expected_batch_size
-    if asked > MOST_STEPS:
-        raise ValueError(
-            f"Expected {MOST_STEPS:.4g} steps at most, got {asked:.4g}: lower the epochs, or raise "
-            "the batch size."
-        )
-    return max(1, round(asked))
-
-
-def _check_sample_rate(value: float) -> None:
-    if not 0 < value <= 1:
-        raise ValueError(
-            f"Expected `sample_rate` in (0, 1], got {value}. It is a probability: pass "
-            "expected batch size / number of examples."
-        )
-
-
-def _check_delta(value: float, num_examples: int, unit: str) -> None:
-    check_delta(value, name="target_delta")
-    if value >= 1 / num_examples:
-        warnings.warn(
-            f"δ = {value:g} is not below 1 / {num_examples} {unit}s: at this δ, publishing a few "
-            f"{unit}s outright would count as private. Choose a smaller δ.",
-            stacklevel=4,
-        )
-
-
-# Fields that another one needs.
-_OWNERS = {
-    "examples_per_user": "unit='user'",
-    "microbatches": "clipping_unit='microbatch'",
-    "max_batch_size": "sampling='truncated_poisson'",
-}
-
-
-def _check_paired(name: str, value: int | None, needed: bool) -> None:
-    """Raise ValueError unless a count is there exactly if another field needs it."""
-    if needed != (value is not None):
-        owner = _OWNERS[name]
-        raise ValueError(f"Expected `{name}` exactly together with {owner}, got {value}.")
-    if value is not None:
-        check_count(name, value)

@@ -13,7 +13,7 @@ from dpnlu.nlu.classifier import Architecture
 from dpnlu.nlu.data import Corpus, DataError, Example, Vocabulary
 from dpnlu.nlu.encoding import Labels
 from dpnlu.runs import recipes
-from dpnlu.runs.settings import RecipeSettings
+from dpnlu.runs.settings import RecipeSettings, check_clipping
 from dpnlu.training.loop import ComputeConfig, Recipe
 
 
@@ -112,6 +112,7 @@ def plan_for(
                 "Expected --examples-per-user with --unit user, got it where examples are "
                 "protected: leave it out, or protect users."
             )
+    check_clipping(settings.clipping)
     if epsilon == math.inf:
         return None
     recommended = min(recipe.batch_size, num_examples)
@@ -122,6 +123,8 @@ def plan_for(
         expected_batch_size=recommended if settings.batch_size is None else settings.batch_size,
         epochs=recipe.epochs,
         max_grad_norm=settings.max_grad_norm,
+        clipping=settings.clipping,
+        noise_schedule=settings.noise_schedule,
         unit=settings.unit,
         examples_per_user=settings.most_per_user,
     )

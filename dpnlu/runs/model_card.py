@@ -43,14 +43,29 @@ def privacy_statement(plan: PrivacyPlan | None, ledger: Ledger | None) -> str:
     return (
         f"**(ε = {_rounded_up(spent)}, δ = {plan.target_delta:g})-differential privacy**, for "
         f"{neighbours} (unit: one {plan.unit}, {unit}). {len(ledger)} releases of clipped gradient "
-        f"sums: norm at most {plan.max_grad_norm:g} per {plan.clipping_unit} ({plan.clipping} "
+        f"sums: norm at most {_bound(plan, ledger)} per {plan.clipping_unit} ({plan.clipping} "
         f"clipping), Gaussian noise of multiplier {plan.noise_multiplier:.4g} "
-        f"({plan.noise_schedule}), batches of {plan.unit}s sampled by Poisson with probability "
+        f"({_schedule(plan)}), batches of {plan.unit}s sampled by Poisson with probability "
         f"{plan.sample_rate:.4g}"
         f"{truncated if plan.max_batch_size else ''}. Accountant: privacy loss distributions"
         f"{' (dp-accounting)' if plan.max_batch_size else ''}; {_second(ledger)}. The number of "
         f"training {plan.unit}s, {plan.num_examples}, is treated as public."
     )
+
+
+def _bound(plan: PrivacyPlan, ledger: Ledger) -> str:
+    """The clipping bound, and where it adapts what became of it."""
+    if ledger.bound is None:
+        return f"{plan.max_grad_norm:g}"
+    return f"{plan.max_grad_norm:g} at first and {ledger.bound:.4g} at last"
+
+
+def _schedule(plan: PrivacyPlan) -> str:
+    """The noise schedule, and the constant noise that it has to beat."""
+    if plan.noise_schedule == "constant":
+        return plan.noise_schedule
+    constant = plan.with_constant_noise().noise_multiplier
+    return f"{plan.noise_schedule}; constant noise of multiplier {constant:.4g} has the same ε"
 
 
 def _second(ledger: Ledger) -> str:

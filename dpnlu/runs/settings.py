@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
+from dpnlu.mechanism.clipping import clipping_rule
+
 # Of a user in a step: enough to even out single texts, few enough to compute at once.
 EXAMPLES_PER_USER = 8
 
@@ -55,6 +57,15 @@ def parse_epsilon(text: str) -> float:
     if not value > 0:
         raise ValueError(f"expected ε > 0 or inf, got {text}")
     return value
+
+
+def check_clipping(spec: str) -> None:
+    """Raise ValueError unless there is such a clipping rule, which needs no list of groups."""
+    if clipping_rule(spec).takes_groups:
+        raise ValueError(
+            "Expected a clipping rule that divides parameters by itself, got groups, which "
+            "PrivacyPlan(clipping_groups=...) alone takes: use per_layer."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +135,18 @@ class RecipeSettings(DataSettings):
     max_grad_norm: float = setting(
         "clipping bound on the gradient norm of an example, or of a user", default=1.0
     )
+    clipping: str = setting(
+        "how gradients are clipped: flat; automatic[:G], each scaled to nearly the bound; "
+        "per_layer[:uniform|size|weights], layers to shares of it; quantile:Q[:RATE[:BUDGET]], to "
+        "a bound that follows the quantile Q of their norms",
+        default="flat",
+    )
+    noise_schedule: str = setting(
+        "how the noise changes with the epochs: constant; exponential:F or step:F:N, F times as "
+        "much after every epoch or every N; inverse:F, 1 / (1 + F * epoch) of it; or list:A,B,... "
+        "as much",
+        default="constant",
+    )
     unit: str = setting(
         "what ε protects: an example, or with `user` a person with all of their examples, who are "
         "named in the data; batch size, epochs and δ are then those of users",
@@ -181,6 +204,7 @@ class TrainSettings(RecipeSettings):
 # Settings that earlier versions did not know, of trainings and studies.
 _LATER = {
     *("unit", "examples_per_user", "weight_decay", "characters", "redact_digits", "patience"),
+    *("noise_schedule", "clipping"),
     *("decimals", "audit_canaries", "searches"),
 }
 

@@ -29,6 +29,7 @@ from dpnlu.engines.refusals import check_trainable
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.noise import entropy_generators
 from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.training.agreement import check_engine, check_ledger, check_processes
 from dpnlu.training.cutting import WhoseExamples
 from dpnlu.training.handover import Handover
 from dpnlu.training.loader import PrivateLoader
@@ -85,15 +86,12 @@ def privatize(
             not fit the plan.
         LedgerError: there is a file at the ledger's path.
     """
-    if plan.unit == "user" and processes is not None and processes.count > 1:
-        raise ValueError(
-            f"Expected one process for unit='user', got {processes.count}: a draw is divided among "
-            "processes by examples, not by users; start one."
-        )
+    processes = processes or OneProcess()
+    check_processes(processes.count, plan)
     name = engine or ("microbatch" if plan.clipping_unit == "microbatch" else "book_keeping")
-    _check_engine(name, plan)
+    check_engine(name, plan)
     if isinstance(ledger, Ledger):
-        _check_ledger(ledger, plan)
+        check_ledger(ledger, plan)
     parameters = check_trainable(model, optimizer)
     generators = _generators(noise, parameters[0].device)
     options = {"verify": verify} if name == "book_keeping" else {}
@@ -109,8 +107,11 @@ def privatize(
             parameters=parameters,
             optimizer=optimizer,
             generators=generators,
-            processes=processes or OneProcess(),
+            processes=processes,
+            clipper=made.clipper,
         )
+        if ledger.bound is not None:
+            made.clipper.bound = ledger.bound
         return PrivateTraining(
             mechanism,
             engine=made,
@@ -167,6 +168,12 @@ class PrivateTraining:
         the loader cost more than planned, and leave fewer.
         """
         return self.steps.remaining
+
+    @property
+    def max_grad_norm(self) -> float:
+        """The clipping bound of the logical batch that is open, or comes next: the plan's, unless
+        it adapts; then it was computed from what was released, and the ledger holds it."""
+        return self.steps.mechanism.bound
 
     def epsilon(self, *, accountant: str = "pld") -> float:
         """ε spent so far, at the plan's δ, from the ledger."""
@@ -372,24 +379,3 @@ def _generators(
     if isinstance(noise, torch.Generator):
         return [noise]
     return [] if noise == "system" else entropy_generators(device)
-
-
-def _check_engine(name: str, plan: PrivacyPlan) -> None:
-    if name not in ENGINES:
-        raise ValueError(f"Expected `engine` to be one of {', '.join(ENGINES)}, got {name!r}.")
-    if (name == "microbatch") != (plan.clipping_unit == "microbatch"):
-        raise ValueError(
-            f"Expected an engine for the plan's clipping unit, {plan.clipping_unit!r}, got "
-            f"{name!r}: what is clipped is the plan's business. Micro-batches are planned by "
-            "PrivacyPlan(clipping_unit='microbatch', microbatches=K)."
-        )
-
-
-def _check_ledger(ledger: Ledger, plan: PrivacyPlan) -> None:
-    """The steps alone may differ, so that training can go on; the ledger tells what was spent."""
-    begun, planned = ledger.plan.to_dict(), plan.to_dict()
-    if other := [name for name in planned if name != "steps" and begun[name] != planned[name]]:
-        raise ValueError(
-            f"Expected a ledger of this plan, got one of a plan with other {', '.join(other)}: go "
-            "on with the plan that it names, ledger.plan."
-        )

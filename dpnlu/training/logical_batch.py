@@ -11,14 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dpnlu.engines.clipper import Clipper
 from dpnlu.engines.outcome import ClipOutcome, OpenUnit
 from dpnlu.engines.refusals import check_unchanged
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.noise import fill_gaussian
 from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.training.adam_bc import AdamBC
 from dpnlu.training.buffers import Buffers
 from dpnlu.training.handover import Handover
 from dpnlu.training.processes import Counts, OneProcess, Processes
+
+# How far an adaptive bound may go from where it began.
+_FARTHEST = 1e6
 
 
 class NonFiniteBatchError(RuntimeError):
@@ -40,6 +45,8 @@ class Mechanism:
         optimizer: acts on what is released, and on nothing else.
         generators: where the noise comes from; none at all stands for the operating system.
         processes: that train together, each with a mechanism of its own.
+        clipper: of the engine, whose bound follows the releases where the plan says so; None: the
+            bound is the plan's.
     """
 
     plan: PrivacyPlan
@@ -49,6 +56,12 @@ class Mechanism:
     optimizer: Optimizer | Handover
     generators: Sequence[torch.Generator]
     processes: Processes = field(default_factory=OneProcess)
+    clipper: Clipper | None = None
+
+    @property
+    def bound(self) -> float:
+        """The clipping bound of the logical batch that is open, or comes next."""
+        return self.plan.max_grad_norm if self.clipper is None else self.clipper.bound
 
     def check_ready(self) -> None:
         """Whether another logical batch may begin.
@@ -106,11 +119,12 @@ class LogicalBatch:
         """
         mechanism.check_ready()
         self._mechanism = mechanism
-        self._std = mechanism.plan.noise_std_at(len(mechanism.ledger))
+        step = len(mechanism.ledger)
+        self._std = mechanism.plan.noise_std_at(step, bound=mechanism.bound)
         self._divisor = mechanism.plan.divisor
         self._state = _State.OPEN
         self._buffers: dict[nn.Parameter, Tensor] = {}
-        self._units = 0
+        self._units = self._unclipped = 0
         self.unit = OpenUnit()
         self.non_finite = 0
 
@@ -134,6 +148,8 @@ class LogicalBatch:
         self._check_open()
         self._units += len(outcome.norms)
         self.non_finite += outcome.non_finite
+        if outcome.unclipped is not None:
+            self._unclipped += int(outcome.unclipped.sum())
         if outcome.total is None:
             return
         try:
@@ -168,15 +184,19 @@ class LogicalBatch:
             self._mechanism.check_no_gradients()
             # What fails on one process alone must fail before all agree, or the others would wait.
             self._draw_noise()
-            counts = Counts(units=self._units, non_finite=self.non_finite)
-            _check_finite(processes.agree(len(ledger), counts, sampled=sampled))
+            counts = processes.agree(len(ledger), self._counts(), sampled=sampled)
+            _check_finite(counts)
             processes.add_up(list(self._buffers.values()))
             event = plan.event_at(len(ledger), sampled=sampled)
-            processes.record(partial(ledger.append, event))
+            bound = self._next_bound(counts)
+            told = {} if bound is None else {"bound": bound}
+            processes.record(partial(ledger.append, event, **told))
         except BaseException:
             self.abandon()
             raise
         self._state = _State.RELEASED
+        if self._mechanism.clipper is not None and bound is not None:
+            self._mechanism.clipper.bound = bound
         self._step()
         is_last = len(ledger) == plan.steps
         processes.compare(self._mechanism.parameters, releases=len(ledger), is_last=is_last)
@@ -196,13 +216,37 @@ class LogicalBatch:
         fill_gaussian(ours, std=std, generators=generators)
         self._buffers = buffers.of
 
+    def _counts(self) -> Counts:
+        return Counts(units=self._units, non_finite=self.non_finite, unclipped=self._unclipped)
+
+    def _next_bound(self, counts: Counts) -> float | None:
+        """The clipping bound after this release, from a noisy count; None: it does not change.
+
+        Args:
+            counts: of all processes.
+        """
+        clipper, plan = self._mechanism.clipper, self._mechanism.plan
+        if clipper is None or clipper.adaptation is None:
+            return None
+        noise = torch.zeros(1, device=self._mechanism.parameters[0].device)
+        std = plan.count_std_at(len(self._mechanism.ledger))
+        fill_gaussian([noise], std=std, generators=self._mechanism.generators)
+        # Half of all units less, so that one of them moves it by a half, whichever way it counts.
+        centred = counts.unclipped - counts.units / 2 + float(noise)
+        bound = clipper.adaptation.next_bound(clipper.bound, centred / plan.divisor + 1 / 2)
+        limits = plan.max_grad_norm / _FARTHEST, plan.max_grad_norm * _FARTHEST
+        return self._mechanism.processes.from_first(min(max(bound, limits[0]), limits[1]))
+
     def _step(self) -> None:
         """Let the optimizer act on the sums, which it finds as gradients for as long as that
         takes."""
         try:
             for parameter, total in self._buffers.items():
                 parameter.grad = total.to(parameter.dtype)
-            self._mechanism.optimizer.step()
+            optimizer = self._mechanism.optimizer
+            if isinstance(optimizer, AdamBC):
+                optimizer.noise_std = self._std / self._divisor
+            optimizer.step()
         finally:
             for parameter in self._mechanism.parameters:
                 parameter.grad = None

@@ -23,10 +23,12 @@ class Counts:
     Attributes:
         units: clipping units.
         non_finite: those left out because their gradient was not finite.
+        unclipped: those that the bound left as they are, where it adapts.
     """
 
     units: int
     non_finite: int
+    unclipped: int = 0
 
 
 class Processes(Protocol):
@@ -61,6 +63,9 @@ class Processes(Protocol):
 
     def add_up(self, sums: Sequence[Tensor]) -> None:
         """Have the sums of all processes' sums in place of this one's."""
+
+    def from_first(self, value: float) -> float:
+        """The number that the first process has, which drew the noise of it."""
 
     def record(self, append: Callable[[], None]) -> None:
         """Record a release; on return it is on disk, whichever process writes."""
@@ -98,6 +103,9 @@ class OneProcess:
 
     def add_up(self, sums: Sequence[Tensor]) -> None:
         """They are complete."""
+
+    def from_first(self, value: float) -> float:
+        return value
 
     def record(self, append: Callable[[], None]) -> None:
         append()

@@ -40,7 +40,7 @@ _BUCKET = 2**20
 # so many.
 _COMPARED_EVERY = 100
 # Integers that processes tell each other at a meeting, the meeting included.
-_TOLD = 5
+_TOLD = 6
 
 
 class ProcessesError(RuntimeError):
@@ -173,10 +173,11 @@ class SeveralProcesses:
         return shares[self.rank] if self.rank < len(shares) else []
 
     def agree(self, release: int, counts: Counts, *, sampled: bool) -> Counts:
-        told = self._meet(_Meeting.RELEASE, release, int(sampled), counts.units, counts.non_finite)
+        mine = (counts.units, counts.non_finite, counts.unclipped)
+        told = self._meet(_Meeting.RELEASE, release, int(sampled), *mine)
         self._check_alike([one[:2] for one in told])
-        units, non_finite = (sum(one[place] for one in told) for place in (2, 3))
-        return Counts(units=units, non_finite=non_finite)
+        units, non_finite, unclipped = (sum(one[place] for one in told) for place in (2, 3, 4))
+        return Counts(units=units, non_finite=non_finite, unclipped=unclipped)
 
     def add_up(self, sums: Sequence[Tensor]) -> None:
         large = [total for total in sums if total.numel() >= _BUCKET]

@@ -39,7 +39,9 @@ class Stepping:
         """
         self._engine, self._steps, self._independence = engine, steps, independence
         #: Of users who are larger than a physical batch: what counts of them is their sum alone.
-        self._whole = Microbatch(steps.mechanism.model, steps.mechanism.plan)
+        self._whole = Microbatch(
+            steps.mechanism.model, steps.mechanism.plan, clipper=engine.clipper
+        )
         self._recorder = engine if isinstance(engine, BookKeeping) else None
         self._moments = Moments(steps.mechanism.model)
 

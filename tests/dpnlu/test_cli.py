@@ -85,6 +85,31 @@ def test_budget_prints_the_same_for_people(capsys: pytest.CaptureFixture[str]) -
     assert "noise multiplier: " in printed
 
 
+def test_budget_prints_what_was_published_beside_epsilon_and_that_it_is_no_guarantee(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    more = ["--noise-multiplier", "0.5", "--microbatches", "4", "--as-published"]
+    assert main([*SMALL_BUDGET, *more, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert main([*SMALL_BUDGET, "--noise-multiplier", "1", "--json"]) == 0
+    examples = json.loads(capsys.readouterr().out)
+    assert found["epsilon_as_published"] == examples["epsilon"] < found["epsilon"] / 2
+    assert main([*SMALL_BUDGET, *more]) == 0
+    printed = capsys.readouterr().out
+    assert "epsilon as published is: no guarantee: it takes C for the sensitivity" in printed
+
+
+def test_budget_compares_batch_sizes_at_one_epsilon(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*SMALL_BUDGET, "--epsilon", "3", "--plan"]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [choice["batch_size"] for choice in found] == [1, 2, 5, 10, 20, 40, 80]
+    assert main(arguments) == 0
+    heads, *rows, note = capsys.readouterr().out.splitlines()
+    assert len(rows) == 7 and "noise multiplier" in heads and "signal to noise:" in note
+    assert len({len(row) for row in [heads, *rows]}) == 1
+
+
 SMALL_BUDGET = "budget --num-examples 1000 --batch-size 10 --epochs 3".split()
 
 
@@ -126,7 +151,11 @@ BAD_BUDGETS = {
     "--noise-multiplier inf": "`noise_multiplier` to be finite",
     "--noise-multiplier -1": "`noise_multiplier` to be finite and >= 0",
     "--microbatches 0": "`microbatches`",
+    "--as-published --epsilon 3": "leave `as_published` out",
+    "--plan --noise-multiplier 1": "Expected --epsilon with --plan",
+    "--plan --epsilon inf": "finite ε > 0",
     "--noise-schedule fast": "`noise_schedule`",
+    "--noise-schedule list:1,0": "list:1,0 reaches zero after 1 of 3",
 }
 
 

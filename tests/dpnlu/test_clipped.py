@@ -7,9 +7,14 @@ import torch
 from torch import nn
 
 from dpnlu.engines.clipped import clip_gradients, gradient_norms
+from dpnlu.engines.clipper import Clipper
 from dpnlu.gradients.forms import Dense, SquaredNorms
 
 pytestmark = pytest.mark.usefixtures("double")
+
+
+def _clipper(parts, plan):
+    return Clipper({str(place): parameter for place, parameter in enumerate(parts)}, plan)
 
 
 @pytest.mark.parametrize("spoilt", [None, math.inf, math.nan])
@@ -28,8 +33,7 @@ def test_each_example_adds_its_whole_gradient_clipped(make_plan, spoilt):
     parts = {parameter: [Dense(values)] for parameter, values in rows.items()}
     losses = torch.zeros(5)
     norms = gradient_norms(parts, losses)
-    plan = make_plan(max_grad_norm=1.5)
-    clipped = clip_gradients(parts, norms, losses, plan)
+    clipped = clip_gradients(parts, norms, losses, _clipper(parts, make_plan(max_grad_norm=1.5)))
     clipped.total.add_to(into, scale=2.0)
     for found, right in zip(into.values(), expected, strict=True):
         assert torch.allclose(found, right, rtol=1e-12)
@@ -40,7 +44,7 @@ def test_each_example_adds_its_whole_gradient_clipped(make_plan, spoilt):
 def test_losses_of_any_type_leave_the_gradients_theirs(make_plan, dtype):
     values, weight = torch.randn(4, 3, dtype=torch.float32), nn.Parameter(torch.zeros(3).float())
     parts, losses = {weight: [Dense(values)]}, torch.tensor([1.0, math.inf, 2.0, 0.0], dtype=dtype)
-    clipped = clip_gradients(parts, gradient_norms(parts, losses), losses, make_plan())
+    clipped = clip_gradients(parts, None, losses, _clipper(parts, make_plan()))
     into = torch.zeros(3, dtype=torch.float32)
     clipped.total.add_to({weight: into}, scale=1.0)
     factors = (make_plan().max_grad_norm / values.norm(dim=1)).clamp(max=1.0)
@@ -55,6 +59,7 @@ def test_a_gradient_that_nothing_is_known_of_is_written_out(make_plan):
     parts, losses = {weight: [Dense(values)]}, torch.zeros(4)
     norms = gradient_norms(parts, losses)
     slack = torch.tensor([0.0, math.inf, 1e6, 0.0])
-    clipped = clip_gradients(parts, SquaredNorms(norms.values, slack), losses, make_plan())
-    expected = clip_gradients(parts, norms, losses, make_plan())
+    clipper = _clipper(parts, make_plan())
+    clipped = clip_gradients(parts, SquaredNorms(norms.values, slack), losses, clipper)
+    expected = clip_gradients(parts, norms, losses, clipper)
     torch.testing.assert_close(clipped.total.coefficients, expected.total.coefficients)

@@ -137,9 +137,10 @@ def released(make_plan) -> Callable:
         collate=collate,
         fixed_size=True,
         precision=None,
+        clipping="flat",
         **options,
     ):
-        plan = make_plan(noise_multiplier=0.0, max_grad_norm=0.3, steps=4)
+        plan = make_plan(noise_multiplier=0.0, max_grad_norm=0.3, steps=4, clipping=clipping)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
         coins = np.random.default_rng(1)
         found = []
@@ -186,6 +187,17 @@ def test_compiled_steps_release_what_the_per_example_loop_does(released, data, m
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("rule", ["per_layer:size", "quantile:0.2:1"])
+def test_so_they_do_by_every_clipping_rule(released, data, rule):
+    model = Tied()
+    expected, _ = released(_twin(model, Tied), data, engine="per_example", clipping=rule)
+    found, _ = released(model, data, backend="eager", clipping=rule)
+    flat, _ = released(Tied(), data, backend="eager")
+    assert len(found) == 4 and found.shape == flat.shape
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize(
     "backend", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, needs_a_compiler])]
 )

@@ -143,6 +143,22 @@ def test_where_nobody_can_tell_the_statement_says_so(make_plan):
     assert "no second accountant can confirm this ε" in privacy_statement(plan, ledger)
 
 
+def test_a_schedule_is_stated_beside_the_constant_noise_of_equal_epsilon(make_plan):
+    plan = make_plan(noise_schedule="exponential:0.9")
+    constant = f"{plan.with_constant_noise().noise_multiplier:.4g}"
+    stated = privacy_statement(plan, Ledger(plan))
+    assert f"(exponential:0.9; constant noise of multiplier {constant} has the same" in stated
+    assert "(constant)" in privacy_statement(make_plan(), Ledger(make_plan()))
+
+
+def test_an_adaptive_bound_is_stated_with_where_it_ended(make_plan):
+    plan = make_plan(clipping="quantile:0.5")
+    ledger = Ledger(plan)
+    assert "norm at most 1 per example" in privacy_statement(plan, ledger)
+    ledger.append(plan.event_at(0), bound=0.8123)
+    assert "norm at most 1 at first and 0.8123 at last per" in privacy_statement(plan, ledger)
+
+
 def test_nothing_released_and_no_noise():
     assert second_opinion([], delta=DELTA).epsilon == 0
     silent = SampledGaussian(noise_multiplier=0.0, sample_rate=0.5, steps=1)

@@ -6,7 +6,7 @@ the bound, up to one part in a thousand.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import hypothesis
 import pytest
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from dpnlu.engines.book_keeping import BookKeeping
 from dpnlu.engines.clipped import clip_gradients, gradient_norms
+from dpnlu.engines.clipper import Clipper
 from dpnlu.engines.compiled import CompiledClipping
 from dpnlu.gradients.factors import OuterProducts
 from dpnlu.gradients.forms import Dense
@@ -350,7 +351,9 @@ def test_no_form_of_gradients_adds_more_than_the_bound(form, seed, scale, cancel
     parts, losses = {weight: combine(uses), told: [Dense(short)]}, torch.zeros(3)
     norms = gradient_norms(parts, losses)
     into = {parameter: torch.zeros_like(parameter) for parameter in parts}
-    clipped = clip_gradients(parts, norms, losses, _plan(clipping))
+    clipped = clip_gradients(
+        parts, norms, losses, Clipper({"weight": weight, "told": told}, _plan(clipping))
+    )
     clipped.total.add_to(into, scale=1.0)
     coefficients = into[told].double() / 1e-15
     for example in range(3):
@@ -361,3 +364,37 @@ def test_no_form_of_gradients_adds_more_than_the_bound(form, seed, scale, cancel
             assert length * factor <= BOUND * EXCESS
             if cancels is None and length > 1e-9:
                 assert length * factor >= 0.98 * min(BOUND, length) * length / (length + 0.01)
+
+
+@pytest.mark.parametrize("cancels", [None, 2, 5])
+@pytest.mark.parametrize("form", FORMS)
+def test_no_form_of_gradients_adds_more_than_its_group_s_share(form, cancels):
+    """Where parameters are clipped in groups, the norm in each is an upper bound, too."""
+    shares = {"form": 0.6, "other": 0.8}
+    for seed in range(6):
+        torch.manual_seed(seed)
+        scale = 10.0 ** (seed - 3)
+        uses = FORMS[form](lambda *shape, scale=scale: scale * torch.randn(*shape))
+        if cancels is not None:
+            uses = _cancelled(uses, 10.0**-cancels)
+        exact = sum(use.dense().reshape(3, -1) for use in _double(uses)).norm(dim=1)
+        other = torch.randn(3, 7) * 10.0 ** torch.randint(-3, 3, (3, 1))
+        told = 1e-15 * torch.eye(3)
+        sizes = {"form": uses[0].dense().shape[1:], "other": (7,)}
+        sizes |= {"told.one": (3,), "told.two": (3,)}
+        weights = {name: nn.Parameter(torch.zeros(size)) for name, size in sizes.items()}
+        gradients = [combine(uses), [Dense(other)], [Dense(told)], [Dense(told)]]
+        parts = dict(zip(weights.values(), gradients, strict=True))
+        listed = (("form", "told.one"), ("other", "told.two"))
+        plan = replace(_plan("flat"), clipping="groups:3,4", clipping_groups=listed)
+        clipped = clip_gradients(parts, None, torch.zeros(3), Clipper(weights, plan))
+        into = {parameter: torch.zeros_like(parameter) for parameter in parts}
+        clipped.total.add_to(into, scale=1.0)
+        lengths = {"form": exact, "other": other.double().norm(dim=1)}
+        for name, teller in (("form", "told.one"), ("other", "told.two")):
+            added = into[weights[teller]].double() / 1e-15 * lengths[name]
+            bound = BOUND * shares[name]
+            assert bool((added <= bound * EXCESS).all())
+            if cancels is None:
+                wanted = lengths[name].clamp(max=bound)
+                assert bool((added >= 0.98 * wanted).all())

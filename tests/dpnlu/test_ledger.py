@@ -26,9 +26,10 @@ def _write(path, plan, releases):
             ledger.append(plan.event_at(step))
 
 
-def test_epsilon_of_the_ledger_is_epsilon_of_the_plan(make_plan):
+@pytest.mark.parametrize("spec", ["exponential:0.5", "step:0.5:2", "inverse:1", "list:1,3,0.7"])
+def test_epsilon_of_the_ledger_is_epsilon_of_the_plan(make_plan, spec):
     """… after as many releases, whatever the noise schedule."""
-    plan = make_plan(noise_schedule="exponential:0.5", steps=5)
+    plan = make_plan(noise_schedule=spec, steps=5)
     ledger = Ledger(plan)
     assert ledger.epsilon() == 0
     for step in range(5):
@@ -137,6 +138,21 @@ def test_a_torn_line_of_truncated_batches_is_accounted_as_the_costlier_release(m
         for sampled in (True, False):
             event = plan.event_at(0, sampled=sampled)
             assert Ledger.read(path).epsilon() >= epsilon([event], delta=1e-5)
+
+
+@pytest.mark.parametrize("spec", ["exponential:0.5", "step:0.5:1", "inverse:1", "list:1,3,0.7"])
+def test_a_release_has_the_noise_of_its_step(make_plan, path, spec):
+    """A ledger takes no entry of another step, neither when it is made nor when it is read."""
+    plan = make_plan(noise_schedule=spec, steps=6, sample_rate=0.5)
+    _write(path, plan, 3)
+    with Ledger.resume(path) as ledger, pytest.raises(ValueError, match="as the plan has it"):
+        ledger.append(plan.event_at(0))
+    lines = path.read_bytes().splitlines(keepends=True)
+    early, late = (json.loads(lines[place]) for place in (1, 3))
+    late["noise_multiplier"] = early["noise_multiplier"]
+    path.write_bytes(b"".join(lines[:-1]) + (json.dumps(late) + "\n").encode())
+    with pytest.raises(LedgerError, match="line 4"):
+        Ledger.read(path)
 
 
 @pytest.mark.parametrize("kept", [1, 20, -1])

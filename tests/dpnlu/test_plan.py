@@ -2,12 +2,14 @@
 
 import json
 import math
-from dataclasses import FrozenInstanceError, dataclass, field
+from dataclasses import FrozenInstanceError, dataclass, field, replace
 
 import pytest
 
 from dpnlu.accounting.accountants import epsilon
 from dpnlu.accounting.events import SampledGaussian
+from dpnlu.mechanism import schedules
+from dpnlu.mechanism.choices import choices
 from dpnlu.mechanism.plan import PrivacyPlan
 
 CALIBRATION = {
@@ -56,7 +58,20 @@ INVALID_PLANS = [
     Invalid({"target_delta": 1e-13}, "`target_delta`"),
     Invalid({"target_delta": 1.0}, "`target_delta`"),
     Invalid({"target_delta": math.nan}, "`target_delta`"),
-    Invalid({"clipping": "none"}, "`clipping` to be one of flat, automatic, got 'none'"),
+    Invalid({"clipping": "none"}, r"`clipping` to be one of flat, automatic.*, got 'none'"),
+    Invalid({"clipping": "groups"}, "`clipping_groups` exactly together with clipping='groups'"),
+    Invalid({"clipping_groups": (("a",),)}, "`clipping_groups` exactly together"),
+    *(
+        Invalid({"clipping": "groups", "clipping_groups": groups}, says)
+        for groups, says in (
+            ((("a", "b"), ("b",)), "every name once in `clipping_groups`, got b twice"),
+            ((("a", "a"),), "got a twice"),
+            (("a", "b"), "to be lists of names"),
+            ((("a",), ()), "to be lists of names"),
+            ((("a", ""),), "to be lists of names"),
+            (((1,),), "to be lists of names"),
+        )
+    ),
     Invalid({"unit": "person"}, "`unit` to be one of example, user"),
     Invalid({"sampling": "shuffle"}, "`sampling` to be one of poisson, truncated_poisson"),
     Invalid({"clipping_unit": "layer"}, "`clipping_unit` to be one of example, microbatch"),
@@ -79,7 +94,20 @@ INVALID_PLANS = [
             "exponential:fast",
             "inverse:-1",
             "inverse:inf",
+            "step:0.5",
+            "step:0.5:0",
+            "step:0.5:1.5",
+            "step:2:1",
+            "list",
+            "list:",
+            "list:1,-1",
+            "list:1,nan",
+            "list:1,inf",
         )
+    ),
+    *(
+        Invalid({"noise_schedule": spec, "sample_rate": 0.25, "steps": 16}, f"{spec} reaches zero")
+        for spec in ("list:1,0.5,0", "list:0,1", "exponential:1e-110", "step:1e-200:1")
     ),
 ]
 INVALID_CALIBRATIONS = [
@@ -189,6 +217,10 @@ def test_a_decaying_schedule_costs_the_composition_of_its_epochs(make_plan, sche
         ("exponential:1", [1, 1, 1]),
         ("inverse:2", [1, 1 / 3, 1 / 5]),
         ("inverse:0", [1, 1, 1]),
+        ("step:0.5:2", [1, 1, 0.5]),
+        ("step:0.5:1", [1, 0.5, 0.25]),
+        ("list:2,1.5,0.3,0", [2, 1.5, 0.3]),
+        ("list:1,0.4", [1, 0.4, 0.4]),
     ],
 )
 def test_the_schedule_sets_the_noise_of_every_epoch(make_plan, spec, factors):
@@ -205,13 +237,112 @@ def test_the_schedule_sets_the_noise_of_every_epoch(make_plan, spec, factors):
     assert [plan.event_at(step).noise_multiplier for step in range(11)] == pytest.approx(planned)
 
 
-@pytest.mark.parametrize("spec", ["constant", "exponential:0.5"])
+# The last column of the same table: σ0, factor -> constant σ of the same ε. The third belongs to an
+# ε of 1.297; that of the schedule is 1.316, by dp-accounting, too.
+CONTROLS = [((1.0, 0.95), 0.71), ((1.0, 0.9), 0.47), ((2.0, 0.9), 0.96), ((2.0, 0.8), 0.35)]
+
+
+@pytest.mark.parametrize(("schedule", "known"), CONTROLS, ids=str)
+def test_a_schedule_has_a_constant_noise_of_equal_epsilon(make_plan, schedule, known):
+    sigma, factor = schedule
+    size = {"sample_rate": 64 / 13_084, "num_examples": 13_084, "steps": 2040}
+    plan = make_plan(noise_multiplier=sigma, noise_schedule=f"exponential:{factor}", **size)
+    constant = plan.with_constant_noise()
+    assert constant.noise_multiplier == pytest.approx(known, abs=0.0065)
+    assert 0.99 * plan.epsilon() <= constant.epsilon() <= plan.epsilon()
+    assert constant.noise_schedule == "constant" and constant.with_constant_noise() is constant
+
+
+def test_without_noise_the_constant_noise_of_equal_epsilon_is_none(make_plan):
+    plan = make_plan(noise_multiplier=0.0, noise_schedule="exponential:0.5")
+    assert plan.with_constant_noise().noise_multiplier == 0
+
+
+SCHEDULES = ["exponential:0.8", "step:0.5:2", "inverse:0.5", "list:1,2,0.5"]
+
+
+@pytest.mark.parametrize("spec", SCHEDULES)
+def test_calibration_scales_a_schedule_as_a_whole(spec):
+    """The factors between epochs stay, ε is that of all blocks by another accountant."""
+    plan = PrivacyPlan.calibrate(**CALIBRATION | {"noise_schedule": spec, "steps": 80})
+    factors = [schedules.schedule(spec)(epoch) for epoch in range(4)]
+    blocks = [
+        SampledGaussian(noise_multiplier=plan.noise_multiplier * f, sample_rate=0.05, steps=20)
+        for f in factors
+    ]
+    assert 0.99 * 4 <= plan.epsilon() <= 4
+    second = epsilon(blocks, delta=1e-5, accountant="dp-accounting")
+    assert plan.epsilon() == pytest.approx(second, rel=0.005)
+
+
+@pytest.mark.parametrize("spec", ["constant", *SCHEDULES])
 @pytest.mark.parametrize("steps", [0, 1, 4, 5, 11])
 def test_the_events_of_a_part_are_the_beginning_of_all(make_plan, spec, steps):
     plan = make_plan(sample_rate=0.25, steps=11, noise_schedule=spec)
     assert sum(event.steps for event in plan.events(steps=steps)) == steps
     singly = [plan.event_at(step) for step in range(steps)]
     assert plan.epsilon(steps=steps) == pytest.approx(epsilon(singly, delta=1e-5))
+
+
+# ---- as published, and in comparison -----------------------------------------------------------
+
+# n, B, σ, steps of ten epochs -> ε as published (sensitivity C) and ε, by Rényi orders.
+PUBLISHED = [
+    ((13_084, 64, 1.0, 2040), 1.4, 11.7),
+    ((13_084, 64, 0.8, 2040), 2.6, 25.5),
+    ((13_084, 64, 0.6, 2040), 6.3, 68),
+    ((4_478, 32, 1.0, 1400), 1.75, 13.6),
+]
+
+
+@pytest.mark.parametrize(("size", "claimed", "true"), PUBLISHED, ids=str)
+def test_micro_batches_cost_far_more_than_was_published(make_plan, size, claimed, true):
+    """The same noise, σ times C, is half as much relative to 2C."""
+    count, batch, sigma, steps = size
+    plan = make_plan(
+        noise_multiplier=sigma / 2,
+        num_examples=count,
+        sample_rate=batch / count,
+        steps=steps,
+        **MICROBATCH,
+    )
+    assert plan.noise_std_at(0) == pytest.approx(sigma * plan.max_grad_norm)
+    assert plan.epsilon(accountant="rdp") == pytest.approx(true, rel=0.02)
+    found = plan.epsilon(accountant="rdp", as_published=True)
+    assert found == pytest.approx(claimed, rel=0.03)
+    event = SampledGaussian(noise_multiplier=sigma, sample_rate=batch / count, steps=steps)
+    assert found == epsilon([event], delta=1e-5, accountant="rdp")
+
+
+@pytest.mark.parametrize("change", [{}, {"unit": "user", "examples_per_user": 2}])
+def test_only_micro_batches_have_an_epsilon_as_published(make_plan, change):
+    with pytest.raises(ValueError, match="leave `as_published` out"):
+        make_plan(**change).epsilon(as_published=True)
+
+
+@pytest.mark.parametrize("change", [{}, {"noise_schedule": "exponential:0.5"}, MICROBATCH])
+def test_choices_of_the_batch_size_have_one_epsilon_and_one_cost(make_plan, change):
+    plan = make_plan(num_examples=400, sample_rate=0.1, steps=40, **change)
+    found = choices(plan, target_epsilon=3)
+    assert [choice.batch_size for choice in found] == [5, 10, 20, 40, 80, 160, 320]
+    for choice in found:
+        assert choice.sample_rate == choice.batch_size / 400
+        assert choice.steps * choice.batch_size == pytest.approx(1600, rel=0.05)
+        same = replace(plan, sample_rate=choice.sample_rate, steps=choice.steps)
+        same = same.with_noise(choice.noise_multiplier)
+        assert 0.99 * 3 <= same.epsilon() <= 3
+        stds = [same.noise_std_at(step) / plan.max_grad_norm for step in range(same.steps)]
+        whole = same.divisor * same.steps / math.hypot(*stds)
+        assert choice.signal_to_noise == pytest.approx(whole)
+        root = math.sqrt(choice.steps)
+        assert choice.step_signal_to_noise * root == pytest.approx(whole)
+    assert [c.batch_size for c in choices(make_plan(), target_epsilon=3)] == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("target", [0.0, -1.0, math.nan, math.inf])
+def test_choices_need_a_finite_epsilon(make_plan, target):
+    with pytest.raises(ValueError, match="finite ε > 0 to compare"):
+        choices(make_plan(), target_epsilon=target)
 
 
 # ---- the mechanism ---------------------------------------------------------------------------
@@ -278,10 +409,29 @@ def test_epochs_are_the_expected_visits(make_plan):
 # ---- as values -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", [{}, MICROBATCH, TRUNCATED, {"noise_schedule": "inverse:0.5"}])
+SCHEDULED = [{"noise_schedule": spec} for spec in SCHEDULES]
+
+
+RULED = [
+    {"clipping": "quantile:0.5:0.1"},
+    {"clipping": "groups:1,2", "clipping_groups": [["a", "b.weight"], ["c"]]},
+]
+
+
+@pytest.mark.parametrize("change", [{}, MICROBATCH, TRUNCATED, *SCHEDULED, *RULED])
 def test_a_plan_survives_json(make_plan, change):
     plan = make_plan(**change)
     assert PrivacyPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_a_plan_of_an_earlier_version_is_read(make_plan):
+    """It had fewer fields."""
+    first = """{"noise_multiplier": 1.0, "max_grad_norm": 1.0, "sample_rate": 0.5, "steps": 10,
+        "target_delta": 1e-05, "num_examples": 8, "clipping": "flat", "clipping_unit": "example",
+        "microbatches": null, "sampling": "poisson", "max_batch_size": null,
+        "noise_schedule": "exponential:0.9"}"""
+    plan = PrivacyPlan.from_dict(json.loads(first))
+    assert plan == make_plan(noise_schedule="exponential:0.9")
 
 
 def test_unknown_missing_and_wrong_fields_are_refused(make_plan):

@@ -34,6 +34,8 @@ PLANS = {
     "truncated": plan(sampling="truncated_poisson", max_batch_size=3),
     "micro-batches": plan(clipping_unit="microbatch", microbatches=3),
     "one micro-batch": plan(clipping_unit="microbatch", microbatches=1),
+    "adaptive": plan(clipping="quantile:0.3:1", max_grad_norm=0.1),
+    "per layer": plan(clipping="per_layer:size"),
 }
 
 
