@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
 from dpnlu.accounting.accountants import ACCOUNTANTS
+from dpnlu.accounting.tuning import calibrate_tuning, cheapest_tuning
 from dpnlu.mechanism.choices import Choice, choices
 from dpnlu.mechanism.plan import NOT_AS_PUBLISHED, PrivacyPlan
 
@@ -35,6 +37,14 @@ def add_parser(commands: Any) -> None:
         help="the δ at which ε is stated, below 1 / examples (default: %(default)s)",
     )
     _add_noise(parser)
+    parser.add_argument(
+        "--trials",
+        type=float,
+        metavar="K",
+        help="state ε for the best of K such trainings on average, for each way to draw their "
+        "number; with --epsilon: find the noise of each training for which the whole meets it "
+        "(default: one training)",
+    )
     parser.add_argument(
         "--accountant",
         choices=sorted(ACCOUNTANTS),
@@ -91,7 +101,10 @@ def run(options: argparse.Namespace) -> None:
     if options.plan:
         _print_choices(plan, options)
         return
-    found = {
+    if options.trials is not None:
+        _print_tuning(plan, options)
+        return
+    found: dict[str, Any] = {
         "epsilon": plan.epsilon(accountant=options.accountant),
         "delta": plan.target_delta,
         "noise_multiplier": plan.noise_multiplier,
@@ -110,13 +123,7 @@ def run(options: argparse.Namespace) -> None:
         claimed = plan.epsilon(accountant=options.accountant, as_published=True)
         found["epsilon_as_published"] = claimed
         found["epsilon_as_published_is"] = f"no guarantee: {NOT_AS_PUBLISHED}"
-    if options.json:
-        known = {name: None if value == math.inf else value for name, value in found.items()}
-        print(json.dumps(known, allow_nan=False))
-        return
-    for name, value in found.items():
-        number = f"{value:.6g}" if isinstance(value, float) else value
-        print(f"{name.replace('_', ' ')}: {number}")
+    _print_facts(found, options)
 
 
 def plan_of(options: argparse.Namespace) -> PrivacyPlan:
@@ -140,6 +147,44 @@ def plan_of(options: argparse.Namespace) -> PrivacyPlan:
     if options.noise_multiplier is None:
         return plan
     return plan.with_noise(options.noise_multiplier)
+
+
+def _print_tuning(plan: PrivacyPlan, options: argparse.Namespace) -> None:
+    """Print what the best of several trainings costs, by how their number is drawn, the cheapest
+    first.
+
+    Raises:
+        ValueError: there are too few trials; see `dpnlu.accounting.tuning`.
+    """
+    known = {"trials": options.trials, "delta": plan.target_delta, "steps_of_a_trial": plan.steps}
+    ways = cheapest_tuning(plan.events(), trials=options.trials, delta=plan.target_delta)
+    if options.epsilon is None:
+        known["noise_multiplier"] = plan.noise_multiplier
+        _print_facts(known | {f"epsilon_{way.number}": way.epsilon for way in ways}, options)
+        return
+    noises = {
+        f"noise_multiplier_{way.number}": calibrate_tuning(
+            lambda sigma: plan.with_noise(sigma).events(),
+            trials=options.trials,
+            number=way.number,
+            target_epsilon=options.epsilon,
+            delta=plan.target_delta,
+        )
+        for way in ways
+    }
+    cheapest_first = dict(sorted(noises.items(), key=lambda way: way[1]))
+    _print_facts(known | {"epsilon": options.epsilon} | cheapest_first, options)
+
+
+def _print_facts(found: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """Print them as lines, or as JSON with null for infinity."""
+    if options.json:
+        known = {name: None if value == math.inf else value for name, value in found.items()}
+        print(json.dumps(known, allow_nan=False))
+        return
+    for name, value in found.items():
+        number = f"{value:.6g}" if isinstance(value, float) else value
+        print(f"{name.replace('_', ' ')}: {number}")
 
 
 def _print_choices(plan: PrivacyPlan, options: argparse.Namespace) -> None:

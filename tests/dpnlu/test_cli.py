@@ -110,6 +110,17 @@ def test_budget_compares_batch_sizes_at_one_epsilon(capsys: pytest.CaptureFixtur
     assert len({len(row) for row in [heads, *rows]}) == 1
 
 
+def test_budget_prices_tuning_and_finds_its_noise(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = "budget --num-examples 1000 --batch-size 100 --epochs 2 --trials 9 --json".split()
+    assert main([*asked, "--epsilon", "4"]) == 0
+    noises = json.loads(capsys.readouterr().out)
+    found = [noises[f"noise_multiplier_{way}"] for way in ("logarithmic", "geometric", "fixed")]
+    assert found == sorted(found) and noises["epsilon"] == 4
+    assert main([*asked, "--noise-multiplier", str(noises["noise_multiplier_geometric"])]) == 0
+    epsilons = json.loads(capsys.readouterr().out)
+    assert 3.9 < epsilons["epsilon_geometric"] <= 4 < epsilons["epsilon_fixed"]
+
+
 SMALL_BUDGET = "budget --num-examples 1000 --batch-size 10 --epochs 3".split()
 
 
