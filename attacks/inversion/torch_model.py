@@ -38,12 +38,15 @@ class Rows:
         sizes: (B,) how many of the S vectors belong to the text.
         first: (B, T) the first vector of each token; 0 past the last token.
         lengths: (B,) tokens of each text.
+        tags: (B, T) what is to be predicted of each token, negative past the last; for models whose
+            probability of a tag depends on those before it. None: the clozes have no tags.
     """
 
     vectors: Tensor
     sizes: Tensor
     first: Tensor
     lengths: Tensor
+    tags: Tensor | None = None
 
 
 class TorchModel:
@@ -91,13 +94,14 @@ class TorchModel:
 
     def predict(self, vectors: Tensor, cloze: Tensor) -> Predictions:
         """Logits and labels of rows `(B, S, d)` that fill the clozes `(B,)`."""
-        rows = Rows(vectors, self._sizes[cloze], self._first[cloze], self._lengths[cloze])
+        tags = None if self._tags is None else self._tags[cloze]
+        rows = Rows(vectors, self._sizes[cloze], self._first[cloze], self._lengths[cloze], tags)
         intent_logits, tag_logits = self._forward(rows)
         return Predictions(
             intent_logits=None if self._intents is None else intent_logits,
             intents=None if self._intents is None else self._intents[cloze],
             tag_logits=None if self._tags is None else tag_logits,
-            tags=None if self._tags is None else self._tags[cloze],
+            tags=tags,
         )
 
 

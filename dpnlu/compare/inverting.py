@@ -93,4 +93,6 @@ def _logits(classifier: Classifier, rows: Rows) -> tuple[Tensor | None, Tensor |
         batch |= {"attention": (places < rows.sizes[:, None]).long(), "first": rows.first}
     model: Any = classifier.model
     outputs = model(batch)
-    return outputs.intents, outputs.tags
+    if rows.tags is not None:
+        batch["tags"] = rows.tags
+    return outputs.intents, outputs.tags_given(batch)

@@ -10,8 +10,10 @@ from torch import nn
 from dpnlu.nlu.data import Vocabulary
 from dpnlu.nlu.encoding import LONGEST_TEXT, Encoding, Labels, SubwordEncoding, WordEncoding
 from dpnlu.nlu.models import BiLSTMClassifier, EncoderClassifier
+from dpnlu.nlu.tag_chain import TagChain
 
 LSTM = "lstm"
+SLOT_LOSSES = ("chain", "words")
 _ENCODER = "encoder:"
 
 
@@ -25,6 +27,9 @@ class Architecture:
         dropout: around the BiLSTM, or in the encoder and on its output.
         freeze_encoder: train the heads on the encoder only.
         redact_digits: read every digit as 0.
+        slot_loss: "chain": the tags of a text together, as IOB2 lets them follow one another (see
+            `TagChain`); "words": each by itself, as earlier versions did. It decides how slots are
+            predicted, too.
     """
 
     name: str
@@ -35,6 +40,7 @@ class Architecture:
     dropout: float = 0.0
     freeze_encoder: bool = False
     redact_digits: bool = False
+    slot_loss: str = "words"
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
@@ -45,6 +51,11 @@ class Architecture:
                 f"Expected a model of the form lstm or encoder:NAME_OR_PATH, got {self.name!r}."
             )
 
+        if self.slot_loss not in SLOT_LOSSES:
+            raise ValueError(
+                f"Expected `slot_loss` to be one of {', '.join(SLOT_LOSSES)}, got "
+                f"{self.slot_loss!r}."
+            )
         if self.character_filters < 0 or (self.character_filters and self.is_encoder):
             raise ValueError(
                 "Expected filters over characters as a number >= 0, and 0 for an encoder, which "
@@ -97,12 +108,14 @@ def assemble(
     tokenizer: Any = None,
 ) -> Classifier:
     """Put a classifier together: a BiLSTM over a vocabulary, or heads on an encoder."""
+    chain = TagChain.of(labels.tags) if labels.tags and architecture.slot_loss == "chain" else None
     sizes = {"num_intents": len(labels.intents), "num_tags": len(labels.tags)}
     if encoder is not None:
         model = EncoderClassifier(
             encoder,
             dropout=architecture.dropout,
             freeze_encoder=architecture.freeze_encoder,
+            chain=chain,
             **sizes,
         )
         longest = _longest_text(encoder, tokenizer)
@@ -118,6 +131,7 @@ def assemble(
         num_layers=architecture.num_layers,
         character_filters=architecture.character_filters,
         dropout=architecture.dropout,
+        chain=chain,
         **sizes,
     )
     words = WordEncoding(

@@ -27,6 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dpnlu.nlu.tag_chain import TagChain
+
 Batch = dict[str, Tensor]
 
 IGNORED_TAG = -100
@@ -41,10 +43,33 @@ class Outputs:
     Attributes:
         intents: (B, K) logits. None without intents.
         tags: (B, T, L) logits; meaningless past an example's length. None without slots.
+        chain: how tags follow one another; None: each word's tag is told by itself.
     """
 
     intents: Tensor | None
     tags: Tensor | None
+    chain: TagChain | None = None
+
+    def tags_given(self, batch: Batch) -> Tensor | None:
+        """(B, T, L) logits whose softmax is that of a word's tag, given the true ones before it.
+
+        Args:
+            batch: its tags are read, and where there is a chain its lengths.
+        """
+        if self.tags is None or self.chain is None or "tags" not in batch:
+            return self.tags
+        return self.chain.conditional(self.tags, batch["tags"], batch["lengths"])
+
+    def likeliest_tags(self, lengths: Tensor) -> Tensor:
+        """(B, T) the likeliest tags, all of a text together where there is a chain.
+
+        Args:
+            lengths: (B,) words of each example, behind which tags mean nothing.
+        """
+        assert self.tags is not None
+        if self.chain is None:
+            return self.tags.argmax(2)
+        return self.chain.likeliest(self.tags, lengths)
 
 
 class BiLSTMClassifier(nn.Module):
@@ -61,6 +86,7 @@ class BiLSTMClassifier(nn.Module):
         num_layers: int = 1,
         character_filters: int = 0,
         dropout: float = 0.0,
+        chain: TagChain | None = None,
     ) -> None:
         """Random weights.
 
@@ -71,8 +97,10 @@ class BiLSTMClassifier(nn.Module):
             hidden_size: per direction.
             character_filters: width of the character channel; 0 for none.
             dropout: on the BiLSTM's input and output, in [0, 1).
+            chain: over the tags; None: the loss and the prediction of a word's tag are its own.
         """
         super().__init__()
+        self.chain = chain
         self.embedding = nn.Embedding(vocabulary_size, embedding_size, padding_idx=0)
         # Small, so that a word that training never met says next to nothing.
         nn.init.normal_(self.embedding.weight, std=_EMBEDDING_STD)
@@ -95,7 +123,7 @@ class BiLSTMClassifier(nn.Module):
             intents = self.intent_head(pooled)
         if self.slot_head is not None:
             tags = self.slot_head(states)
-        return Outputs(intents, tags)
+        return Outputs(intents, tags, self.chain)
 
     def embed(self, batch: Batch) -> Tensor:
         """(B, T, d): what the BiLSTM reads of each word."""
@@ -126,6 +154,7 @@ class EncoderClassifier(nn.Module):
         num_tags: int,
         dropout: float = 0.0,
         freeze_encoder: bool = False,
+        chain: TagChain | None = None,
     ) -> None:
         """Take over `encoder` with its weights.
 
@@ -138,8 +167,10 @@ class EncoderClassifier(nn.Module):
             num_tags: 0 for a model without slots.
             dropout: everywhere in the encoder and on its output, in [0, 1).
             freeze_encoder: train the heads only.
+            chain: as in `BiLSTMClassifier`.
         """
         super().__init__()
+        self.chain = chain
         self.encoder = encoder
         for name, module in encoder.named_modules():
             if isinstance(module, nn.Dropout):
@@ -161,7 +192,7 @@ class EncoderClassifier(nn.Module):
             intents = self.intent_head(self.dropout(read["pooled"]))
         if self.slot_head is not None:
             tags = self.slot_head(self.dropout(read["states"]))
-        return Outputs(intents, tags)
+        return Outputs(intents, tags, self.chain)
 
     def embed(self, batch: Batch) -> Tensor:
         """(B, S, d): the rows of the input embedding table; positions are added further in."""
@@ -198,7 +229,9 @@ class EncoderClassifier(nn.Module):
 def intent_slot_loss(outputs: Outputs, batch: Batch) -> Tensor:
     """Cross-entropy of the intent plus the mean, over the example's own words, of the tags'.
 
-    Either part is absent in a model without intents, or without slots.
+    Where there is a chain, that of a tag is given the true ones before it, so that the sum over the
+    words is minus the log-likelihood of all of them; see `TagChain`. Either part is absent in a
+    model without intents, or without slots.
 
     Not the mean over the words of the batch: then every example's scale would depend on the
     lengths of the others, and clipping would bound the effect of none.
@@ -209,8 +242,8 @@ def intent_slot_loss(outputs: Outputs, batch: Batch) -> Tensor:
     parts = []
     if outputs.intents is not None:
         parts.append(F.cross_entropy(outputs.intents, batch["intents"], reduction="none"))
-    if outputs.tags is not None:
-        parts.append(_slot_loss(outputs.tags, batch["tags"]))
+    if (logits := outputs.tags_given(batch)) is not None:
+        parts.append(_slot_loss(logits, batch["tags"]))
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 

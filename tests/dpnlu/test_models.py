@@ -1,17 +1,26 @@
 """The classifiers: their losses, and that nobody else's padding changes them."""
 
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attacks.inversion import Cloze
+from attacks.inversion.objective import TARGETS
+from dpnlu.compare.inverting import invertible
+from dpnlu.compare.reading import read_signals
 from dpnlu.nlu.classifier import Architecture, Classifier, build
 from dpnlu.nlu.data import Example, HashedVocabulary
+from dpnlu.nlu.data.iob import violation
 from dpnlu.nlu.encoding import Labels, encode_all
 from dpnlu.nlu.feature_cache import read_once
 from dpnlu.nlu.models import IGNORED_TAG, EncoderClassifier, Outputs, intent_slot_loss
+from dpnlu.nlu.tag_chain import TagChain
+from dpnlu.testing import assert_private_step
 
 LABELS = Labels(("ask", "tell"), ("B-x", "I-x", "O"))
 TEXTS = ("call 4 7 1", "wake me up at noon please", "no", "a rather long request with many words")
@@ -41,6 +50,8 @@ def _classifier(name: str, encoder: Path) -> Classifier:
             name="lstm", embedding_size=7, hidden_size=5, character_filters=4
         ),
         "encoder": Architecture(name=f"encoder:{encoder}"),
+        "chain": Architecture(name="lstm", embedding_size=7, hidden_size=5, slot_loss="chain"),
+        "encoder, chain": Architecture(name=f"encoder:{encoder}", slot_loss="chain"),
     }
     torch.manual_seed(0)
     built = build(names[name], LABELS, HashedVocabulary(50))
@@ -51,7 +62,7 @@ def _classifier(name: str, encoder: Path) -> Classifier:
     return built
 
 
-NAMES = ("lstm", "deep lstm", "characters", "encoder")
+NAMES = ("lstm", "deep lstm", "characters", "encoder", "chain", "encoder, chain")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -73,7 +84,7 @@ def test_an_examples_loss_and_gradient_do_not_depend_on_the_batch(
 
 
 @pytest.mark.parametrize("engine", ["book_keeping", "per_example"])
-@pytest.mark.parametrize("name", ["lstm", "characters"])
+@pytest.mark.parametrize("name", ["lstm", "characters", "chain"])
 def test_the_clipped_sum_is_that_of_a_loop_over_examples(
     name: str, engine: str, tiny_encoder: Path, clipped_sum, per_example_gradients
 ) -> None:
@@ -129,6 +140,66 @@ def test_the_loss_is_the_intents_plus_the_mean_over_the_examples_own_words() -> 
         intent = F.cross_entropy(outputs.intents[example], batch["intents"][example])
         slots = F.cross_entropy(outputs.tags[example, :length], tags[example, :length])
         torch.testing.assert_close(losses[example], intent + slots)
+
+
+def test_with_a_chain_the_loss_is_that_of_all_tags_together() -> None:
+    outputs = Outputs(None, torch.randn(2, 4, 3), TagChain.of(LABELS.tags))
+    assert outputs.tags is not None
+    tags, lengths = torch.tensor([[0, 1, IGNORED_TAG, IGNORED_TAG], [2, 0, 1, 1]]), (2, 4)
+    losses = intent_slot_loss(outputs, {"tags": tags, "lengths": torch.tensor(lengths)})
+    for row, length in enumerate(lengths):
+        scores = {
+            path: sum(outputs.tags[row, word, tag] for word, tag in enumerate(path))
+            for path in product(range(3), repeat=length)
+            if violation([LABELS.tags[tag] for tag in path]) is None
+        }
+        truth = scores[tuple(tags[row, :length].tolist())]
+        expected = torch.stack(list(scores.values())).logsumexp(0) - truth
+        torch.testing.assert_close(losses[row], expected / length)
+
+
+def test_the_likeliest_tags_of_a_chain_follow_iob2() -> None:
+    tags = torch.tensor([[[0.0, 3.0, 2.0], [0.0, 3.0, 2.5]]])  # I-x alone, if it were allowed
+    lengths = torch.tensor([2])
+    assert Outputs(None, tags).likeliest_tags(lengths).tolist() == [[1, 1]]
+    # B-x I-x is worth 3, O O is worth 4.5
+    chain = TagChain.of(LABELS.tags)
+    assert Outputs(None, tags, chain).likeliest_tags(lengths).tolist() == [[2, 2]]
+
+
+@pytest.mark.parametrize("engine", ["book_keeping", "per_example"])
+def test_a_private_step_with_a_chain_does_what_its_plan_says(engine: str, make_plan) -> None:
+    architecture = Architecture(name="lstm", embedding_size=7, hidden_size=5, slot_loss="chain")
+    classifier = build(architecture, LABELS, HashedVocabulary(50))
+    batch = classifier.encoding.collate(encode_all(classifier.encoding, EXAMPLES))
+    loss = classifier.model.per_example_loss
+    assert_private_step(classifier.model, loss, batch, make_plan(max_grad_norm=0.3), engine=engine)
+
+
+@pytest.mark.parametrize("name", ["chain", "encoder, chain"])
+def test_attacks_read_the_loss_that_was_trained(name: str, tiny_encoder: Path) -> None:
+    classifier = _classifier(name, tiny_encoder)
+    batch = classifier.encoding.collate(encode_all(classifier.encoding, EXAMPLES))
+    expected = classifier.model.per_example_loss(batch)
+    signals = read_signals(classifier, EXAMPLES)
+    torch.testing.assert_close(torch.from_numpy(signals.loss), expected.detach())
+    assert signals.slot_margin is not None and np.isfinite(signals.slot_margin).all()
+
+
+def test_an_inversion_explains_the_loss_that_was_trained(tiny_encoder: Path) -> None:
+    classifier = _classifier("chain", tiny_encoder)
+    cloze = Cloze(
+        tokens=("call", None, "7"),
+        candidates=(("4", "5"),),
+        intent=None,
+        tags=("B-x", "I-x", "I-x"),
+    )
+    model = invertible(classifier, [cloze])
+    example = _example("call 4 7", 1)
+    said = model.predict(model.inputs.vectors, torch.tensor([0]))
+    signals = read_signals(classifier, [example])
+    assert signals.slot_loss is not None
+    torch.testing.assert_close(TARGETS["tags"](said), torch.from_numpy(signals.slot_loss))
 
 
 def test_an_example_without_any_known_tag_has_the_loss_of_its_intent() -> None:
