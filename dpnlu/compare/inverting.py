@@ -90,7 +90,8 @@ def _logits(classifier: Classifier, rows: Rows) -> tuple[Tensor | None, Tensor |
     batch: Batch = {"vectors": rows.vectors, "lengths": rows.lengths}
     if isinstance(classifier.encoding, SubwordEncoding):
         places = torch.arange(rows.vectors.shape[1], device=rows.sizes.device)
-        batch |= {"attention": (places < rows.sizes[:, None]).long(), "first": rows.first}
+        attention = (places < rows.sizes[:, None]).long()
+        batch |= {"attention": attention, "first": rows.first, "last": rows.last}
     model: Any = classifier.model
     outputs = model(batch)
     if rows.tags is not None:

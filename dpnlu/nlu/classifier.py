@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from dpnlu.nlu.data import Vocabulary
@@ -30,6 +31,11 @@ class Architecture:
         slot_loss: "chain": the tags of a text together, as IOB2 lets them follow one another (see
             `TagChain`); "words": each by itself, as earlier versions did. It decides how slots are
             predicted, too.
+        word_layers: of an encoder, the layers that slots are read from, as shares of its depth (0:
+            the embeddings, 1: the last); of each the mean over the word's sub-words. None: the last
+            layer at the word's first sub-word, as earlier versions did.
+        neighbours: how many words before and behind a word its slot is read from, too.
+        reads_text: whether a slot is read from the mean over the whole text, too.
     """
 
     name: str
@@ -41,6 +47,9 @@ class Architecture:
     freeze_encoder: bool = False
     redact_digits: bool = False
     slot_loss: str = "words"
+    word_layers: tuple[float, ...] | None = None
+    neighbours: int = 0
+    reads_text: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
@@ -56,10 +65,27 @@ class Architecture:
                 f"Expected `slot_loss` to be one of {', '.join(SLOT_LOSSES)}, got "
                 f"{self.slot_loss!r}."
             )
+        self._check_reading()
         if self.character_filters < 0 or (self.character_filters and self.is_encoder):
             raise ValueError(
                 "Expected filters over characters as a number >= 0, and 0 for an encoder, which "
                 f"reads sub-words, got {self.character_filters} for {self.name}."
+            )
+
+    def _check_reading(self) -> None:
+        layers = self.word_layers
+        if layers is not None:
+            object.__setattr__(self, "word_layers", tuple(layers))  # JSON has lists
+        in_range = layers is None or (len(layers) > 0 and all(0 <= share <= 1 for share in layers))
+        if not in_range or self.neighbours < 0:
+            raise ValueError(
+                "Expected `word_layers` as shares in [0, 1], at least one, and `neighbours` >= 0, "
+                f"got {layers} and {self.neighbours}."
+            )
+        if not self.is_encoder and (layers is not None or self.neighbours or self.reads_text):
+            raise ValueError(
+                "Expected `word_layers`, `neighbours` and `reads_text` for an encoder alone, got "
+                f"them for {self.name}."
             )
 
     @property
@@ -116,6 +142,9 @@ def assemble(
             dropout=architecture.dropout,
             freeze_encoder=architecture.freeze_encoder,
             chain=chain,
+            word_layers=architecture.word_layers,
+            neighbours=architecture.neighbours,
+            reads_text=architecture.reads_text,
             **sizes,
         )
         longest = _longest_text(encoder, tokenizer)
@@ -166,10 +195,23 @@ def pretrained(name: str) -> tuple[nn.Module, Any]:
 
     own = {"trust_remote_code": False}
     try:
-        return AutoModel.from_pretrained(name, **own), AutoTokenizer.from_pretrained(name, **own)
+        encoder = AutoModel.from_pretrained(name, **own)
+        tokenizer = AutoTokenizer.from_pretrained(name, **own)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"Expected a Hugging Face encoder without code of its own at {name!r}, but it cannot "
             f"be loaded: {reason}"
         ) from None
+    _check_hidden_states(encoder, tokenizer, name)
+    return encoder, tokenizer
+
+
+def _check_hidden_states(encoder: nn.Module, tokenizer: Any, name: str) -> None:
+    with torch.no_grad():
+        said = encoder(**tokenizer("a", return_tensors="pt"), output_hidden_states=True)
+    if getattr(said, "hidden_states", None) is None:
+        raise ValueError(
+            f"Expected an encoder that says what its layers hold, got {name!r}, which returns no "
+            "`hidden_states`: choose another."
+        )

@@ -10,7 +10,7 @@ from dpnlu.nlu.encoding import Encoded, Encoding
 from dpnlu.nlu.models import EncoderClassifier, device_of, moved
 
 _BATCH_SIZE = 64
-_REPLACED = ("subwords", "attention", "first")
+_REPLACED = ("subwords", "attention", "first", "last")
 
 
 def read_once(

@@ -5,8 +5,10 @@ sub-words, C characters, K intents, L tags.
 
     words (B, T)         word ids, 0 past the end        [BiLSTM]
     characters (B, T, C) bytes + 1, 0 past the end       [BiLSTM with characters]
-    subwords (B, S), attention (B, S), first (B, T)      [encoder: first sub-word of each word]
-    pooled (B, 2d), states (B, T, d)                     [or what a frozen encoder said of these]
+    subwords (B, S), attention (B, S)                    [encoder]
+    first (B, T), last (B, T)                            [encoder: first and last sub-word of each
+                                                          word; last is -1 where it has none]
+    pooled (B, 2d), states (B, T, n d)                   [or what a frozen encoder said of these]
     vectors (B, T, d) or (B, S, d)                       [in place of words and characters, or of
                                                           subwords: what their embeddings said]
     lengths (B,)         words of each example
@@ -20,6 +22,7 @@ another, and clipping it would bound nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +30,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dpnlu.nlu.encoder_states import (
+    first_sub_words,
+    pooled,
+    with_neighbours,
+    words,
+    zero_linear,
+)
 from dpnlu.nlu.tag_chain import TagChain
 
 Batch = dict[str, Tensor]
@@ -141,9 +151,9 @@ class EncoderClassifier(nn.Module):
     """Any Hugging Face encoder, as it comes, with an intent head and a slot head.
 
     The intent is read from the mean over the sub-words, in the last layer and in the middle one,
-    which says more of the words; a slot from the first sub-word of its word, in the last layer.
-    Both are standardised and the heads start at zero, so that noise has little to spoil before
-    there is something learnt.
+    which says more of the words; a slot from the layers that are asked for, at its word, the words
+    around it and the whole text. All are standardised and the heads start at zero, so that noise
+    has little to spoil before there is something learnt.
     """
 
     def __init__(
@@ -155,6 +165,9 @@ class EncoderClassifier(nn.Module):
         dropout: float = 0.0,
         freeze_encoder: bool = False,
         chain: TagChain | None = None,
+        word_layers: Sequence[float] | None = None,
+        neighbours: int = 0,
+        reads_text: bool = False,
     ) -> None:
         """Take over `encoder` with its weights.
 
@@ -168,9 +181,10 @@ class EncoderClassifier(nn.Module):
             dropout: everywhere in the encoder and on its output, in [0, 1).
             freeze_encoder: train the heads only.
             chain: as in `BiLSTMClassifier`.
+            word_layers, neighbours, reads_text: what slots are read from; see `Architecture`.
         """
         super().__init__()
-        self.chain = chain
+        self.chain, self.word_layers, self.neighbours = chain, word_layers, neighbours
         self.encoder = encoder
         for name, module in encoder.named_modules():
             if isinstance(module, nn.Dropout):
@@ -182,8 +196,13 @@ class EncoderClassifier(nn.Module):
         config: Any = encoder.config
         self.dropout = nn.Dropout(dropout)
         width = config.hidden_size
-        self.intent_head = _zero_linear(2 * width, num_intents) if num_intents else None
-        self.slot_head = _zero_linear(width, num_tags) if num_tags else None
+        self.intent_head = zero_linear(2 * width, num_intents) if num_intents else None
+        self.slot_head = self.text_head = None
+        if num_tags:
+            read = width * len(word_layers or (1.0,))
+            self.slot_head = zero_linear(read, (2 * neighbours + 1) * num_tags)
+        if num_tags and reads_text:
+            self.text_head = zero_linear(2 * width, num_tags, bias=False)
 
     def forward(self, batch: Batch) -> Outputs:
         read = self.read(batch) if "attention" in batch else batch
@@ -192,6 +211,11 @@ class EncoderClassifier(nn.Module):
             intents = self.intent_head(self.dropout(read["pooled"]))
         if self.slot_head is not None:
             tags = self.slot_head(self.dropout(read["states"]))
+            if self.neighbours:
+                present = _present(batch["lengths"], tags.shape[1])
+                tags = with_neighbours(tags, present, neighbours=self.neighbours)
+        if tags is not None and self.text_head is not None:
+            tags = tags + self.text_head(self.dropout(read["pooled"]))[:, None]
         return Outputs(intents, tags, self.chain)
 
     def embed(self, batch: Batch) -> Tensor:
@@ -201,8 +225,8 @@ class EncoderClassifier(nn.Module):
         return vectors
 
     def read(self, batch: Batch) -> Batch:
-        """What the heads read of the encoder: pooled (B, 2d) for intents, states (B, T, d) for
-        slots."""
+        """What the heads read of the encoder: pooled (B, 2d) of the texts, states (B, T, n d) of
+        the words in n layers."""
         attention = batch["attention"]
         layers = self.encoder(
             input_ids=None if "vectors" in batch else batch["subwords"],
@@ -210,15 +234,13 @@ class EncoderClassifier(nn.Module):
             attention_mask=attention,
             output_hidden_states=True,
         ).hidden_states
-        last, middle = layers[-1], layers[len(layers) // 2]
         read = {}
-        if self.intent_head is not None:
-            weights = attention.to(last.dtype)[:, :, None]
-            means = [(states * weights).sum(1) / weights.sum(1) for states in (last, middle)]
-            read["pooled"] = torch.cat([_standardized(mean) for mean in means], dim=1)
-        if self.slot_head is not None:
-            first = batch["first"][:, :, None].expand(-1, -1, last.shape[2])
-            read["states"] = _standardized(last.gather(1, first))
+        if self.intent_head is not None or self.text_head is not None:
+            read["pooled"] = pooled(layers, attention)
+        if self.slot_head is not None and self.word_layers is None:
+            read["states"] = first_sub_words(layers, batch["first"])
+        elif self.slot_head is not None and self.word_layers is not None:
+            read["states"] = words(layers, batch["first"], batch["last"], shares=self.word_layers)
         return read
 
     def per_example_loss(self, batch: Batch) -> Tensor:
@@ -293,18 +315,6 @@ class _CharacterCNN(nn.Module):
         found = torch.relu(self.convolution(embedded.mT))
         found = found.masked_fill((characters.view(batch * words, 1, length) == 0), 0.0)
         return found.amax(2).view(batch, words, -1)
-
-
-def _zero_linear(width: int, classes: int) -> nn.Linear:
-    head = nn.Linear(width, classes)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return head
-
-
-def _standardized(states: Tensor) -> Tensor:
-    """(…, d), each vector with mean 0 and variance 1."""
-    return F.layer_norm(states, states.shape[-1:])
 
 
 def _present(lengths: Tensor, steps: int) -> Tensor:

@@ -2,12 +2,14 @@
 
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import BertModel
 
 from attacks.inversion import Cloze
 from attacks.inversion.objective import TARGETS
@@ -51,14 +53,20 @@ def _classifier(name: str, encoder: Path) -> Classifier:
         ),
         "encoder": Architecture(name=f"encoder:{encoder}"),
         "chain": Architecture(name="lstm", embedding_size=7, hidden_size=5, slot_loss="chain"),
-        "encoder, chain": Architecture(name=f"encoder:{encoder}", slot_loss="chain"),
+        "encoder, chain": Architecture(
+            name=f"encoder:{encoder}",
+            slot_loss="chain",
+            word_layers=(0, 0.5, 1),
+            neighbours=2,
+            reads_text=True,
+        ),
     }
     torch.manual_seed(0)
     built = build(names[name], LABELS, HashedVocabulary(50))
     built.model.double().eval()
-    for head in (built.model.intent_head, built.model.slot_head):
-        assert head is not None
-        nn.init.normal_(head.weight)  # an encoder's heads start at zero, which hides mistakes
+    for head_name, head in built.model.named_children():
+        if head_name.endswith("_head"):
+            nn.init.normal_(head.weight)  # an encoder's heads start at zero, which hides mistakes
     return built
 
 
@@ -115,7 +123,7 @@ def _gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
 def test_more_padding_changes_nothing(name: str, tiny_encoder: Path) -> None:
     classifier = _classifier(name, tiny_encoder)
     batch = classifier.encoding.collate(encode_all(classifier.encoding, EXAMPLES[:3]))
-    padding = {"tags": IGNORED_TAG}
+    padding = {"tags": IGNORED_TAG, "last": -1}
     wider = {
         field: values if values.dim() == 1 else _padded(values, padding.get(field, 0))
         for field, values in batch.items()
@@ -238,6 +246,67 @@ def test_the_tag_of_a_word_is_read_at_its_first_sub_word(tiny_encoder: Path) -> 
         for word, token in enumerate(example.tokens):
             torch.testing.assert_close(tags[row, word], head(states[row, place]))
             place += len(token)  # the tiny tokenizer spells words out
+
+
+def test_a_wide_head_reads_the_words_around_and_the_text(tiny_encoder: Path) -> None:
+    """Against one linear layer on all of that, one behind the other, in the last two layers."""
+    architecture = Architecture(
+        name=f"encoder:{tiny_encoder}", word_layers=(0.6, 1), neighbours=1, reads_text=True
+    )
+    classifier = build(architecture, LABELS, HashedVocabulary(50))
+    model = classifier.model.double().eval()
+    slots, text = model.get_submodule("slot_head"), model.get_submodule("text_head")
+    nn.init.normal_(slots.weight)
+    nn.init.normal_(text.weight)
+    batch = classifier.encoding.collate(encode_all(classifier.encoding, EXAMPLES))
+    found, read = model(batch).tags, model.read(batch)
+    hidden = model.get_submodule("encoder")(
+        input_ids=batch["subwords"], attention_mask=batch["attention"], output_hidden_states=True
+    ).hidden_states
+    for row, example in enumerate(EXAMPLES):
+        place, states = 1, []  # after [CLS]
+        for token in example.tokens:
+            means = [layer[row, place : place + len(token)].mean(0) for layer in hidden[-2:]]
+            states.append(torch.cat([F.layer_norm(mean, mean.shape) for mean in means]))
+            place += len(token)  # the tiny tokenizer spells words out
+        before, own, behind = (slots.weight.chunk(3)[k] for k in (0, 1, 2))
+        for word, state in enumerate(states):
+            expected = own @ state + text.weight @ read["pooled"][row]
+            if word > 0:
+                expected = expected + before @ states[word - 1]
+            if word + 1 < len(states):
+                expected = expected + behind @ states[word + 1]
+            torch.testing.assert_close(found[row, word], expected)
+
+
+def test_an_encoder_without_hidden_states_is_refused(tiny_encoder: Path, monkeypatch) -> None:
+    forward = BertModel.forward
+
+    def silent(self: BertModel, *args: Any, **options: Any) -> Any:
+        said = forward(self, *args, **options)
+        said.hidden_states = None
+        return said
+
+    monkeypatch.setattr(BertModel, "forward", silent)
+    with pytest.raises(ValueError, match="says what its layers hold"):
+        build(Architecture(name=f"encoder:{tiny_encoder}"), LABELS, HashedVocabulary(50))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"word_layers": (0, 1.5)}, r"shares in \[0, 1\]"),
+        ({"word_layers": ()}, "at least one"),
+        ({"neighbours": -1}, "`neighbours` >= 0"),
+        ({"slot_loss": "crf"}, "one of chain, words"),
+    ],
+)
+def test_a_reading_that_there_is_not_is_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Architecture(name="encoder:somewhere", **settings)
+    if "slot_loss" not in settings:
+        with pytest.raises(ValueError, match="Expected `word_layers`"):
+            Architecture(name="lstm", **settings)
 
 
 def test_an_encoders_pooler_is_not_trained_by_noise(tiny_encoder: Path) -> None:
