@@ -1,5 +1,8 @@
 """The classifiers: their losses, and that nobody else's padding changes them."""
 
+import errno
+import os
+import tempfile
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -322,12 +325,35 @@ def test_a_frozen_encoder_is_trained_in_its_heads_only(tiny_encoder: Path) -> No
     assert trained == {"intent_head", "slot_head"}
 
 
-def test_what_a_frozen_encoder_says_once_is_what_it_always_says(tiny_encoder: Path) -> None:
-    classifier = _classifier("encoder", tiny_encoder)
+@pytest.mark.parametrize("in_memory", [2**30, 0], ids=["in memory", "mapped"])
+@pytest.mark.parametrize("name", ["encoder", "encoder, chain"])
+def test_what_a_frozen_encoder_says_once_is_what_it_always_says(
+    name: str, in_memory: int, tiny_encoder: Path
+) -> None:
+    classifier = _classifier(name, tiny_encoder)
     model, encoding = classifier.model, classifier.encoding
     assert isinstance(model, EncoderClassifier)
     encoded = encode_all(encoding, EXAMPLES)
     expected = model.per_example_loss(encoding.collate(encoded))
-    once = read_once(model.train(), encoding, encoded)
+    once = read_once(model.train(), encoding, encoded, in_memory=in_memory)
     assert model.training and "subwords" not in once[0]
     torch.testing.assert_close(model.eval().per_example_loss(encoding.collate(once)), expected)
+    tags = [model(encoding.collate(some)).tags for some in (once[:1], encoded[:1])]
+    torch.testing.assert_close(*tags)
+
+
+def test_a_mapped_cache_leaves_no_file_and_needs_room(tiny_encoder: Path, tmp_path: Path) -> None:
+    classifier = _classifier("encoder", tiny_encoder)
+    assert isinstance(classifier.model, EncoderClassifier)
+    encoded = encode_all(classifier.encoding, EXAMPLES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path))
+        once = read_once(classifier.model, classifier.encoding, encoded, in_memory=0)
+        assert once and not list(tmp_path.iterdir())
+
+        def full(*_: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(ValueError, match="No space left on device; set TMPDIR"):
+            read_once(classifier.model, classifier.encoding, encoded, in_memory=0)
