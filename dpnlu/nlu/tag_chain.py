@@ -21,10 +21,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 # From here on softplus is the identity, in float64; its exponential is still finite in float32.
@@ -109,25 +110,12 @@ class TagChain:
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         inside, before, alone = self._on(logits.device)
-        at_inside, at_before, at_alone = (
-            logits.index_select(2, numbers).unbind(1) for numbers in (inside, before, alone)
-        )
         steps = torch.arange(1, logits.shape[1] + 1, device=lengths.device)
-        goes_on = (steps < lengths[:, None]).to(logits.dtype)[:, :, None].unbind(1)
-        found: list[Tensor] = []
-        ahead = torch.zeros_like(at_inside[-1])
-        for step in reversed(range(logits.shape[1])):
-            ahead = ahead * goes_on[step]
-            begins, continues = at_before[step] + ahead, at_inside[step] + ahead
-            found.append(torch.cat((continues, begins, at_alone[step]), dim=1))
-            anew = found[-1][:, len(self.inside) :]
-            if best:
-                ahead = (continues - anew.amax(1, keepdim=True)).clamp(min=0)
-            else:
-                over = continues - anew.logsumexp(1, keepdim=True)
-                ahead = F.softplus(over, threshold=_LINEAR)
-        order = torch.tensor(self._order, device=logits.device)
-        return torch.stack(found[::-1], dim=1).index_select(2, order)
+        goes_on = (steps < lengths[:, None]).to(logits.dtype)
+        ordered = logits.index_select(2, torch.cat((inside, before, alone)))
+        look = _likeliest_ahead if best else _LookAhead.apply
+        found: Tensor = look(ordered, goes_on, len(self.inside))
+        return found.index_select(2, torch.tensor(self._order, device=logits.device))
 
     @cached_property
     def _order(self) -> list[int]:
@@ -141,3 +129,49 @@ class TagChain:
             for numbers in (self.inside, self.before, self.alone)
         )
         return inside, before, alone
+
+
+class _LookAhead(torch.autograd.Function):
+    """(B, T, L) s -> q, with the tags inside first, in the order of theirs before, which follow.
+
+    A function of its own, so that the graph of the losses does not depend on how long texts are.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, goes_on: Tensor, inside: int) -> Tensor:
+        found = logits.clone()
+        for step in reversed(range(logits.shape[1] - 1)):
+            behind = found[:, step + 1]
+            over = behind[:, :inside] - behind[:, inside:].logsumexp(1, keepdim=True)
+            ahead = F.softplus(over, threshold=_LINEAR) * goes_on[:, step, None]
+            found[:, step, : 2 * inside] += ahead.repeat(1, 2)
+        ctx.inside = inside
+        ctx.save_for_backward(found, goes_on)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        found, goes_on = ctx.saved_tensors
+        inside, anew = ctx.inside, found[:, :, ctx.inside :]
+        shares = anew.softmax(2)
+        slopes = (found[:, :, :inside] - anew.logsumexp(2, keepdim=True)).sigmoid()
+        total = gradient.clone()
+        for step in range(1, found.shape[1]):
+            before = total[:, step - 1]
+            ahead = before[:, :inside] + before[:, inside : 2 * inside]
+            ahead = ahead * slopes[:, step] * goes_on[:, step - 1, None]
+            total[:, step, :inside] += ahead
+            total[:, step, inside:] -= shares[:, step] * ahead.sum(1, keepdim=True)
+        return total, None, None
+
+
+def _likeliest_ahead(logits: Tensor, goes_on: Tensor, inside: int) -> Tensor:
+    """The same with maxima, without a gradient."""
+    found = logits.detach().clone()
+    for step in reversed(range(logits.shape[1] - 1)):
+        behind = found[:, step + 1]
+        over = behind[:, :inside] - behind[:, inside:].amax(1, keepdim=True)
+        ahead = over.clamp(min=0) * goes_on[:, step, None]
+        found[:, step, : 2 * inside] += ahead.repeat(1, 2)
+    return found
