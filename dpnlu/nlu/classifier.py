@@ -31,9 +31,11 @@ class Architecture:
         slot_loss: "chain": the tags of a text together, as IOB2 lets them follow one another (see
             `TagChain`); "words": each by itself, as earlier versions did. It decides how slots are
             predicted, too.
-        word_layers: of an encoder, the layers that slots are read from, as shares of its depth (0:
-            the embeddings, 1: the last); of each the mean over the word's sub-words. None: the last
-            layer at the word's first sub-word, as earlier versions did.
+        text_layers: of an encoder, the layers that intents are read from, as shares of its depth
+            (0: the embeddings, 1: the last); of each the mean over the text's sub-words. None: the
+            last and the middle one, as earlier versions did.
+        word_layers: the layers that slots are read from, likewise; of each the mean over the word's
+            sub-words. None: the last one at the word's first sub-word, as earlier versions did.
         neighbours: how many words before and behind a word its slot is read from, too.
         reads_text: whether a slot is read from the mean over the whole text, too.
     """
@@ -47,6 +49,7 @@ class Architecture:
     freeze_encoder: bool = False
     redact_digits: bool = False
     slot_loss: str = "words"
+    text_layers: tuple[float, ...] | None = None
     word_layers: tuple[float, ...] | None = None
     neighbours: int = 0
     reads_text: bool = False
@@ -73,19 +76,21 @@ class Architecture:
             )
 
     def _check_reading(self) -> None:
-        layers = self.word_layers
-        if layers is not None:
-            object.__setattr__(self, "word_layers", tuple(layers))  # JSON has lists
-        in_range = layers is None or (len(layers) > 0 and all(0 <= share <= 1 for share in layers))
-        if not in_range or self.neighbours < 0:
+        asked = {"text_layers": self.text_layers, "word_layers": self.word_layers}
+        for name, layers in asked.items():
+            if layers is None:
+                continue
+            object.__setattr__(self, name, tuple(layers))  # JSON has lists
+            if not layers or not all(0 <= share <= 1 for share in layers):
+                raise ValueError(
+                    f"Expected `{name}` as shares in [0, 1], at least one, got {list(layers)}."
+                )
+        if self.neighbours < 0:
+            raise ValueError(f"Expected `neighbours` >= 0, got {self.neighbours}.")
+        if not self.is_encoder and (any(asked.values()) or self.neighbours or self.reads_text):
             raise ValueError(
-                "Expected `word_layers` as shares in [0, 1], at least one, and `neighbours` >= 0, "
-                f"got {layers} and {self.neighbours}."
-            )
-        if not self.is_encoder and (layers is not None or self.neighbours or self.reads_text):
-            raise ValueError(
-                "Expected `word_layers`, `neighbours` and `reads_text` for an encoder alone, got "
-                f"them for {self.name}."
+                "Expected `text_layers`, `word_layers`, `neighbours` and `reads_text` for an "
+                f"encoder alone, got them for {self.name}."
             )
 
     @property
@@ -142,6 +147,7 @@ def assemble(
             dropout=architecture.dropout,
             freeze_encoder=architecture.freeze_encoder,
             chain=chain,
+            text_layers=architecture.text_layers,
             word_layers=architecture.word_layers,
             neighbours=architecture.neighbours,
             reads_text=architecture.reads_text,

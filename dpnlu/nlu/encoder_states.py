@@ -9,16 +9,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def pooled(layers: Sequence[Tensor], attention: Tensor) -> Tensor:
-    """The means over the sub-words in the last layer and in the middle one, (B, 2d).
+def pooled(
+    layers: Sequence[Tensor], attention: Tensor, *, shares: Sequence[float] | None
+) -> Tensor:
+    """The means over the sub-words in several layers, one behind the other, (B, n * d).
 
     Args:
         layers: (B, S, d), the embeddings first.
         attention: (B, S), 1 for sub-words of the text.
+        shares: (n,) which layers, as shares of the depth; None: the last and the middle one.
     """
     weights = attention.to(layers[-1].dtype)[:, :, None]
-    both = (layers[-1], layers[len(layers) // 2])
-    return torch.cat([standardized((one * weights).sum(1) / weights.sum(1)) for one in both], dim=1)
+    chosen = [layers[-1], layers[len(layers) // 2]] if shares is None else _at(layers, shares)
+    means = [(layer * weights).sum(1) / weights.sum(1) for layer in chosen]
+    return torch.cat([standardized(mean) for mean in means], dim=1)
 
 
 def first_sub_words(layers: Sequence[Tensor], first: Tensor) -> Tensor:
@@ -45,8 +49,7 @@ def words(
     belongs = (places >= first[:, :, None]) & (places <= last[:, :, None])
     weights = belongs.to(layers[0].dtype)
     weights = weights / weights.sum(2, keepdim=True).clamp(min=1)
-    chosen = [layers[round(share * (len(layers) - 1))] for share in shares]
-    return torch.cat([standardized(weights @ layer) for layer in chosen], dim=2)
+    return torch.cat([standardized(weights @ layer) for layer in _at(layers, shares)], dim=2)
 
 
 def standardized(states: Tensor) -> Tensor:
@@ -85,3 +88,7 @@ def with_neighbours(logits: Tensor, present: Tensor, *, neighbours: int) -> Tens
         for k, piece in enumerate(pieces)
     ]
     return sum(wide[1:], wide[0])
+
+
+def _at(layers: Sequence[Tensor], shares: Sequence[float]) -> list[Tensor]:
+    return [layers[round(share * (len(layers) - 1))] for share in shares]

@@ -8,7 +8,7 @@ sub-words, C characters, K intents, L tags.
     subwords (B, S), attention (B, S)                    [encoder]
     first (B, T), last (B, T)                            [encoder: first and last sub-word of each
                                                           word; last is -1 where it has none]
-    pooled (B, 2d), states (B, T, n d)                   [or what a frozen encoder said of these]
+    pooled (B, m d), states (B, T, n d)                  [or what a frozen encoder said of these]
     vectors (B, T, d) or (B, S, d)                       [in place of words and characters, or of
                                                           subwords: what their embeddings said]
     lengths (B,)         words of each example
@@ -150,10 +150,10 @@ class BiLSTMClassifier(nn.Module):
 class EncoderClassifier(nn.Module):
     """Any Hugging Face encoder, as it comes, with an intent head and a slot head.
 
-    The intent is read from the mean over the sub-words, in the last layer and in the middle one,
-    which says more of the words; a slot from the layers that are asked for, at its word, the words
-    around it and the whole text. All are standardised and the heads start at zero, so that noise
-    has little to spoil before there is something learnt.
+    The intent is read from the mean over the sub-words, in several layers, as earlier ones say more
+    of the words; a slot from such layers, at its word, the words around it and the whole text. All
+    are standardised and the heads start at zero, so that noise has little to spoil before there is
+    something learnt.
     """
 
     def __init__(
@@ -165,6 +165,7 @@ class EncoderClassifier(nn.Module):
         dropout: float = 0.0,
         freeze_encoder: bool = False,
         chain: TagChain | None = None,
+        text_layers: Sequence[float] | None = None,
         word_layers: Sequence[float] | None = None,
         neighbours: int = 0,
         reads_text: bool = False,
@@ -181,10 +182,11 @@ class EncoderClassifier(nn.Module):
             dropout: everywhere in the encoder and on its output, in [0, 1).
             freeze_encoder: train the heads only.
             chain: as in `BiLSTMClassifier`.
-            word_layers, neighbours, reads_text: what slots are read from; see `Architecture`.
+            text_layers, word_layers, neighbours, reads_text: what heads read; see `Architecture`.
         """
         super().__init__()
-        self.chain, self.word_layers, self.neighbours = chain, word_layers, neighbours
+        self.chain, self.neighbours = chain, neighbours
+        self.text_layers, self.word_layers = text_layers, word_layers
         self.encoder = encoder
         for name, module in encoder.named_modules():
             if isinstance(module, nn.Dropout):
@@ -196,13 +198,14 @@ class EncoderClassifier(nn.Module):
         config: Any = encoder.config
         self.dropout = nn.Dropout(dropout)
         width = config.hidden_size
-        self.intent_head = zero_linear(2 * width, num_intents) if num_intents else None
+        text = width * (2 if text_layers is None else len(text_layers))
+        self.intent_head = zero_linear(text, num_intents) if num_intents else None
         self.slot_head = self.text_head = None
         if num_tags:
             read = width * len(word_layers or (1.0,))
             self.slot_head = zero_linear(read, (2 * neighbours + 1) * num_tags)
         if num_tags and reads_text:
-            self.text_head = zero_linear(2 * width, num_tags, bias=False)
+            self.text_head = zero_linear(text, num_tags, bias=False)
 
     def forward(self, batch: Batch) -> Outputs:
         read = self.read(batch) if "attention" in batch else batch
@@ -225,8 +228,8 @@ class EncoderClassifier(nn.Module):
         return vectors
 
     def read(self, batch: Batch) -> Batch:
-        """What the heads read of the encoder: pooled (B, 2d) of the texts, states (B, T, n d) of
-        the words in n layers."""
+        """What the heads read of the encoder: pooled (B, m d) of the texts in m layers, states
+        (B, T, n d) of the words in n."""
         attention = batch["attention"]
         layers = self.encoder(
             input_ids=None if "vectors" in batch else batch["subwords"],
@@ -236,7 +239,7 @@ class EncoderClassifier(nn.Module):
         ).hidden_states
         read = {}
         if self.intent_head is not None or self.text_head is not None:
-            read["pooled"] = pooled(layers, attention)
+            read["pooled"] = pooled(layers, attention, shares=self.text_layers)
         if self.slot_head is not None and self.word_layers is None:
             read["states"] = first_sub_words(layers, batch["first"])
         elif self.slot_head is not None and self.word_layers is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dpnlu.nlu.classifier import Architecture
 
 _HEADS = """## This export
@@ -12,19 +14,21 @@ their outputs, in `heads.json`. "Standardised" is: over its width to mean 0 and 
 added).
 
 - The intent head is one linear layer. It reads the means of the states of all sub-words, special
-  ones included, in the last layer and in `hidden_states[len(hidden_states) // 2]`, each mean
+  ones included, in {text}, each mean
   standardised, one behind the other.
 {slots}
 `AutoModelForSequenceClassification` and `AutoModelForTokenClassification` would put new, untrained
 heads of another form on the encoder.
 """
+_TWO_LAYERS = "the last layer and in `hidden_states[len(hidden_states) // 2]`"
+_LAYERS = "`hidden_states[round(share * (len(hidden_states) - 1))]` for each share of {shares}"
 _FIRST_SUB_WORD = """\
 - The slot head is one linear layer. It reads, for each word, the last layer's state of the word's
   first sub-word, standardised likewise.
 """
 _SEVERAL_LAYERS = """\
 - The slot head is one linear layer. It reads, for each word, the means of the states of the word's
-  sub-words in `hidden_states[round(share * (len(hidden_states) - 1))]` for each share of {shares},
+  sub-words in {layers},
   each mean standardised, one behind the other.
 """
 _NEIGHBOURS = """\
@@ -51,14 +55,20 @@ def heads_in_words(architecture: Architecture) -> str:
     Args:
         architecture: of a classifier with an encoder.
     """
-    shares = architecture.word_layers
+    of_text, of_words = architecture.text_layers, architecture.word_layers
+    text = _TWO_LAYERS if of_text is None else _layers(of_text)
     slots = _FIRST_SUB_WORD
-    if shares is not None:
-        slots = _SEVERAL_LAYERS.format(shares=", ".join(f"{share:g}" for share in shares))
+    if of_words is not None:
+        slots = _SEVERAL_LAYERS.format(layers=_layers(of_words))
     if (reach := architecture.neighbours) > 0:
         slots += _NEIGHBOURS.format(pieces=2 * reach + 1, neighbours=reach)
     if architecture.reads_text:
         slots += _TEXT
     if architecture.slot_loss == "chain":
         slots += _CHAIN
-    return _HEADS.format(slots=slots) + (_REDACTED if architecture.redact_digits else "")
+    heads = _HEADS.format(text=text, slots=slots)
+    return heads + (_REDACTED if architecture.redact_digits else "")
+
+
+def _layers(shares: Sequence[float]) -> str:
+    return _LAYERS.format(shares=", ".join(f"{share:.3g}" for share in shares))

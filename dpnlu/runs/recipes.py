@@ -27,8 +27,8 @@ def architecture(
 
     Private training has noise enough without dropout, and leaves a pretrained encoder as it is: the
     noise grows with the number of trained weights, and at these budgets the heads alone do better.
-    As the encoder does not learn to tell slots in its last layer, they are read from three layers,
-    with the words around and the whole text.
+    As the encoder does not learn to say what they need in its last layer, they read several, and
+    for slots the words around and the whole text.
 
     Args:
         dropout, slot_loss: None: as recommended.
@@ -53,6 +53,7 @@ def architecture(
         dropout=dropout,
         freeze_encoder=heads_alone,
         slot_loss=recommended if slot_loss is None else slot_loss,
+        text_layers=(0.0, 1 / 3, 2 / 3, 1.0) if wide else None,
         word_layers=(0.0, 0.5, 1.0) if wide else None,
         neighbours=1 if wide else 0,
         reads_text=wide,

@@ -59,6 +59,7 @@ def _classifier(name: str, encoder: Path) -> Classifier:
         "encoder, chain": Architecture(
             name=f"encoder:{encoder}",
             slot_loss="chain",
+            text_layers=(0, 1),
             word_layers=(0, 0.5, 1),
             neighbours=2,
             reads_text=True,
@@ -299,7 +300,7 @@ def test_an_encoder_without_hidden_states_is_refused(tiny_encoder: Path, monkeyp
     ("settings", "said"),
     [
         ({"word_layers": (0, 1.5)}, r"shares in \[0, 1\]"),
-        ({"word_layers": ()}, "at least one"),
+        ({"text_layers": ()}, "at least one"),
         ({"neighbours": -1}, "`neighbours` >= 0"),
         ({"slot_loss": "crf"}, "one of chain, words"),
     ],
@@ -307,9 +308,37 @@ def test_an_encoder_without_hidden_states_is_refused(tiny_encoder: Path, monkeyp
 def test_a_reading_that_there_is_not_is_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Architecture(name="encoder:somewhere", **settings)
-    if "slot_loss" not in settings:
-        with pytest.raises(ValueError, match="Expected `word_layers`"):
-            Architecture(name="lstm", **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"text_layers": (1,)}, {"word_layers": [0]}, {"neighbours": 1}, {"reads_text": True}],
+)
+def test_a_bilstm_reads_no_layers_of_an_encoder(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="for an encoder alone, got them for lstm"):
+        Architecture(name="lstm", **settings)
+    assert Architecture(name="encoder:somewhere", **settings)
+
+
+def test_an_intent_is_read_from_the_layers_that_are_asked_for(tiny_encoder: Path) -> None:
+    """The embeddings of a text, and its last layer."""
+    architecture = Architecture(name=f"encoder:{tiny_encoder}", text_layers=(0, 1))
+    model = build(architecture, LABELS, HashedVocabulary(50))
+    encoded = encode_all(model.encoding, EXAMPLES)
+    batch = model.encoding.collate(encoded[:1])
+    hidden = (
+        model.model.eval()
+        .get_submodule("encoder")(
+            input_ids=batch["subwords"],
+            attention_mask=batch["attention"],
+            output_hidden_states=True,
+        )
+        .hidden_states
+    )
+    means = [layer[0].mean(0) for layer in (hidden[0], hidden[-1])]
+    expected = torch.cat([F.layer_norm(mean, mean.shape) for mean in means])
+    found = model.model.read(model.encoding.collate(encoded))["pooled"][0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_encoders_pooler_is_not_trained_by_noise(tiny_encoder: Path) -> None:

@@ -284,6 +284,7 @@ def test_an_export_says_what_its_heads_read(tiny_encoder: Path) -> None:
     wide = replace(plain, word_layers=(0, 0.5), neighbours=2, reads_text=True, slot_loss="chain")
     assert "first sub-word" in heads_in_words(plain) and "Viterbi" not in heads_in_words(plain)
     said = heads_in_words(wide)
+    assert "0.333" in heads_in_words(replace(wide, text_layers=(1 / 3, 1)))
     for piece in ("share of 0, 0.5,", "5 pieces", "word 2 behind", "text head", "Viterbi"):
         assert piece in said
     assert "0 for every digit" in heads_in_words(replace(plain, redact_digits=True))
