@@ -228,7 +228,8 @@ def _check_recipe(settings: RecipeSettings) -> None:
         check_positive("epochs", settings.epochs, most=MOST_EPOCHS)
     if settings.batch_size is not None:
         check_count("batch_size", settings.batch_size)
-    check_positive("max_grad_norm", settings.max_grad_norm)
+    if settings.max_grad_norm is not None:
+        check_positive("max_grad_norm", settings.max_grad_norm)
     check_choice("unit", settings.unit, UNITS)
 
 
