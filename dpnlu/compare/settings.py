@@ -228,8 +228,7 @@ def _check_recipe(settings: RecipeSettings) -> None:
         check_positive("epochs", settings.epochs, most=MOST_EPOCHS)
     if settings.batch_size is not None:
         check_count("batch_size", settings.batch_size)
-    if settings.max_grad_norm is not None:
-        check_positive("max_grad_norm", settings.max_grad_norm)
+    check_positive("max_grad_norm", settings.max_grad_norm)
     check_choice("unit", settings.unit, UNITS)
 
 

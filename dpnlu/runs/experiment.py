@@ -137,9 +137,6 @@ def plan_for(
             )
     if epsilon == math.inf:
         return None
-    bound = settings.max_grad_norm
-    if bound is None:
-        bound = recipes.max_grad_norm(settings.model, edition=settings.recipes)
     recommended = min(recipe.batch_size, num_examples)
     return PrivacyPlan.calibrate(
         target_epsilon=epsilon,
@@ -147,7 +144,7 @@ def plan_for(
         num_examples=num_examples,
         expected_batch_size=recommended if settings.batch_size is None else settings.batch_size,
         epochs=recipe.epochs,
-        max_grad_norm=bound,
+        max_grad_norm=settings.max_grad_norm,
         unit=settings.unit,
         examples_per_user=settings.most_per_user,
     )

@@ -9,11 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dpnlu.nlu.classifier import LSTM, Architecture
-from dpnlu.runs.settings import FIRST_MAX_GRAD_NORM, FIRST_RECIPES, LATEST_RECIPES
+from dpnlu.runs.settings import FIRST_RECIPES, LATEST_RECIPES
 from dpnlu.training.loop import Recipe
-
-# Heads that begin with zeros soon have small gradients, of which a smaller bound cuts off little.
-_MAX_GRAD_NORM_OF_HEADS = 0.5
 
 
 def architecture(
@@ -99,20 +96,6 @@ def recipe(
     return asked if private else chosen
 
 
-def max_grad_norm(name: str, *, edition: int = LATEST_RECIPES) -> float:
-    """The clipping bound of private training.
-
-    Args:
-        edition: of the recommendations, 1 or 2.
-
-    Raises:
-        ValueError: there is no such edition.
-    """
-    _check_edition(edition)
-    is_first = edition == FIRST_RECIPES or name == LSTM
-    return FIRST_MAX_GRAD_NORM if is_first else _MAX_GRAD_NORM_OF_HEADS
-
-
 def _check_edition(edition: int) -> None:
     if edition not in _RECIPES:
         raise ValueError(
@@ -132,6 +115,6 @@ _RECIPES = {
     LATEST_RECIPES: _FIRST
     | {
         (True, True): Recipe(epochs=20, batch_size=1024, learning_rate=2e-2),
-        (False, True): Recipe(epochs=20, batch_size=4096, learning_rate=1e-2),
+        (False, True): Recipe(epochs=30, batch_size=4096, learning_rate=1e-2),
     },
 }

@@ -19,7 +19,6 @@ EXAMPLES_PER_USER = 8
 PHYSICAL_BATCH_SIZE, PHYSICAL_BATCH_SIZE_OF_HEADS = 64, 512
 # What is recommended has changed; what was begun goes on as it began.
 FIRST_RECIPES, LATEST_RECIPES = 1, 2
-FIRST_MAX_GRAD_NORM = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +135,8 @@ class RecipeSettings(DataSettings):
         "to the end)",
         default=None,
     )
-    max_grad_norm: float | None = setting(
-        "clipping bound on the gradient norm of an example, or of a user (default: as recommended "
-        "for the model)",
-        default=None,
+    max_grad_norm: float = setting(
+        "clipping bound on the gradient norm of an example, or of a user", default=1.0
     )
     unit: str = setting(
         "what ε protects: an example, or with `user` a person with all of their examples, who are "
@@ -219,15 +216,11 @@ def without_later(settings: DataSettings, content: dict[str, Any]) -> dict[str, 
         for known in fields(settings)
         if known.name in _LATER and getattr(settings, known.name) == known.default
     }
-    is_first = content.get("recipes") == FIRST_RECIPES
-    if is_first:
+    if content.get("recipes") == FIRST_RECIPES:
         same.add("recipes")
     kept = {name: value for name, value in content.items() if name not in same}
-    # What had a number as its default was recorded as that number.
-    if settings.physical_batch_size is None:
+    if settings.physical_batch_size is None:  # which they recorded as the number that it was
         kept["physical_batch_size"] = PHYSICAL_BATCH_SIZE
-    if is_first and kept["max_grad_norm"] is None:
-        kept["max_grad_norm"] = FIRST_MAX_GRAD_NORM
     return kept
 
 

@@ -42,7 +42,6 @@ def test_the_first_recommendations_are_kept(name: str, private: bool) -> None:
     first = defaults.recipe(name, private=private, epochs=None, batch_size=None, edition=1)
     sizes = {"lstm": (64, 512), "encoder:somewhere": (32, 2048)}
     assert first.batch_size == sizes[name][private]
-    assert defaults.max_grad_norm(name, edition=1) == 1.0
     latest = defaults.architecture(name, private=private)
     assert latest.slot_loss == "chain" and found.slot_loss == "words"
     assert defaults.architecture(name, private=private, slot_loss="words").slot_loss == "words"

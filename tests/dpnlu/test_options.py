@@ -11,9 +11,7 @@ import pytest
 
 from dpnlu.cli.options import add_options, settings_from
 from dpnlu.compare.settings import AttackSettings, StudySettings
-from dpnlu.runs.experiment import plan_for
 from dpnlu.runs.settings import TrainSettings, setting
-from dpnlu.training.loop import Recipe
 
 
 def _parsed(settings: type, line: str) -> Any:
@@ -211,11 +209,3 @@ def test_help_loads_neither_torch_nor_attacks(command: str) -> None:
     """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines()[-1] == "[]"
-
-
-def test_a_bound_that_is_asked_for_takes_the_place_of_the_recommended_one() -> None:
-    recipe = Recipe(epochs=1, batch_size=10, learning_rate=0.1)
-    for asked, expected in ((None, 1.0), (0.3, 0.3)):
-        settings = TrainSettings(data="d", epsilon=3.0, max_grad_norm=asked)
-        plan = plan_for(settings, recipe, epsilon=3.0, num_examples=100)
-        assert plan is not None and plan.max_grad_norm == expected
