@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,29 +41,16 @@ from dpnlu.training.loop import Randomness, fit
 SPLITS = ("valid", "test")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One recipe.
-
-    Attributes:
-        architecture: what is changed of the recommended one.
-        viterbi: decode with the constraints of IOB2 what was trained word by word.
-    """
-
-    architecture: Mapping[str, Any] = field(default_factory=dict)
-    viterbi: bool = False
-
-
-ROWS = {
-    "recommended": Row(),
-    "words alone, not the text": Row({"reads_text": False}),
-    "and no neighbours": Row({"reads_text": False, "neighbours": 0}),
-    "and the last layer alone": Row(
-        {"reads_text": False, "neighbours": 0, "word_layers": (1.0,)},
-    ),
-    "each word's tag by itself": Row({"slot_loss": "words"}),
-    "each by itself, Viterbi": Row({"slot_loss": "words"}, viterbi=True),
+# What is changed of the recommended architecture.
+ROWS: dict[str, dict[str, Any]] = {
+    "recommended": {},
+    "words alone, not the text": {"reads_text": False},
+    "and no neighbours": {"reads_text": False, "neighbours": 0},
+    "and the last layer alone": {"reads_text": False, "neighbours": 0, "word_layers": (1.0,)},
+    "each word's tag by itself": {"slot_loss": "words"},
 }
+# The same weights, predicting under the constraints of IOB2 what was trained word by word.
+VITERBI = "each word's tag by itself, Viterbi"
 OF_ENCODERS = {"words alone, not the text", "and no neighbours", "and the last layer alone"}
 
 
@@ -91,10 +78,12 @@ class Texts:
         return [e | {"states": e["states"][:, -width:]} for e in self._read[split]]
 
 
-def measured(texts: Texts, settings: TrainSettings, row: Row, seed: int) -> dict[str, Any]:
-    """Train once, and measure on both splits."""
+def measured(
+    texts: Texts, settings: TrainSettings, row: str, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Train once, and measure on both splits; of some rows in two ways."""
     recommended = _experiment(texts.corpus, settings)
-    architecture = replace(recommended.architecture, **row.architecture)
+    architecture = replace(recommended.architecture, **ROWS[row])
     experiment = replace(recommended, architecture=architecture)
     classifier = new_classifier(experiment, seed=seed)
     widest = new_classifier(recommended, seed=seed)
@@ -117,14 +106,20 @@ def measured(texts: Texts, settings: TrainSettings, row: Row, seed: int) -> dict
         ),
     )
     seconds = time.perf_counter() - started
-    if row.viterbi:
+
+    def results() -> dict[str, Any]:
+        found: dict[str, Any] = {"seconds": seconds}
+        for split in SPLITS:
+            data = texts.of(split, classifier, widest)
+            metrics = evaluate(classifier.model, classifier.encoding, data, texts.examples(split))
+            found[split] = metrics.to_dict()
+        return found
+
+    rows = {row: results()}
+    if architecture.slot_loss == "words" and experiment.labels.tags:
         classifier.model.chain = TagChain.of(experiment.labels.tags)
-    found: dict[str, Any] = {"seconds": seconds}
-    for split in SPLITS:
-        data = texts.of(split, classifier, widest)
-        metrics = evaluate(classifier.model, classifier.encoding, data, texts.examples(split))
-        found[split] = metrics.to_dict()
-    return found
+        rows[VITERBI] = results()
+    return rows
 
 
 def _experiment(corpus: Corpus, settings: TrainSettings) -> Experiment:
@@ -179,9 +174,9 @@ def main() -> None:
         rows = [row for row in rows if row not in OF_ENCODERS]
     corpus = load_corpus(options.data, seed=0)
     texts = Texts(corpus)
-    name = f"{datetime.date.today()}-recipes-{options.data.partition(':')[0]}-{kind}"
+    title = f"{datetime.date.today()}-recipes-{options.data.partition(':')[0]}-{kind}"
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{name}.json"
+    path = options.out / f"{title}.json"
     content = json.loads(path.read_text()) if path.exists() else {"commands": [], "results": {}}
     content["commands"].append(" ".join(["python", *sys.argv]))
     content["machine"] = {
@@ -193,18 +188,18 @@ def main() -> None:
     for seed in options.seeds:
         for epsilon in options.epsilons:
             for row in rows:
-                runs = content["results"].setdefault(f"{row}@{epsilon:g}", {})
-                if str(seed) in runs:
+                if str(seed) in content["results"].get(f"{row}@{epsilon:g}", {}):
                     continue
                 settings = TrainSettings(data=options.data, model=options.model, epsilon=epsilon)
-                runs[str(seed)] = measured(texts, settings, ROWS[row], seed)
-                print(row, epsilon, seed, runs[str(seed)], flush=True)
+                for name, found in measured(texts, settings, row, seed).items():
+                    content["results"].setdefault(f"{name}@{epsilon:g}", {})[str(seed)] = found
+                    print(name, epsilon, seed, found, flush=True)
                 path.write_text(json.dumps(content, indent=1) + "\n")
     facts = ", ".join(f"{fact} {value}" for fact, value in content["machine"].items())
     commands = "\n".join(f"    {command}" for command in content["commands"])
-    title = f"# Recommended recipe, {options.data.partition(':')[0]}, {kind}"
+    heading = f"# Recommended recipe, {options.data.partition(':')[0]}, {kind}"
     path.with_suffix(".md").write_text(
-        "\n\n".join([title, commands, facts, table(content["results"])]) + "\n"
+        "\n\n".join([heading, commands, facts, table(content["results"])]) + "\n"
     )
 
 

@@ -214,8 +214,17 @@ def pretrained(name: str) -> tuple[nn.Module, Any]:
 
 
 def _check_hidden_states(encoder: nn.Module, tokenizer: Any, name: str) -> None:
-    with torch.no_grad():
-        said = encoder(**tokenizer("a", return_tensors="pt"), output_hidden_states=True)
+    text = tokenizer("a", return_tensors="pt")
+    inputs = {field: text[field] for field in ("input_ids", "attention_mask")}
+    try:
+        with torch.no_grad():
+            said = encoder(**inputs, output_hidden_states=True)
+    except (TypeError, ValueError) as error:  # it wants more: a decoder's inputs, pictures
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"Expected an encoder of texts at {name!r}, got a model that reads something else: "
+            f"{reason}"
+        ) from None
     if getattr(said, "hidden_states", None) is None:
         raise ValueError(
             f"Expected an encoder that says what its layers hold, got {name!r}, which returns no "

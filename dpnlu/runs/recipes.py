@@ -115,6 +115,6 @@ _RECIPES = {
     LATEST_RECIPES: _FIRST
     | {
         (True, True): Recipe(epochs=20, batch_size=1024, learning_rate=2e-2),
-        (False, True): Recipe(epochs=30, batch_size=4096, learning_rate=1e-2),
+        (False, True): Recipe(epochs=20, batch_size=4096, learning_rate=1e-2),
     },
 }

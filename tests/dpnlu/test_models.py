@@ -291,9 +291,14 @@ def test_an_encoder_without_hidden_states_is_refused(tiny_encoder: Path, monkeyp
         said.hidden_states = None
         return said
 
-    monkeypatch.setattr(BertModel, "forward", silent)
-    with pytest.raises(ValueError, match="says what its layers hold"):
-        build(Architecture(name=f"encoder:{tiny_encoder}"), LABELS, HashedVocabulary(50))
+    def demanding(self: BertModel, *args: Any, **options: Any) -> Any:
+        raise ValueError("You have to specify pictures\nand more")
+
+    said = {silent: "says what its layers hold", demanding: "an encoder of texts .* pictures$"}
+    for other, message in said.items():
+        monkeypatch.setattr(BertModel, "forward", other)
+        with pytest.raises(ValueError, match=message):
+            build(Architecture(name=f"encoder:{tiny_encoder}"), LABELS, HashedVocabulary(50))
 
 
 @pytest.mark.parametrize(
