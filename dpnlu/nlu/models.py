@@ -42,6 +42,9 @@ from dpnlu.nlu.tag_chain import TagChain
 Batch = dict[str, Tensor]
 
 IGNORED_TAG = -100
+# By which slot heads scale what they read of a text. All of its words read the same, so that their
+# gradients add up and would take most of the room within a clipping bound.
+TEXT_SCALE = 0.5
 _EMBEDDING_STD = 0.1
 _CHARACTERS = 257  # padding and the 256 bytes
 
@@ -218,7 +221,7 @@ class EncoderClassifier(nn.Module):
                 present = _present(batch["lengths"], tags.shape[1])
                 tags = with_neighbours(tags, present, neighbours=self.neighbours)
         if tags is not None and self.text_head is not None:
-            tags = tags + self.text_head(self.dropout(read["pooled"]))[:, None]
+            tags = tags + self.text_head(TEXT_SCALE * self.dropout(read["pooled"]))[:, None]
         return Outputs(intents, tags, self.chain)
 
     def embed(self, batch: Batch) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dpnlu.nlu.classifier import Architecture
+from dpnlu.nlu.models import TEXT_SCALE
 
 _HEADS = """## This export
 
@@ -38,7 +39,7 @@ _NEIGHBOURS = """\
 """
 _TEXT = """\
 - To the logits of every word the text head is added, a linear layer that reads what the intent
-  head reads.
+  head reads, times {scale:g}.
 """
 _CHAIN = """\
 - The tags of a text are the sequence with the greatest sum of logits in which `I-x` follows `B-x`
@@ -63,7 +64,7 @@ def heads_in_words(architecture: Architecture) -> str:
     if (reach := architecture.neighbours) > 0:
         slots += _NEIGHBOURS.format(pieces=2 * reach + 1, neighbours=reach)
     if architecture.reads_text:
-        slots += _TEXT
+        slots += _TEXT.format(scale=TEXT_SCALE)
     if architecture.slot_loss == "chain":
         slots += _CHAIN
     heads = _HEADS.format(text=text, slots=slots)
