@@ -149,6 +149,18 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def means(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What documents quote: means over the seeds on the test split."""
+    return {
+        key: {
+            measure: statistics.mean(run["test"][measure] for run in runs.values())
+            for measure in ("intent_accuracy", "slot_f1")
+            if all(measure in run["test"] for run in runs.values())
+        }
+        for key, runs in results.items()
+    }
+
+
 def _mean(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
@@ -194,6 +206,7 @@ def main() -> None:
                 for name, found in measured(texts, settings, row, seed).items():
                     content["results"].setdefault(f"{name}@{epsilon:g}", {})[str(seed)] = found
                     print(name, epsilon, seed, found, flush=True)
+                content["means"] = means(content["results"])
                 path.write_text(json.dumps(content, indent=1) + "\n")
     facts = ", ".join(f"{fact} {value}" for fact, value in content["machine"].items())
     commands = "\n".join(f"    {command}" for command in content["commands"])
