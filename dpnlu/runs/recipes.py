@@ -114,7 +114,7 @@ _RECIPES = {
     FIRST_RECIPES: _FIRST,
     LATEST_RECIPES: _FIRST
     | {
-        (True, True): Recipe(epochs=20, batch_size=1024, learning_rate=2e-2),
+        (True, True): Recipe(epochs=15, batch_size=1024, learning_rate=2e-2),
         (False, True): Recipe(epochs=20, batch_size=4096, learning_rate=1e-2),
     },
 }
