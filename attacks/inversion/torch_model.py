@@ -37,13 +37,18 @@ class Rows:
         vectors: (B, S, d).
         sizes: (B,) how many of the S vectors belong to the text.
         first: (B, T) the first vector of each token; 0 past the last token.
+        last: (B, T) its last vector; -1 past the last token, and of a token without any.
         lengths: (B,) tokens of each text.
+        tags: (B, T) what is to be predicted of each token, negative past the last; for models whose
+            probability of a tag depends on those before it. None: the clozes have no tags.
     """
 
     vectors: Tensor
     sizes: Tensor
     first: Tensor
+    last: Tensor
     lengths: Tensor
+    tags: Tensor | None = None
 
 
 class TorchModel:
@@ -86,18 +91,28 @@ class TorchModel:
         self._lengths = torch.tensor([len(z.tokens) for z in self.clozes], device=device)
         first = [torch.tensor([start for start, _ in layout.spans]) for layout in layouts]
         self._first = _stacked(first, 0).to(device)
+        last = [torch.tensor([stop - 1 for _, stop in layout.spans]) for layout in layouts]
+        self._last = _stacked(last, -1).to(device)
         self._intents = _intent_labels(self.clozes, intents, device)
         self._tags = _tag_labels(self.clozes, tags, device)
 
     def predict(self, vectors: Tensor, cloze: Tensor) -> Predictions:
         """Logits and labels of rows `(B, S, d)` that fill the clozes `(B,)`."""
-        rows = Rows(vectors, self._sizes[cloze], self._first[cloze], self._lengths[cloze])
+        tags = None if self._tags is None else self._tags[cloze]
+        rows = Rows(
+            vectors,
+            self._sizes[cloze],
+            self._first[cloze],
+            self._last[cloze],
+            self._lengths[cloze],
+            tags,
+        )
         intent_logits, tag_logits = self._forward(rows)
         return Predictions(
             intent_logits=None if self._intents is None else intent_logits,
             intents=None if self._intents is None else self._intents[cloze],
             tag_logits=None if self._tags is None else tag_logits,
-            tags=None if self._tags is None else self._tags[cloze],
+            tags=tags,
         )
 
 

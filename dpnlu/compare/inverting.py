@@ -90,7 +90,10 @@ def _logits(classifier: Classifier, rows: Rows) -> tuple[Tensor | None, Tensor |
     batch: Batch = {"vectors": rows.vectors, "lengths": rows.lengths}
     if isinstance(classifier.encoding, SubwordEncoding):
         places = torch.arange(rows.vectors.shape[1], device=rows.sizes.device)
-        batch |= {"attention": (places < rows.sizes[:, None]).long(), "first": rows.first}
+        attention = (places < rows.sizes[:, None]).long()
+        batch |= {"attention": attention, "first": rows.first, "last": rows.last}
     model: Any = classifier.model
     outputs = model(batch)
-    return outputs.intents, outputs.tags
+    if rows.tags is not None:
+        batch["tags"] = rows.tags
+    return outputs.intents, outputs.tags_given(batch)

@@ -33,6 +33,7 @@ from dpnlu.nlu.encoding import WordEncoding
 from dpnlu.runs import recipes
 from dpnlu.runs.experiment import (
     Experiment,
+    compute_for,
     experiment_for,
     plan_for,
     size_in_units,
@@ -40,8 +41,8 @@ from dpnlu.runs.experiment import (
 )
 from dpnlu.runs.model_directory import SavedModel
 from dpnlu.runs.results import Results
+from dpnlu.runs.settings import FIRST_RECIPES
 from dpnlu.runs.train import new_classifier
-from dpnlu.training.loop import ComputeConfig
 
 # Of word models; made without data.
 _VOCABULARY = HashedVocabulary()
@@ -76,6 +77,8 @@ def prepare_study(settings: StudySettings) -> Prepared:
         dropout=settings.dropout,
         characters=settings.characters,
         redact_digits=settings.redact_digits,
+        slot_loss=settings.slot_loss,
+        edition=settings.recipes,
     )
     corpus, repeats = drop_repeated(load_corpus(settings.data, seed=settings.seed))
     study = Study.draw(
@@ -158,6 +161,7 @@ def prepare_attack(saved: SavedModel, settings: AttackSettings, *, name: str) ->
     settings_of_study = StudySettings(
         **asked,
         model=saved.classifier.architecture.name,
+        recipes=FIRST_RECIPES,  # none is taken: how it was trained is saved with the model
         epsilons=(math.inf if spent is None else spent,),
         delta=saved.plan.target_delta if saved.plan else StudySettings.delta,
         unit=saved.plan.unit if saved.plan else StudySettings.unit,
@@ -230,9 +234,7 @@ def _experiment_of(saved: SavedModel, settings: AttackSettings) -> Experiment:
         recipe=saved.recipe,
         labels=encoding.labels,
         vocabulary=words,
-        compute=ComputeConfig(
-            physical_batch_size=settings.physical_batch_size, device=settings.device
-        ),
+        compute=compute_for(settings, saved.classifier.architecture),
     )
 
 

@@ -238,8 +238,11 @@ def _signals(classifier: Classifier, encoded: Sequence[Encoded], decimals: int |
     model: Any = classifier.model
 
     def predict(batch: Batch) -> Predictions:
-        outputs = model(moved(batch, device_of(model)))
-        said = Predictions(outputs.intents, batch.get("intents"), outputs.tags, batch.get("tags"))
+        batch = moved(batch, device_of(model))
+        outputs = model(batch)
+        # The loss of these logits is the one that was trained, a chain's included.
+        tags = outputs.tags_given(batch)
+        said = Predictions(outputs.intents, batch.get("intents"), tags, batch.get("tags"))
         return said if decimals is None else rounded(said, decimals=decimals)
 
     return collect(model, predict, batches(classifier.encoding, encoded, size=_BATCH_SIZE))

@@ -14,11 +14,12 @@ from dpnlu.compare.preparation import Prepared, prepare_attack, prepare_study
 from dpnlu.compare.reporting import build_report
 from dpnlu.compare.selection import UNTARGETED
 from dpnlu.compare.settings import AttackSettings, StudySettings
-from dpnlu.compare.training import TrainedBudget, claimed_study, train_all, train_references
+from dpnlu.compare.training import STUDY, TrainedBudget, claimed_study, train_all, train_references
 from dpnlu.compare.untargeted import untargeted_entry
 from dpnlu.runs.model_directory import CONFIG, SavedModel, load, read_json
 from dpnlu.runs.progress import OnProgress, silent
 from dpnlu.runs.results import Results
+from dpnlu.runs.settings import as_begun
 from dpnlu.training.device import resolved_device
 
 
@@ -41,6 +42,7 @@ def compare(
     Raises:
         ValueError: invalid settings or data, or an unusable directory, and nothing was written.
     """
+    settings = as_begun(settings, directory / STUDY)
     prepared = prepare_study(settings)
     with claimed_study(directory, settings.to_dict()):
         trained = train_all(prepared, directory, on_progress=on_progress)

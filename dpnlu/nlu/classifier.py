@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from dpnlu.nlu.data import Vocabulary
 from dpnlu.nlu.encoding import LONGEST_TEXT, Encoding, Labels, SubwordEncoding, WordEncoding
 from dpnlu.nlu.models import BiLSTMClassifier, EncoderClassifier
+from dpnlu.nlu.tag_chain import TagChain
 
 LSTM = "lstm"
+SLOT_LOSSES = ("chain", "words")
 _ENCODER = "encoder:"
 
 
@@ -25,6 +28,16 @@ class Architecture:
         dropout: around the BiLSTM, or in the encoder and on its output.
         freeze_encoder: train the heads on the encoder only.
         redact_digits: read every digit as 0.
+        slot_loss: "chain": the tags of a text together, as IOB2 lets them follow one another (see
+            `TagChain`); "words": each by itself, as earlier versions did. It decides how slots are
+            predicted, too.
+        text_layers: of an encoder, the layers that intents are read from, as shares of its depth
+            (0: the embeddings, 1: the last); of each the mean over the text's sub-words. None: the
+            last and the middle one, as earlier versions did.
+        word_layers: the layers that slots are read from, likewise; of each the mean over the word's
+            sub-words. None: the last one at the word's first sub-word, as earlier versions did.
+        neighbours: how many words before and behind a word its slot is read from, too.
+        reads_text: whether a slot is read from the mean over the whole text, too.
     """
 
     name: str
@@ -35,6 +48,11 @@ class Architecture:
     dropout: float = 0.0
     freeze_encoder: bool = False
     redact_digits: bool = False
+    slot_loss: str = "words"
+    text_layers: tuple[float, ...] | None = None
+    word_layers: tuple[float, ...] | None = None
+    neighbours: int = 0
+    reads_text: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
@@ -45,10 +63,34 @@ class Architecture:
                 f"Expected a model of the form lstm or encoder:NAME_OR_PATH, got {self.name!r}."
             )
 
+        if self.slot_loss not in SLOT_LOSSES:
+            raise ValueError(
+                f"Expected `slot_loss` to be one of {', '.join(SLOT_LOSSES)}, got "
+                f"{self.slot_loss!r}."
+            )
+        self._check_reading()
         if self.character_filters < 0 or (self.character_filters and self.is_encoder):
             raise ValueError(
                 "Expected filters over characters as a number >= 0, and 0 for an encoder, which "
                 f"reads sub-words, got {self.character_filters} for {self.name}."
+            )
+
+    def _check_reading(self) -> None:
+        asked = {"text_layers": self.text_layers, "word_layers": self.word_layers}
+        for name, layers in asked.items():
+            if layers is None:
+                continue
+            object.__setattr__(self, name, tuple(layers))  # JSON has lists
+            if not layers or not all(0 <= share <= 1 for share in layers):
+                raise ValueError(
+                    f"Expected `{name}` as shares in [0, 1], at least one, got {list(layers)}."
+                )
+        if self.neighbours < 0:
+            raise ValueError(f"Expected `neighbours` >= 0, got {self.neighbours}.")
+        if not self.is_encoder and (any(asked.values()) or self.neighbours or self.reads_text):
+            raise ValueError(
+                "Expected `text_layers`, `word_layers`, `neighbours` and `reads_text` for an "
+                f"encoder alone, got them for {self.name}."
             )
 
     @property
@@ -97,12 +139,18 @@ def assemble(
     tokenizer: Any = None,
 ) -> Classifier:
     """Put a classifier together: a BiLSTM over a vocabulary, or heads on an encoder."""
+    chain = TagChain.of(labels.tags) if labels.tags and architecture.slot_loss == "chain" else None
     sizes = {"num_intents": len(labels.intents), "num_tags": len(labels.tags)}
     if encoder is not None:
         model = EncoderClassifier(
             encoder,
             dropout=architecture.dropout,
             freeze_encoder=architecture.freeze_encoder,
+            chain=chain,
+            text_layers=architecture.text_layers,
+            word_layers=architecture.word_layers,
+            neighbours=architecture.neighbours,
+            reads_text=architecture.reads_text,
             **sizes,
         )
         longest = _longest_text(encoder, tokenizer)
@@ -118,6 +166,7 @@ def assemble(
         num_layers=architecture.num_layers,
         character_filters=architecture.character_filters,
         dropout=architecture.dropout,
+        chain=chain,
         **sizes,
     )
     words = WordEncoding(
@@ -152,10 +201,32 @@ def pretrained(name: str) -> tuple[nn.Module, Any]:
 
     own = {"trust_remote_code": False}
     try:
-        return AutoModel.from_pretrained(name, **own), AutoTokenizer.from_pretrained(name, **own)
+        encoder = AutoModel.from_pretrained(name, **own)
+        tokenizer = AutoTokenizer.from_pretrained(name, **own)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"Expected a Hugging Face encoder without code of its own at {name!r}, but it cannot "
             f"be loaded: {reason}"
         ) from None
+    _check_hidden_states(encoder, tokenizer, name)
+    return encoder, tokenizer
+
+
+def _check_hidden_states(encoder: nn.Module, tokenizer: Any, name: str) -> None:
+    text = tokenizer("a", return_tensors="pt")
+    inputs = {field: text[field] for field in ("input_ids", "attention_mask")}
+    try:
+        with torch.no_grad():
+            said = encoder(**inputs, output_hidden_states=True)
+    except (TypeError, ValueError) as error:  # it wants more: a decoder's inputs, pictures
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"Expected an encoder of texts at {name!r}, got a model that reads something else: "
+            f"{reason}"
+        ) from None
+    if getattr(said, "hidden_states", None) is None:
+        raise ValueError(
+            f"Expected an encoder that says what its layers hold, got {name!r}, which returns no "
+            "`hidden_states`: choose another."
+        )

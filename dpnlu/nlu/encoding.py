@@ -132,7 +132,8 @@ class WordEncoding:
 class SubwordEncoding:
     """For `EncoderClassifier`: the sub-words of a Hugging Face tokenizer.
 
-    Of a word without a sub-word of its own, or past the cut, `first` is -1 until it is collated.
+    Of a word without a sub-word of its own, or past the cut, `last` is -1, and `first` is until it
+    is collated.
 
     Attributes:
         longest: sub-words of a text, special ones included, at which it is cut off in training.
@@ -161,7 +162,7 @@ class SubwordEncoding:
         return encoded
 
     def collate(self, encoded: Sequence[Encoded]) -> Batch:
-        batch = _padded(encoded, {"subwords": self.tokenizer.pad_token_id})
+        batch = _padded(encoded, {"subwords": self.tokenizer.pad_token_id, "last": -1})
         if "first" in batch:  # a frozen encoder's examples have been read already
             batch["first"] = batch["first"].clamp(min=0)
         return batch
@@ -179,11 +180,13 @@ class SubwordEncoding:
             verbose=False,
         )
         words = found.word_ids()
+        last = {word: place for place, word in enumerate(words)}
         first = {word: place for place, word in reversed(list(enumerate(words)))}
         return {
             "subwords": torch.tensor(found["input_ids"]),
             "attention": torch.tensor(found["attention_mask"]),
             "first": torch.tensor([first.get(word, -1) for word in range(len(tokens))]),
+            "last": torch.tensor([last.get(word, -1) for word in range(len(tokens))]),
             "lengths": torch.tensor(len(tokens)),
         }
 

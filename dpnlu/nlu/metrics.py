@@ -93,12 +93,13 @@ def _answers(
     tags: list[list[str]] = []
     with torch.no_grad():
         for batch in batches(encoding, encoded, size=_BATCH_SIZE):
-            outputs = model(moved(batch, device))
+            batch = moved(batch, device)
+            outputs = model(batch)
             if outputs.intents is not None:
                 guesses = outputs.intents.argmax(1).cpu().tolist()
                 intents += [encoding.labels.intents[guess] for guess in guesses]
             if outputs.tags is not None:
-                rows = outputs.tags.argmax(2).cpu().tolist()
+                rows = outputs.likeliest_tags(batch["lengths"]).tolist()
                 lengths = batch["lengths"].tolist()
                 tags += [
                     [encoding.labels.tags[tag] for tag in row[:length]]

@@ -5,8 +5,10 @@ sub-words, C characters, K intents, L tags.
 
     words (B, T)         word ids, 0 past the end        [BiLSTM]
     characters (B, T, C) bytes + 1, 0 past the end       [BiLSTM with characters]
-    subwords (B, S), attention (B, S), first (B, T)      [encoder: first sub-word of each word]
-    pooled (B, 2d), states (B, T, d)                     [or what a frozen encoder said of these]
+    subwords (B, S), attention (B, S)                    [encoder]
+    first (B, T), last (B, T)                            [encoder: first and last sub-word of each
+                                                          word; last is -1 where it has none]
+    pooled (B, m d), states (B, T, n d)                  [or what a frozen encoder said of these]
     vectors (B, T, d) or (B, S, d)                       [in place of words and characters, or of
                                                           subwords: what their embeddings said]
     lengths (B,)         words of each example
@@ -20,6 +22,7 @@ another, and clipping it would bound nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +30,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dpnlu.nlu.encoder_states import (
+    first_sub_words,
+    pooled,
+    with_neighbours,
+    words,
+    zero_linear,
+)
+from dpnlu.nlu.tag_chain import TagChain
+
 Batch = dict[str, Tensor]
 
 IGNORED_TAG = -100
+# By which slot heads scale what they read of a text. All of its words read the same, so that their
+# gradients add up and would take most of the room within a clipping bound.
+TEXT_SCALE = 0.5
 _EMBEDDING_STD = 0.1
 _CHARACTERS = 257  # padding and the 256 bytes
 
@@ -41,10 +56,33 @@ class Outputs:
     Attributes:
         intents: (B, K) logits. None without intents.
         tags: (B, T, L) logits; meaningless past an example's length. None without slots.
+        chain: how tags follow one another; None: each word's tag is told by itself.
     """
 
     intents: Tensor | None
     tags: Tensor | None
+    chain: TagChain | None = None
+
+    def tags_given(self, batch: Batch) -> Tensor | None:
+        """(B, T, L) logits whose softmax is that of a word's tag, given the true ones before it.
+
+        Args:
+            batch: its tags are read, and where there is a chain its lengths.
+        """
+        if self.tags is None or self.chain is None or "tags" not in batch:
+            return self.tags
+        return self.chain.conditional(self.tags, batch["tags"], batch["lengths"])
+
+    def likeliest_tags(self, lengths: Tensor) -> Tensor:
+        """(B, T) the likeliest tags, all of a text together where there is a chain.
+
+        Args:
+            lengths: (B,) words of each example, behind which tags mean nothing.
+        """
+        assert self.tags is not None
+        if self.chain is None:
+            return self.tags.argmax(2)
+        return self.chain.likeliest(self.tags, lengths)
 
 
 class BiLSTMClassifier(nn.Module):
@@ -61,6 +99,7 @@ class BiLSTMClassifier(nn.Module):
         num_layers: int = 1,
         character_filters: int = 0,
         dropout: float = 0.0,
+        chain: TagChain | None = None,
     ) -> None:
         """Random weights.
 
@@ -71,8 +110,10 @@ class BiLSTMClassifier(nn.Module):
             hidden_size: per direction.
             character_filters: width of the character channel; 0 for none.
             dropout: on the BiLSTM's input and output, in [0, 1).
+            chain: over the tags; None: the loss and the prediction of a word's tag are its own.
         """
         super().__init__()
+        self.chain = chain
         self.embedding = nn.Embedding(vocabulary_size, embedding_size, padding_idx=0)
         # Small, so that a word that training never met says next to nothing.
         nn.init.normal_(self.embedding.weight, std=_EMBEDDING_STD)
@@ -95,7 +136,7 @@ class BiLSTMClassifier(nn.Module):
             intents = self.intent_head(pooled)
         if self.slot_head is not None:
             tags = self.slot_head(states)
-        return Outputs(intents, tags)
+        return Outputs(intents, tags, self.chain)
 
     def embed(self, batch: Batch) -> Tensor:
         """(B, T, d): what the BiLSTM reads of each word."""
@@ -112,10 +153,10 @@ class BiLSTMClassifier(nn.Module):
 class EncoderClassifier(nn.Module):
     """Any Hugging Face encoder, as it comes, with an intent head and a slot head.
 
-    The intent is read from the mean over the sub-words, in the last layer and in the middle one,
-    which says more of the words; a slot from the first sub-word of its word, in the last layer.
-    Both are standardised and the heads start at zero, so that noise has little to spoil before
-    there is something learnt.
+    The intent is read from the mean over the sub-words, in several layers, as earlier ones say more
+    of the words; a slot from such layers, at its word, the words around it and the whole text. All
+    are standardised and the heads start at zero, so that noise has little to spoil before there is
+    something learnt.
     """
 
     def __init__(
@@ -126,6 +167,11 @@ class EncoderClassifier(nn.Module):
         num_tags: int,
         dropout: float = 0.0,
         freeze_encoder: bool = False,
+        chain: TagChain | None = None,
+        text_layers: Sequence[float] | None = None,
+        word_layers: Sequence[float] | None = None,
+        neighbours: int = 0,
+        reads_text: bool = False,
     ) -> None:
         """Take over `encoder` with its weights.
 
@@ -138,8 +184,12 @@ class EncoderClassifier(nn.Module):
             num_tags: 0 for a model without slots.
             dropout: everywhere in the encoder and on its output, in [0, 1).
             freeze_encoder: train the heads only.
+            chain: as in `BiLSTMClassifier`.
+            text_layers, word_layers, neighbours, reads_text: what heads read; see `Architecture`.
         """
         super().__init__()
+        self.chain, self.neighbours = chain, neighbours
+        self.text_layers, self.word_layers = text_layers, word_layers
         self.encoder = encoder
         for name, module in encoder.named_modules():
             if isinstance(module, nn.Dropout):
@@ -151,8 +201,14 @@ class EncoderClassifier(nn.Module):
         config: Any = encoder.config
         self.dropout = nn.Dropout(dropout)
         width = config.hidden_size
-        self.intent_head = _zero_linear(2 * width, num_intents) if num_intents else None
-        self.slot_head = _zero_linear(width, num_tags) if num_tags else None
+        text = width * (2 if text_layers is None else len(text_layers))
+        self.intent_head = zero_linear(text, num_intents) if num_intents else None
+        self.slot_head = self.text_head = None
+        if num_tags:
+            read = width * len(word_layers or (1.0,))
+            self.slot_head = zero_linear(read, (2 * neighbours + 1) * num_tags)
+        if num_tags and reads_text:
+            self.text_head = zero_linear(text, num_tags, bias=False)
 
     def forward(self, batch: Batch) -> Outputs:
         read = self.read(batch) if "attention" in batch else batch
@@ -161,7 +217,12 @@ class EncoderClassifier(nn.Module):
             intents = self.intent_head(self.dropout(read["pooled"]))
         if self.slot_head is not None:
             tags = self.slot_head(self.dropout(read["states"]))
-        return Outputs(intents, tags)
+            if self.neighbours:
+                present = _present(batch["lengths"], tags.shape[1])
+                tags = with_neighbours(tags, present, neighbours=self.neighbours)
+        if tags is not None and self.text_head is not None:
+            tags = tags + self.text_head(TEXT_SCALE * self.dropout(read["pooled"]))[:, None]
+        return Outputs(intents, tags, self.chain)
 
     def embed(self, batch: Batch) -> Tensor:
         """(B, S, d): the rows of the input embedding table; positions are added further in."""
@@ -170,8 +231,8 @@ class EncoderClassifier(nn.Module):
         return vectors
 
     def read(self, batch: Batch) -> Batch:
-        """What the heads read of the encoder: pooled (B, 2d) for intents, states (B, T, d) for
-        slots."""
+        """What the heads read of the encoder: pooled (B, m d) of the texts in m layers, states
+        (B, T, n d) of the words in n."""
         attention = batch["attention"]
         layers = self.encoder(
             input_ids=None if "vectors" in batch else batch["subwords"],
@@ -179,15 +240,13 @@ class EncoderClassifier(nn.Module):
             attention_mask=attention,
             output_hidden_states=True,
         ).hidden_states
-        last, middle = layers[-1], layers[len(layers) // 2]
         read = {}
-        if self.intent_head is not None:
-            weights = attention.to(last.dtype)[:, :, None]
-            means = [(states * weights).sum(1) / weights.sum(1) for states in (last, middle)]
-            read["pooled"] = torch.cat([_standardized(mean) for mean in means], dim=1)
-        if self.slot_head is not None:
-            first = batch["first"][:, :, None].expand(-1, -1, last.shape[2])
-            read["states"] = _standardized(last.gather(1, first))
+        if self.intent_head is not None or self.text_head is not None:
+            read["pooled"] = pooled(layers, attention, shares=self.text_layers)
+        if self.slot_head is not None and self.word_layers is None:
+            read["states"] = first_sub_words(layers, batch["first"])
+        elif self.slot_head is not None and self.word_layers is not None:
+            read["states"] = words(layers, batch["first"], batch["last"], shares=self.word_layers)
         return read
 
     def per_example_loss(self, batch: Batch) -> Tensor:
@@ -198,7 +257,9 @@ class EncoderClassifier(nn.Module):
 def intent_slot_loss(outputs: Outputs, batch: Batch) -> Tensor:
     """Cross-entropy of the intent plus the mean, over the example's own words, of the tags'.
 
-    Either part is absent in a model without intents, or without slots.
+    Where there is a chain, that of a tag is given the true ones before it, so that the sum over the
+    words is minus the log-likelihood of all of them; see `TagChain`. Either part is absent in a
+    model without intents, or without slots.
 
     Not the mean over the words of the batch: then every example's scale would depend on the
     lengths of the others, and clipping would bound the effect of none.
@@ -209,8 +270,8 @@ def intent_slot_loss(outputs: Outputs, batch: Batch) -> Tensor:
     parts = []
     if outputs.intents is not None:
         parts.append(F.cross_entropy(outputs.intents, batch["intents"], reduction="none"))
-    if outputs.tags is not None:
-        parts.append(_slot_loss(outputs.tags, batch["tags"]))
+    if (logits := outputs.tags_given(batch)) is not None:
+        parts.append(_slot_loss(logits, batch["tags"]))
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
@@ -260,18 +321,6 @@ class _CharacterCNN(nn.Module):
         found = torch.relu(self.convolution(embedded.mT))
         found = found.masked_fill((characters.view(batch * words, 1, length) == 0), 0.0)
         return found.amax(2).view(batch, words, -1)
-
-
-def _zero_linear(width: int, classes: int) -> nn.Linear:
-    head = nn.Linear(width, classes)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return head
-
-
-def _standardized(states: Tensor) -> Tensor:
-    """(…, d), each vector with mean 0 and variance 1."""
-    return F.layer_norm(states, states.shape[-1:])
 
 
 def _present(lengths: Tensor, steps: int) -> Tensor:

@@ -83,8 +83,9 @@ def predict(classifier: Classifier, readings: Sequence[Reading]) -> list[Predict
         return []
     model, labels = classifier.model.eval(), classifier.encoding.labels
     batch = classifier.encoding.collate([reading.encoded for reading in readings])
+    batch = moved(batch, device_of(model))
     with torch.no_grad():
-        outputs = model(moved(batch, device_of(model)))
+        outputs = model(batch)
     intents: list[tuple[str | None, float | None]] = [(None, None)] * len(readings)
     slots: list[tuple[Slot, ...] | None] = [None] * len(readings)
     if outputs.intents is not None:
@@ -92,7 +93,7 @@ def predict(classifier: Classifier, readings: Sequence[Reading]) -> list[Predict
         pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
         intents = [(labels.intents[number], share) for number, share in pairs]
     if outputs.tags is not None:
-        rows = outputs.tags.argmax(2).cpu()
+        rows = outputs.likeliest_tags(batch["lengths"]).cpu()
         slots = [
             _slots(reading, row, labels.tags) for reading, row in zip(readings, rows, strict=True)
         ]

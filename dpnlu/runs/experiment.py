@@ -13,7 +13,13 @@ from dpnlu.nlu.classifier import Architecture
 from dpnlu.nlu.data import Corpus, DataError, Example, Vocabulary
 from dpnlu.nlu.encoding import Labels
 from dpnlu.runs import recipes
-from dpnlu.runs.settings import RecipeSettings, check_clipping
+from dpnlu.runs.settings import (
+    PHYSICAL_BATCH_SIZE,
+    PHYSICAL_BATCH_SIZE_OF_HEADS,
+    DataSettings,
+    RecipeSettings,
+    check_clipping,
+)
 from dpnlu.training.loop import ComputeConfig, Recipe
 
 
@@ -68,26 +74,44 @@ def experiment_for(
         batch_size=settings.batch_size,
         weight_decay=settings.weight_decay,
         patience=settings.patience,
+        edition=settings.recipes,
     )
     if learning_rate is not None:
         recipe = replace(recipe, learning_rate=learning_rate)
+    architecture = recipes.architecture(
+        settings.model,
+        private=private,
+        dropout=settings.dropout,
+        characters=settings.characters,
+        redact_digits=settings.redact_digits,
+        slot_loss=settings.slot_loss,
+        edition=settings.recipes,
+    )
     return Experiment(
-        architecture=recipes.architecture(
-            settings.model,
-            private=private,
-            dropout=settings.dropout,
-            characters=settings.characters,
-            redact_digits=settings.redact_digits,
-        ),
+        architecture=architecture,
         recipe=recipe,
         labels=labels,
         vocabulary=vocabulary,
-        compute=ComputeConfig(
-            engine=engine,
-            physical_batch_size=settings.physical_batch_size,
-            device=settings.device,
-        ),
+        compute=compute_for(settings, architecture, engine=engine),
     )
+
+
+def compute_for(
+    settings: DataSettings, architecture: Architecture, *, engine: str | None = None
+) -> ComputeConfig:
+    """How to compute a training.
+
+    Args:
+        engine: None: what suits the plan.
+
+    Raises:
+        ValueError: a setting is out of range; see `ComputeConfig`.
+    """
+    at_once = settings.physical_batch_size
+    if at_once is None:
+        heads = architecture.freeze_encoder
+        at_once = PHYSICAL_BATCH_SIZE_OF_HEADS if heads else PHYSICAL_BATCH_SIZE
+    return ComputeConfig(engine=engine, physical_batch_size=at_once, device=settings.device)
 
 
 def plan_for(

@@ -20,29 +20,11 @@ from dpnlu.nlu.data.errors import located
 from dpnlu.nlu.prediction import Prediction, predict, read
 from dpnlu.nlu.utterances import utterance
 from dpnlu.runs import model_directory
+from dpnlu.runs.exported import heads_in_words
 from dpnlu.runs.model_directory import CARD, LEDGER, PLAN
 from dpnlu.training.device import CPU, resolved_device
 
 BATCH_SIZE = 64
-
-_EXPORTED = """## This export
-
-`AutoModel` and `AutoTokenizer` of transformers load the trained encoder from this folder. They have
-no class for the heads, whose weights are in `heads.safetensors` and whose labels, in the order of
-their outputs, in `heads.json`:
-
-- The intent head is one linear layer. It reads the means of the states of all sub-words, special
-  ones included, in the last layer and in `hidden_states[len(hidden_states) // 2]`, each mean
-  standardised over its width to mean 0 and variance 1 (ε = 1e-5 added), one behind the other.
-- The slot head is one linear layer. It reads, for each word, the last layer's state of the word's
-  first sub-word, standardised likewise.
-
-`AutoModelForSequenceClassification` and `AutoModelForTokenClassification` would put new, untrained
-heads of another form on the encoder.
-"""
-_REDACTED = """
-It was trained on texts with 0 for every digit: replace the digits of what it is to read likewise.
-"""
 
 
 @dataclass(frozen=True)
@@ -125,8 +107,7 @@ class LoadedModel:
             if (self.directory / name).exists():
                 shutil.copyfile(self.directory / name, out / name)
         card = (self.directory / CARD).read_text(encoding="utf-8")
-        redacted = _REDACTED if self.classifier.architecture.redact_digits else ""
-        write_text(out / CARD, f"{card}\n{_EXPORTED}{redacted}")
+        write_text(out / CARD, f"{card}\n{heads_in_words(self.classifier.architecture)}")
 
 
 def load(directory: Path | str, *, device: str = CPU) -> LoadedModel:

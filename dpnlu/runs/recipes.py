@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dpnlu.nlu.classifier import LSTM, Architecture
+from dpnlu.runs.settings import FIRST_RECIPES, LATEST_RECIPES
 from dpnlu.training.loop import Recipe
 
 
@@ -19,29 +20,43 @@ def architecture(
     dropout: float | None = None,
     characters: int = 0,
     redact_digits: bool = False,
+    slot_loss: str | None = None,
+    edition: int = LATEST_RECIPES,
 ) -> Architecture:
     """The shape of the named classifier.
 
     Private training has noise enough without dropout, and leaves a pretrained encoder as it is: the
     noise grows with the number of trained weights, and at these budgets the heads alone do better.
+    As the encoder does not learn to say what they need in its last layer, they read several, and
+    for slots the words around and the whole text.
 
     Args:
-        dropout: None: as recommended.
+        dropout, slot_loss: None: as recommended.
         characters: filters over the characters of each word; 0: none.
         redact_digits: read every digit as 0.
+        edition: of the recommendations, 1 or 2.
 
     Raises:
         ValueError: the name is neither "lstm" nor "encoder:NAME_OR_PATH", dropout is not in [0, 1),
-            or characters are asked for and cannot be read.
+            characters are asked for and cannot be read, or there is no such slot loss.
     """
     if dropout is None:
         dropout = 0.0 if private else 0.5 if name == LSTM else 0.1
+    _check_edition(edition)
+    heads_alone = private and name != LSTM
+    wide = heads_alone and edition > FIRST_RECIPES
+    recommended = "chain" if edition > FIRST_RECIPES else "words"
     return Architecture(
         name=name,
         character_filters=characters,
         redact_digits=redact_digits,
         dropout=dropout,
-        freeze_encoder=private and name != LSTM,
+        freeze_encoder=heads_alone,
+        slot_loss=recommended if slot_loss is None else slot_loss,
+        text_layers=(0.0, 1 / 3, 2 / 3, 1.0) if wide else None,
+        word_layers=(0.0, 0.5, 1.0) if wide else None,
+        neighbours=1 if wide else 0,
+        reads_text=wide,
     )
 
 
@@ -53,6 +68,7 @@ def recipe(
     batch_size: int | None,
     weight_decay: float = 0.0,
     patience: int | None = None,
+    edition: int = LATEST_RECIPES,
 ) -> Recipe:
     """How to train the named classifier.
 
@@ -61,6 +77,7 @@ def recipe(
         epochs: None: as recommended.
         batch_size: of private training; None: as recommended. Ordinary training keeps its own.
         weight_decay, patience: see `Recipe`.
+        edition: of the recommendations, 1 or 2.
 
     Raises:
         ValueError: a number is out of range; see `Recipe`. Or patience in private training.
@@ -70,17 +87,34 @@ def recipe(
             f"Expected patience in ordinary training alone, got {patience} with a finite ε: when "
             "to stop would be read from validation data, which ε does not cover; set --epochs."
         )
-    chosen = replace(_RECIPES[name == LSTM, private], weight_decay=weight_decay, patience=patience)
+    _check_edition(edition)
+    recommended = _RECIPES[edition][name == LSTM, private]
+    chosen = replace(recommended, weight_decay=weight_decay, patience=patience)
     if epochs is not None:
         chosen = replace(chosen, epochs=epochs)
     asked = chosen if batch_size is None else replace(chosen, batch_size=batch_size)
     return asked if private else chosen
 
 
-# (whether the BiLSTM, whether private) -> what does well.
-_RECIPES = {
+def _check_edition(edition: int) -> None:
+    if edition not in _RECIPES:
+        raise ValueError(
+            f"Expected `recipes` to be one of {', '.join(map(str, _RECIPES))}, got {edition}."
+        )
+
+
+# Edition -> (whether the BiLSTM, whether private) -> what does well.
+_FIRST = {
     (True, False): Recipe(epochs=20, batch_size=64, learning_rate=2e-3),
     (True, True): Recipe(epochs=20, batch_size=512, learning_rate=2e-2),
     (False, False): Recipe(epochs=5, batch_size=32, learning_rate=5e-5, warmup=0.1),
     (False, True): Recipe(epochs=20, batch_size=2048, learning_rate=1e-2),
+}
+_RECIPES = {
+    FIRST_RECIPES: _FIRST,
+    LATEST_RECIPES: _FIRST
+    | {
+        (True, True): Recipe(epochs=15, batch_size=1024, learning_rate=2e-2),
+        (False, True): Recipe(epochs=20, batch_size=4096, learning_rate=1e-2),
+    },
 }

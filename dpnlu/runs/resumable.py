@@ -43,10 +43,10 @@ from dpnlu.runs.experiment import (
     plan_for,
     size_in_units,
 )
-from dpnlu.runs.model_directory import CHECKPOINT, is_model, load
+from dpnlu.runs.model_directory import CHECKPOINT, RUN, is_model, load
 from dpnlu.runs.progress import OnProgress, silent
 from dpnlu.runs.results import Results, results_of, save_trained
-from dpnlu.runs.settings import TrainSettings
+from dpnlu.runs.settings import TrainSettings, as_begun
 from dpnlu.runs.train import Trained, new_classifier, train
 from dpnlu.training.checkpoint import Checkpoints
 from dpnlu.training.loop import check_fit
@@ -70,6 +70,7 @@ def train_model(
             the ledger was touched while training went on.
         DivergedError: the weights are not finite.
     """
+    settings = as_begun(settings, directory / RUN)
     work = _prepared(settings)
     with claimed(directory):
         run = interrupted_run(directory, resume=resume)

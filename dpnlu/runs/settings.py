@@ -6,15 +6,21 @@ is loaded here: a command line can be explained without.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 from dpnlu.mechanism.clipping import clipping_rule
 
 # Of a user in a step: enough to even out single texts, few enough to compute at once.
 EXAMPLES_PER_USER = 8
+# Computed at once: a network with all that it remembers, and heads on a frozen encoder.
+PHYSICAL_BATCH_SIZE, PHYSICAL_BATCH_SIZE_OF_HEADS = 64, 512
+# What is recommended has changed; what was begun goes on as it began.
+FIRST_RECIPES, LATEST_RECIPES = 1, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +83,10 @@ class DataSettings:
         "or hf:NAME[:CONFIG]",
         metavar="SPEC",
     )
-    physical_batch_size: int = setting(
-        "examples computed at once; changes memory and time, not the result", default=64
+    physical_batch_size: int | None = setting(
+        "examples computed at once; changes memory and time, not the result (default: "
+        f"{PHYSICAL_BATCH_SIZE}, or {PHYSICAL_BATCH_SIZE_OF_HEADS} where heads alone are trained)",
+        default=None,
     )
     device: str = setting(
         "where models are computed; auto: an accelerator, if there is one",
@@ -121,6 +129,12 @@ class RecipeSettings(DataSettings):
         "none",
         default=0,
     )
+    slot_loss: str | None = setting(
+        "how slots are trained and predicted: chain, all tags of a text together, none of which "
+        "breaks the IOB2 scheme; or words, each by itself (default: as recommended for the model)",
+        default=None,
+        metavar="chain|words",
+    )
     redact_digits: bool = setting(
         "read every digit as 0, in training and prediction, so that no number can be learnt "
         "(default: digits are read as they are)",
@@ -157,6 +171,13 @@ class RecipeSettings(DataSettings):
         "with --unit user: how many examples of a user count in a step at most, chosen anew each "
         f"time (default: {EXAMPLES_PER_USER})",
         default=None,
+    )
+
+    recipes: int = setting(
+        "which recommendations are taken: 2; or 1, earlier ones, with which earlier versions began "
+        "what is resumed",
+        default=LATEST_RECIPES,
+        metavar="1|2",
     )
 
     @property
@@ -201,11 +222,13 @@ class TrainSettings(RecipeSettings):
         return without_later(self, content)
 
 
+_Recipes = TypeVar("_Recipes", bound=RecipeSettings)
+
 # Settings that earlier versions did not know, of trainings and studies.
 _LATER = {
     *("unit", "examples_per_user", "weight_decay", "characters", "redact_digits", "patience"),
     *("noise_schedule", "clipping"),
-    *("decimals", "audit_canaries", "searches"),
+    *("decimals", "audit_canaries", "searches", "slot_loss"),
 }
 
 
@@ -217,4 +240,24 @@ def without_later(settings: DataSettings, content: dict[str, Any]) -> dict[str, 
         for known in fields(settings)
         if known.name in _LATER and getattr(settings, known.name) == known.default
     }
-    return {name: value for name, value in content.items() if name not in same}
+    if content.get("recipes") == FIRST_RECIPES:
+        same.add("recipes")
+    kept = {name: value for name, value in content.items() if name not in same}
+    if settings.physical_batch_size is None:  # which they recorded as the number that it was
+        kept["physical_batch_size"] = PHYSICAL_BATCH_SIZE
+    return kept
+
+
+def as_begun(settings: _Recipes, record: Path) -> _Recipes:
+    """The settings, with the recommendations of what an earlier version began.
+
+    Args:
+        record: a JSON file in which a training or a study records its settings, if there is one.
+    """
+    try:
+        content = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return settings
+    begun = content.get("settings", content) if isinstance(content, dict) else {"recipes": None}
+    is_earlier = isinstance(begun, dict) and "recipes" not in begun
+    return replace(settings, recipes=FIRST_RECIPES) if is_earlier else settings

@@ -2,6 +2,7 @@
 
 import pytest
 
+from dpnlu.nlu.classifier import Architecture
 from dpnlu.runs import recipes as defaults
 
 NAMES = ["lstm", "encoder:somewhere"]
@@ -26,3 +27,28 @@ def test_zero_is_not_nothing(name: str, private: bool) -> None:
         defaults.recipe(name, private=private, epochs=0, batch_size=None)
     with pytest.raises(ValueError, match="`batch_size`"):
         defaults.recipe(name, private=private, epochs=None, batch_size=0)
+
+
+@KINDS
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_recommendations_are_kept(name: str, private: bool) -> None:
+    """What an earlier version began goes on as it was: model, batch size and steps."""
+    found = defaults.architecture(name, private=private, edition=1)
+    assert found == Architecture(
+        name=name,
+        dropout=0.0 if private else 0.5 if name == "lstm" else 0.1,
+        freeze_encoder=private and name != "lstm",
+    )
+    first = defaults.recipe(name, private=private, epochs=None, batch_size=None, edition=1)
+    sizes = {"lstm": (64, 512), "encoder:somewhere": (32, 2048)}
+    assert first.batch_size == sizes[name][private]
+    latest = defaults.architecture(name, private=private)
+    assert latest.slot_loss == "chain" and found.slot_loss == "words"
+    assert defaults.architecture(name, private=private, slot_loss="words").slot_loss == "words"
+
+
+def test_other_recommendations_are_refused() -> None:
+    with pytest.raises(ValueError, match="`recipes` to be one of 1, 2, got 3"):
+        defaults.architecture("lstm", private=True, edition=3)
+    with pytest.raises(ValueError, match="`recipes` to be one of 1, 2, got 0"):
+        defaults.recipe("lstm", private=True, epochs=None, batch_size=None, edition=0)

@@ -1,17 +1,31 @@
 """The classifiers: their losses, and that nobody else's padding changes them."""
 
+import errno
+import os
+import tempfile
+from itertools import product
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import BertModel
 
+from attacks.inversion import Cloze
+from attacks.inversion.objective import TARGETS
+from dpnlu.compare.inverting import invertible
+from dpnlu.compare.reading import read_signals
 from dpnlu.nlu.classifier import Architecture, Classifier, build
 from dpnlu.nlu.data import Example, HashedVocabulary
+from dpnlu.nlu.data.iob import violation
 from dpnlu.nlu.encoding import Labels, encode_all
 from dpnlu.nlu.feature_cache import read_once
 from dpnlu.nlu.models import IGNORED_TAG, EncoderClassifier, Outputs, intent_slot_loss
+from dpnlu.nlu.tag_chain import TagChain
+from dpnlu.testing import assert_private_step
 
 LABELS = Labels(("ask", "tell"), ("B-x", "I-x", "O"))
 TEXTS = ("call 4 7 1", "wake me up at noon please", "no", "a rather long request with many words")
@@ -41,17 +55,26 @@ def _classifier(name: str, encoder: Path) -> Classifier:
             name="lstm", embedding_size=7, hidden_size=5, character_filters=4
         ),
         "encoder": Architecture(name=f"encoder:{encoder}"),
+        "chain": Architecture(name="lstm", embedding_size=7, hidden_size=5, slot_loss="chain"),
+        "encoder, chain": Architecture(
+            name=f"encoder:{encoder}",
+            slot_loss="chain",
+            text_layers=(0, 1),
+            word_layers=(0, 0.5, 1),
+            neighbours=2,
+            reads_text=True,
+        ),
     }
     torch.manual_seed(0)
     built = build(names[name], LABELS, HashedVocabulary(50))
     built.model.double().eval()
-    for head in (built.model.intent_head, built.model.slot_head):
-        assert head is not None
-        nn.init.normal_(head.weight)  # an encoder's heads start at zero, which hides mistakes
+    for head_name, head in built.model.named_children():
+        if head_name.endswith("_head"):
+            nn.init.normal_(head.weight)  # an encoder's heads start at zero, which hides mistakes
     return built
 
 
-NAMES = ("lstm", "deep lstm", "characters", "encoder")
+NAMES = ("lstm", "deep lstm", "characters", "encoder", "chain", "encoder, chain")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -73,7 +96,7 @@ def test_an_examples_loss_and_gradient_do_not_depend_on_the_batch(
 
 
 @pytest.mark.parametrize("engine", ["book_keeping", "per_example"])
-@pytest.mark.parametrize("name", ["lstm", "characters"])
+@pytest.mark.parametrize("name", ["lstm", "characters", "chain"])
 def test_the_clipped_sum_is_that_of_a_loop_over_examples(
     name: str, engine: str, tiny_encoder: Path, clipped_sum, per_example_gradients
 ) -> None:
@@ -104,7 +127,7 @@ def _gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
 def test_more_padding_changes_nothing(name: str, tiny_encoder: Path) -> None:
     classifier = _classifier(name, tiny_encoder)
     batch = classifier.encoding.collate(encode_all(classifier.encoding, EXAMPLES[:3]))
-    padding = {"tags": IGNORED_TAG}
+    padding = {"tags": IGNORED_TAG, "last": -1}
     wider = {
         field: values if values.dim() == 1 else _padded(values, padding.get(field, 0))
         for field, values in batch.items()
@@ -129,6 +152,66 @@ def test_the_loss_is_the_intents_plus_the_mean_over_the_examples_own_words() -> 
         intent = F.cross_entropy(outputs.intents[example], batch["intents"][example])
         slots = F.cross_entropy(outputs.tags[example, :length], tags[example, :length])
         torch.testing.assert_close(losses[example], intent + slots)
+
+
+def test_with_a_chain_the_loss_is_that_of_all_tags_together() -> None:
+    outputs = Outputs(None, torch.randn(2, 4, 3), TagChain.of(LABELS.tags))
+    assert outputs.tags is not None
+    tags, lengths = torch.tensor([[0, 1, IGNORED_TAG, IGNORED_TAG], [2, 0, 1, 1]]), (2, 4)
+    losses = intent_slot_loss(outputs, {"tags": tags, "lengths": torch.tensor(lengths)})
+    for row, length in enumerate(lengths):
+        scores = {
+            path: sum(outputs.tags[row, word, tag] for word, tag in enumerate(path))
+            for path in product(range(3), repeat=length)
+            if violation([LABELS.tags[tag] for tag in path]) is None
+        }
+        truth = scores[tuple(tags[row, :length].tolist())]
+        expected = torch.stack(list(scores.values())).logsumexp(0) - truth
+        torch.testing.assert_close(losses[row], expected / length)
+
+
+def test_the_likeliest_tags_of_a_chain_follow_iob2() -> None:
+    tags = torch.tensor([[[0.0, 3.0, 2.0], [0.0, 3.0, 2.5]]])  # I-x alone, if it were allowed
+    lengths = torch.tensor([2])
+    assert Outputs(None, tags).likeliest_tags(lengths).tolist() == [[1, 1]]
+    # B-x I-x is worth 3, O O is worth 4.5
+    chain = TagChain.of(LABELS.tags)
+    assert Outputs(None, tags, chain).likeliest_tags(lengths).tolist() == [[2, 2]]
+
+
+@pytest.mark.parametrize("engine", ["book_keeping", "per_example"])
+def test_a_private_step_with_a_chain_does_what_its_plan_says(engine: str, make_plan) -> None:
+    architecture = Architecture(name="lstm", embedding_size=7, hidden_size=5, slot_loss="chain")
+    classifier = build(architecture, LABELS, HashedVocabulary(50))
+    batch = classifier.encoding.collate(encode_all(classifier.encoding, EXAMPLES))
+    loss = classifier.model.per_example_loss
+    assert_private_step(classifier.model, loss, batch, make_plan(max_grad_norm=0.3), engine=engine)
+
+
+@pytest.mark.parametrize("name", ["chain", "encoder, chain"])
+def test_attacks_read_the_loss_that_was_trained(name: str, tiny_encoder: Path) -> None:
+    classifier = _classifier(name, tiny_encoder)
+    batch = classifier.encoding.collate(encode_all(classifier.encoding, EXAMPLES))
+    expected = classifier.model.per_example_loss(batch)
+    signals = read_signals(classifier, EXAMPLES)
+    torch.testing.assert_close(torch.from_numpy(signals.loss), expected.detach())
+    assert signals.slot_margin is not None and np.isfinite(signals.slot_margin).all()
+
+
+def test_an_inversion_explains_the_loss_that_was_trained(tiny_encoder: Path) -> None:
+    classifier = _classifier("chain", tiny_encoder)
+    cloze = Cloze(
+        tokens=("call", None, "7"),
+        candidates=(("4", "5"),),
+        intent=None,
+        tags=("B-x", "I-x", "I-x"),
+    )
+    model = invertible(classifier, [cloze])
+    example = _example("call 4 7", 1)
+    said = model.predict(model.inputs.vectors, torch.tensor([0]))
+    signals = read_signals(classifier, [example])
+    assert signals.slot_loss is not None
+    torch.testing.assert_close(TARGETS["tags"](said), torch.from_numpy(signals.slot_loss))
 
 
 def test_an_example_without_any_known_tag_has_the_loss_of_its_intent() -> None:
@@ -169,6 +252,100 @@ def test_the_tag_of_a_word_is_read_at_its_first_sub_word(tiny_encoder: Path) -> 
             place += len(token)  # the tiny tokenizer spells words out
 
 
+def test_a_wide_head_reads_the_words_around_and_the_text(tiny_encoder: Path) -> None:
+    """Against one linear layer on all of that, one behind the other, in the last two layers."""
+    architecture = Architecture(
+        name=f"encoder:{tiny_encoder}", word_layers=(0.6, 1), neighbours=1, reads_text=True
+    )
+    classifier = build(architecture, LABELS, HashedVocabulary(50))
+    model = classifier.model.double().eval()
+    slots, text = model.get_submodule("slot_head"), model.get_submodule("text_head")
+    nn.init.normal_(slots.weight)
+    nn.init.normal_(text.weight)
+    batch = classifier.encoding.collate(encode_all(classifier.encoding, EXAMPLES))
+    found, read = model(batch).tags, model.read(batch)
+    hidden = model.get_submodule("encoder")(
+        input_ids=batch["subwords"], attention_mask=batch["attention"], output_hidden_states=True
+    ).hidden_states
+    for row, example in enumerate(EXAMPLES):
+        place, states = 1, []  # after [CLS]
+        for token in example.tokens:
+            means = [layer[row, place : place + len(token)].mean(0) for layer in hidden[-2:]]
+            states.append(torch.cat([F.layer_norm(mean, mean.shape) for mean in means]))
+            place += len(token)  # the tiny tokenizer spells words out
+        before, own, behind = (slots.weight.chunk(3)[k] for k in (0, 1, 2))
+        for word, state in enumerate(states):
+            expected = own @ state + text.weight @ (0.5 * read["pooled"][row])
+            if word > 0:
+                expected = expected + before @ states[word - 1]
+            if word + 1 < len(states):
+                expected = expected + behind @ states[word + 1]
+            torch.testing.assert_close(found[row, word], expected)
+
+
+def test_an_encoder_without_hidden_states_is_refused(tiny_encoder: Path, monkeypatch) -> None:
+    forward = BertModel.forward
+
+    def silent(self: BertModel, *args: Any, **options: Any) -> Any:
+        said = forward(self, *args, **options)
+        said.hidden_states = None
+        return said
+
+    def demanding(self: BertModel, *args: Any, **options: Any) -> Any:
+        raise ValueError("You have to specify pictures\nand more")
+
+    said = {silent: "says what its layers hold", demanding: "an encoder of texts .* pictures$"}
+    for other, message in said.items():
+        monkeypatch.setattr(BertModel, "forward", other)
+        with pytest.raises(ValueError, match=message):
+            build(Architecture(name=f"encoder:{tiny_encoder}"), LABELS, HashedVocabulary(50))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"word_layers": (0, 1.5)}, r"shares in \[0, 1\]"),
+        ({"text_layers": ()}, "at least one"),
+        ({"neighbours": -1}, "`neighbours` >= 0"),
+        ({"slot_loss": "crf"}, "one of chain, words"),
+    ],
+)
+def test_a_reading_that_there_is_not_is_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Architecture(name="encoder:somewhere", **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"text_layers": (1,)}, {"word_layers": [0]}, {"neighbours": 1}, {"reads_text": True}],
+)
+def test_a_bilstm_reads_no_layers_of_an_encoder(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="for an encoder alone, got them for lstm"):
+        Architecture(name="lstm", **settings)
+    assert Architecture(name="encoder:somewhere", **settings)
+
+
+def test_an_intent_is_read_from_the_layers_that_are_asked_for(tiny_encoder: Path) -> None:
+    """The embeddings of a text, and its last layer."""
+    architecture = Architecture(name=f"encoder:{tiny_encoder}", text_layers=(0, 1))
+    model = build(architecture, LABELS, HashedVocabulary(50))
+    encoded = encode_all(model.encoding, EXAMPLES)
+    batch = model.encoding.collate(encoded[:1])
+    hidden = (
+        model.model.eval()
+        .get_submodule("encoder")(
+            input_ids=batch["subwords"],
+            attention_mask=batch["attention"],
+            output_hidden_states=True,
+        )
+        .hidden_states
+    )
+    means = [layer[0].mean(0) for layer in (hidden[0], hidden[-1])]
+    expected = torch.cat([F.layer_norm(mean, mean.shape) for mean in means])
+    found = model.model.read(model.encoding.collate(encoded))["pooled"][0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_an_encoders_pooler_is_not_trained_by_noise(tiny_encoder: Path) -> None:
     model = _classifier("encoder", tiny_encoder).model
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
@@ -182,12 +359,35 @@ def test_a_frozen_encoder_is_trained_in_its_heads_only(tiny_encoder: Path) -> No
     assert trained == {"intent_head", "slot_head"}
 
 
-def test_what_a_frozen_encoder_says_once_is_what_it_always_says(tiny_encoder: Path) -> None:
-    classifier = _classifier("encoder", tiny_encoder)
+@pytest.mark.parametrize("in_memory", [2**30, 0], ids=["in memory", "mapped"])
+@pytest.mark.parametrize("name", ["encoder", "encoder, chain"])
+def test_what_a_frozen_encoder_says_once_is_what_it_always_says(
+    name: str, in_memory: int, tiny_encoder: Path
+) -> None:
+    classifier = _classifier(name, tiny_encoder)
     model, encoding = classifier.model, classifier.encoding
     assert isinstance(model, EncoderClassifier)
     encoded = encode_all(encoding, EXAMPLES)
     expected = model.per_example_loss(encoding.collate(encoded))
-    once = read_once(model.train(), encoding, encoded)
+    once = read_once(model.train(), encoding, encoded, in_memory=in_memory)
     assert model.training and "subwords" not in once[0]
     torch.testing.assert_close(model.eval().per_example_loss(encoding.collate(once)), expected)
+    tags = [model(encoding.collate(some)).tags for some in (once[:1], encoded[:1])]
+    torch.testing.assert_close(*tags)
+
+
+def test_a_mapped_cache_leaves_no_file_and_needs_room(tiny_encoder: Path, tmp_path: Path) -> None:
+    classifier = _classifier("encoder", tiny_encoder)
+    assert isinstance(classifier.model, EncoderClassifier)
+    encoded = encode_all(classifier.encoding, EXAMPLES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path))
+        once = read_once(classifier.model, classifier.encoding, encoded, in_memory=0)
+        assert once and not list(tmp_path.iterdir())
+
+        def full(*_: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(ValueError, match="No space left on device; set TMPDIR"):
+            read_once(classifier.model, classifier.encoding, encoded, in_memory=0)

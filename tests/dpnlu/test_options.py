@@ -30,8 +30,8 @@ FULL = [
         TrainSettings,
         "--data d --model encoder:e --epsilon 3 --delta 1e-4 --epochs 2.5 --batch-size 7 "
         "--learning-rate 0.1 --dropout 0.2 --max-grad-norm 2 --vocabulary fitted --labels f "
-        "--weight-decay 0.3 --characters 6 --redact-digits --patience 2 "
-        "--clipping automatic --noise-schedule step:0.5:3 "
+        "--weight-decay 0.3 --characters 6 --redact-digits --patience 2 --slot-loss words "
+        "--recipes 1 --clipping automatic --noise-schedule step:0.5:3 "
         "--engine opacus --physical-batch-size 5 --device cpu --seed 9 --unit user "
         "--examples-per-user 4",
         TrainSettings(
@@ -49,6 +49,8 @@ FULL = [
             weight_decay=0.3,
             characters=6,
             redact_digits=True,
+            slot_loss="words",
+            recipes=1,
             patience=2,
             vocabulary="fitted",
             labels="f",
@@ -64,8 +66,8 @@ FULL = [
         StudySettings,
         "--data d --model encoder:e --epsilons inf 4 --delta 1e-4 --epochs 2.5 --batch-size 7 "
         "--dropout 0.2 --max-grad-norm 2 --attacks loss rmia --canaries pin:2:R=3 call:1:R=2 "
-        "--weight-decay 0.3 --characters 6 --redact-digits --patience 2 "
-        "--clipping automatic --noise-schedule step:0.5:3 --decimals 3 "
+        "--weight-decay 0.3 --characters 6 --redact-digits --patience 2 --slot-loss words "
+        "--recipes 1 --clipping automatic --noise-schedule step:0.5:3 --decimals 3 "
         "--searches beam coordinates --audit-canaries 7 "
         "--references 4 --audit-examples 33 --confidence 0.9 --physical-batch-size 5 "
         "--device cpu --seed 9 --unit user --examples-per-user 4",
@@ -83,6 +85,8 @@ FULL = [
             weight_decay=0.3,
             characters=6,
             redact_digits=True,
+            slot_loss="words",
+            recipes=1,
             patience=2,
             decimals=3,
             searches=("beam", "coordinates"),

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from dpnlu.nlu.encoding import Labels, encode_all
 from dpnlu.nlu.prediction import Prediction, Slot, predict, read
 from dpnlu.nlu.utterances import utterance, utterance_of_line, utterance_of_tokens
 from dpnlu.runs.answering import answers
+from dpnlu.runs.exported import heads_in_words
 from dpnlu.runs.model_directory import save
 from dpnlu.training.loop import Recipe
 
@@ -275,6 +277,17 @@ def test_transformers_alone_loads_what_is_exported(tmp_path: Path, tiny_encoder:
         "tags": list(TAGS),
     }
     dpnlu.load(home)  # nothing was added to it
+
+
+def test_an_export_says_what_its_heads_read(tiny_encoder: Path) -> None:
+    plain = Architecture(name=f"encoder:{tiny_encoder}")
+    wide = replace(plain, word_layers=(0, 0.5), neighbours=2, reads_text=True, slot_loss="chain")
+    assert "first sub-word" in heads_in_words(plain) and "Viterbi" not in heads_in_words(plain)
+    said = heads_in_words(wide)
+    assert "0.333" in heads_in_words(replace(wide, text_layers=(1 / 3, 1)))
+    for piece in ("share of 0, 0.5,", "5 pieces", "word 2 behind", "text head", "Viterbi"):
+        assert piece in said
+    assert "0 for every digit" in heads_in_words(replace(plain, redact_digits=True))
 
 
 def test_an_export_overwrites_nothing(tmp_path: Path, tiny_encoder: Path, model: Path) -> None:

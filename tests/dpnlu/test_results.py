@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from dpnlu.compare.reading import CanaryReading, Reading
 from dpnlu.compare.settings import StudySettings
 from dpnlu.runs.model_directory import ModelDirectoryError
 from dpnlu.runs.results import Results
-from dpnlu.runs.settings import TrainSettings
+from dpnlu.runs.settings import TrainSettings, as_begun
 
 ORDINARY = Results(intent_accuracy=0.5, frame_accuracy=0.25, examples=8, train_seconds=1.5, steps=3)
 PRIVATE = replace(ORDINARY, slot_f1=0.0, peak_memory_mib=9.5, epsilon=2.0, delta=1e-5)
@@ -100,7 +101,7 @@ def test_a_reading_without_one_of_its_arrays_is_refused(missing: str) -> None:
 
 def test_settings_are_recorded_as_they_always_were() -> None:
     """A training or a study of an earlier version is resumed by comparing with this."""
-    assert TrainSettings(data="d", epsilon=3.0, epochs=2.0).to_dict() == {
+    assert TrainSettings(data="d", epsilon=3.0, epochs=2.0, recipes=1).to_dict() == {
         "data": "d",
         "model": "lstm",
         "epsilon": "3",
@@ -117,7 +118,7 @@ def test_settings_are_recorded_as_they_always_were() -> None:
         "seed": 0,
     }
     assert TrainSettings(data="d", epsilon=math.inf).to_dict()["epsilon"] == "inf"
-    assert StudySettings(data="d", references=1, canaries=("pin:2:R=3",)).to_dict() == {
+    assert StudySettings(data="d", references=1, canaries=("pin:2:R=3",), recipes=1).to_dict() == {
         "data": "d",
         "model": "lstm",
         "epsilons": ["eps-inf", "eps-8", "eps-2"],
@@ -134,3 +135,19 @@ def test_settings_are_recorded_as_they_always_were() -> None:
         "physical_batch_size": 64,
         "seed": 0,
     }
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["training", "study"])
+def test_what_an_earlier_version_began_goes_on_with_its_recommendations(
+    tmp_path: Path, inside: bool
+) -> None:
+    settings, record = TrainSettings(data="d", epsilon=3.0), tmp_path / "run.json"
+    assert settings.to_dict()["recipes"] == 2
+    assert as_begun(settings, record) == settings
+    for begun in (1, 2):
+        content = replace(settings, recipes=begun).to_dict()
+        record.write_text(json.dumps({"settings": content} if inside else content))
+        assert as_begun(settings, record).to_dict() == content
+    for other in ("{", "[]"):
+        record.write_text(other)
+        assert as_begun(settings, record) == settings

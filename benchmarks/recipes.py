@@ -1,0 +1,220 @@
+"""What each part of the recommended recipe gives, and the whole over several seeds.
+
+    python benchmarks/recipes.py --data snips:DIR --model encoder:NAME --epsilons 8 2 --out DIR
+    python benchmarks/recipes.py --data snips:DIR --model encoder:NAME --rows all --out DIR
+
+Everything but the row's change is as `dpnlu train` recommends it. A frozen encoder reads the texts
+once for all rows. What was measured is kept in the JSON file, and not measured again. Noise comes
+from the seed: no model here is to be published.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpnlu.cli.benchmark import processor
+from dpnlu.nlu.classifier import Classifier
+from dpnlu.nlu.data import Corpus, Example, HashedVocabulary, load_corpus
+from dpnlu.nlu.encoding import Encoded, Labels, encode_all
+from dpnlu.nlu.feature_cache import read_once
+from dpnlu.nlu.metrics import evaluate
+from dpnlu.nlu.models import EncoderClassifier
+from dpnlu.nlu.tag_chain import TagChain
+from dpnlu.runs.experiment import Experiment, experiment_for, plan_for
+from dpnlu.runs.settings import TrainSettings
+from dpnlu.runs.train import new_classifier
+from dpnlu.training.loop import Randomness, fit
+
+SPLITS = ("valid", "test")
+
+
+# What is changed of the recommended architecture.
+ROWS: dict[str, dict[str, Any]] = {
+    "recommended": {},
+    "words alone, not the text": {"reads_text": False},
+    "and no neighbours": {"reads_text": False, "neighbours": 0},
+    "and the last layer alone": {"reads_text": False, "neighbours": 0, "word_layers": (1.0,)},
+    "each word's tag by itself": {"slot_loss": "words"},
+}
+# The same weights, predicting under the constraints of IOB2 what was trained word by word.
+VITERBI = "each word's tag by itself, Viterbi"
+OF_ENCODERS = {"words alone, not the text", "and no neighbours", "and the last layer alone"}
+
+
+class Texts:
+    """The examples of a corpus as a model reads them; by a frozen encoder once for all."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.corpus = corpus
+        self._read: dict[str, list[Encoded]] = {}
+
+    def examples(self, split: str) -> list[Example]:
+        return sorted(self.corpus.split(split), key=lambda example: len(example.tokens))
+
+    def of(self, split: str, classifier: Classifier, widest: Classifier) -> list[Encoded]:
+        """What a classifier is trained or measured on."""
+        if not classifier.architecture.freeze_encoder:
+            return encode_all(classifier.encoding, self.examples(split))
+        if split not in self._read:
+            assert isinstance(widest.model, EncoderClassifier)
+            encoded = encode_all(widest.encoding, self.examples(split))
+            self._read[split] = read_once(widest.model, widest.encoding, encoded)
+        if classifier.architecture.word_layers == widest.architecture.word_layers:
+            return self._read[split]
+        width = classifier.model.get_submodule("slot_head").in_features  # of the last layers
+        return [e | {"states": e["states"][:, -width:]} for e in self._read[split]]
+
+
+def measured(
+    texts: Texts, settings: TrainSettings, row: str, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Train once, and measure on both splits; of some rows in two ways."""
+    recommended = _experiment(texts.corpus, settings)
+    architecture = replace(recommended.architecture, **ROWS[row])
+    experiment = replace(recommended, architecture=architecture)
+    classifier = new_classifier(experiment, seed=seed)
+    widest = new_classifier(recommended, seed=seed)
+    encoded = texts.of("train", classifier, widest)
+    plan = plan_for(
+        settings, experiment.recipe, epsilon=settings.epsilon, num_examples=len(encoded)
+    )
+    started = time.perf_counter()
+    fit(
+        classifier.model,
+        encoded,
+        loss=classifier.model.per_example_loss,
+        collate=classifier.encoding.collate,
+        recipe=experiment.recipe,
+        plan=plan,
+        compute=experiment.compute,
+        randomness=Randomness(
+            order=np.random.default_rng([seed, 1]),
+            noise=torch.Generator(device=experiment.compute.device).manual_seed(seed),
+        ),
+    )
+    seconds = time.perf_counter() - started
+
+    def results() -> dict[str, Any]:
+        found: dict[str, Any] = {"seconds": seconds}
+        for split in SPLITS:
+            data = texts.of(split, classifier, widest)
+            metrics = evaluate(classifier.model, classifier.encoding, data, texts.examples(split))
+            found[split] = metrics.to_dict()
+        return found
+
+    rows = {row: results()}
+    if architecture.slot_loss == "words" and experiment.labels.tags:
+        classifier.model.chain = TagChain.of(experiment.labels.tags)
+        rows[VITERBI] = results()
+    return rows
+
+
+def _experiment(corpus: Corpus, settings: TrainSettings) -> Experiment:
+    return experiment_for(
+        settings,
+        epsilon=settings.epsilon,
+        labels=Labels(corpus.intents, corpus.tags),
+        vocabulary=HashedVocabulary(),
+    )
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line for each recipe and budget: means over the seeds, with standard errors."""
+    lines = [
+        "| recipe | ε | seeds | valid: intent | slot F1 | test: intent | slot F1 | seconds |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for key, runs in results.items():
+        name, epsilon = key.rsplit("@", 1)
+        cells = [
+            _mean([run[split].get(measure) for run in runs.values()])
+            for split in SPLITS
+            for measure in ("intent_accuracy", "slot_f1")
+        ]
+        seconds = statistics.mean(run["seconds"] for run in runs.values())
+        lines.append(f"| {name} | {epsilon} | {len(runs)} | {' | '.join(cells)} | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
+def means(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What documents quote: means over the seeds on the test split."""
+    return {
+        key: {
+            measure: statistics.mean(run["test"][measure] for run in runs.values())
+            for measure in ("intent_accuracy", "slot_f1")
+            if all(measure in run["test"] for run in runs.values())
+        }
+        for key, runs in results.items()
+    }
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    mean = f"{statistics.mean(known):.4f}"
+    if len(known) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(known) / len(known) ** 0.5:.4f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--model", default="lstm")
+    parser.add_argument("--epsilons", type=float, nargs="+", default=[8.0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rows", nargs="+", default=["recommended"], help="names, or all")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    kind = "encoder" if options.model.startswith("encoder:") else options.model
+    rows = list(ROWS) if options.rows == ["all"] else options.rows
+    if kind != "encoder":
+        rows = [row for row in rows if row not in OF_ENCODERS]
+    corpus = load_corpus(options.data, seed=0)
+    texts = Texts(corpus)
+    title = f"{datetime.date.today()}-recipes-{options.data.partition(':')[0]}-{kind}"
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{title}.json"
+    content = json.loads(path.read_text()) if path.exists() else {"commands": [], "results": {}}
+    content["commands"].append(" ".join(["python", *sys.argv]))
+    content["machine"] = {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    for seed in options.seeds:
+        for epsilon in options.epsilons:
+            for row in rows:
+                if str(seed) in content["results"].get(f"{row}@{epsilon:g}", {}):
+                    continue
+                settings = TrainSettings(data=options.data, model=options.model, epsilon=epsilon)
+                for name, found in measured(texts, settings, row, seed).items():
+                    content["results"].setdefault(f"{name}@{epsilon:g}", {})[str(seed)] = found
+                    print(name, epsilon, seed, found, flush=True)
+                content["means"] = means(content["results"])
+                path.write_text(json.dumps(content, indent=1) + "\n")
+    facts = ", ".join(f"{fact} {value}" for fact, value in content["machine"].items())
+    commands = "\n".join(f"    {command}" for command in content["commands"])
+    heading = f"# Recommended recipe, {options.data.partition(':')[0]}, {kind}"
+    path.with_suffix(".md").write_text(
+        "\n\n".join([heading, commands, facts, table(content["results"])]) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
