@@ -25,7 +25,9 @@ from dpnlu.nlu.encoding import Labels, encode_all
 from dpnlu.nlu.feature_cache import read_once
 from dpnlu.nlu.models import IGNORED_TAG, EncoderClassifier, Outputs, intent_slot_loss
 from dpnlu.nlu.tag_chain import TagChain
+from dpnlu.runs.model_directory import load, save
 from dpnlu.testing import assert_private_step
+from dpnlu.training.loop import Recipe
 
 LABELS = Labels(("ask", "tell"), ("B-x", "I-x", "O"))
 TEXTS = ("call 4 7 1", "wake me up at noon please", "no", "a rather long request with many words")
@@ -391,3 +393,21 @@ def test_a_mapped_cache_leaves_no_file_and_needs_room(tiny_encoder: Path, tmp_pa
         patch.setattr(os, "posix_fallocate", full)
         with pytest.raises(ValueError, match="No space left on device; set TMPDIR"):
             read_once(classifier.model, classifier.encoding, encoded, in_memory=0)
+
+
+def test_a_wide_model_comes_back_and_an_earlier_one_is_as_it_was(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    wide = _classifier("encoder, chain", tiny_encoder)
+    recipe = Recipe(epochs=1, batch_size=2, learning_rate=0.1)
+    save(wide, tmp_path, recipe=recipe, plan=None, metrics={}, card="")
+    back = load(tmp_path).classifier
+    assert back.architecture == wide.architecture
+    batch = wide.encoding.collate(encode_all(wide.encoding, EXAMPLES))
+    expected, found = wide.model(batch), back.model.double().eval()(batch)
+    torch.testing.assert_close(found.tags, expected.tags, rtol=1e-4, atol=1e-5)  # in float32
+    assert found.chain == expected.chain
+    later = {"slot_loss", "text_layers", "word_layers", "neighbours", "reads_text"}
+    kept = {name: v for name, v in wide.architecture.to_dict().items() if name not in later}
+    assert Architecture(**kept) == Architecture(name=f"encoder:{tiny_encoder}")
+    assert _classifier("encoder", tiny_encoder).model(batch).chain is None
