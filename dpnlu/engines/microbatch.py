@@ -96,5 +96,6 @@ class Microbatch:
         unclipped = self.clipper.unclipped(coefficients.cpu())
         if not bool(finite):
             return ClipOutcome(norm, finite, None, unclipped)
-        total = self.clipper.clipped(sums, [each / size for each in coefficients[:, 0].tolist()])
+        on_cpu = coefficients[:, 0].cpu().tolist()
+        total = self.clipper.clipped(sums, [each / size for each in on_cpu])
         return ClipOutcome(norm, finite, total, unclipped)

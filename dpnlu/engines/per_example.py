@@ -66,5 +66,5 @@ class PerExample:
         if not bool(torch.isfinite(norm) & torch.isfinite(loss)):
             return norm, torch.zeros_like(norms)
         coefficients = self.clipper.coefficients(norms[:, None])[:, 0]
-        self.clipper.clipped(gradients, coefficients.tolist()).add_to(sums, scale=1.0)
+        self.clipper.clipped(gradients, coefficients.cpu().tolist()).add_to(sums, scale=1.0)
         return norm, coefficients

@@ -99,8 +99,8 @@ def _answers(
                 guesses = outputs.intents.argmax(1).cpu().tolist()
                 intents += [encoding.labels.intents[guess] for guess in guesses]
             if outputs.tags is not None:
-                rows = outputs.likeliest_tags(batch["lengths"]).tolist()
-                lengths = batch["lengths"].tolist()
+                rows = outputs.likeliest_tags(batch["lengths"]).cpu().tolist()
+                lengths = batch["lengths"].cpu().tolist()
                 tags += [
                     [encoding.labels.tags[tag] for tag in row[:length]]
                     for row, length in zip(rows, lengths, strict=True)

@@ -34,6 +34,12 @@ def _rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def _rows(vectors: Tensor) -> Rows:
+    """A text of four tokens, one vector each."""
+    four, places = torch.tensor([4]), torch.arange(4)[None]
+    return Rows(vectors, sizes=four, first=places, last=places, lengths=four)
+
+
 def _cloze(length: int, *, carrier: tuple[str, ...] = ("say", "my"), candidates=DIGITS) -> Cloze:
     return Cloze(
         tokens=(*carrier, *[None] * length),
@@ -269,7 +275,7 @@ class TestNothingBeatsEnumeration:
         for number, secret in enumerate(itertools.product(("red", "blue"), ("1", "2", "3"))):
             tokens = ("say", secret[0], "my", secret[1])
             vectors = network.read(tokens).vectors[None]
-            rows = Rows(vectors, torch.tensor([4]), torch.zeros(1, 4), torch.tensor([4]))
+            rows = _rows(vectors)
             with torch.no_grad():
                 logits = network(rows)[1][0]
             expected = F.cross_entropy(logits, torch.tensor([0, 1, 0, 2]))
@@ -440,9 +446,7 @@ class TestObjective:
         assert losses["joint"] == pytest.approx(losses["tags"] + losses["intent"])
         vectors = model.network.read(("say", "my", "1", "2")).vectors[None]
         with torch.no_grad():
-            intents, _ = model.network(
-                Rows(vectors, torch.tensor([4]), torch.zeros(1, 4), torch.tensor([4]))
-            )
+            intents, _ = model.network(_rows(vectors))
         assert losses["intent"] == pytest.approx(float(F.cross_entropy(intents, rows)))
 
 
