@@ -228,6 +228,7 @@ def test_tables_say_what_was_measured() -> None:
     assert f"{times} 100 | 110 | **1.10** |" in compiled.table([row])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # torch, of Opacus' hooks
 def test_a_sweep_measures_both_engines_and_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

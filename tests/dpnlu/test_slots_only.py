@@ -180,6 +180,7 @@ def test_a_model_of_slots_is_attacked(written, tmp_path: Path) -> None:
     assert "intent_accuracy" not in run and run["membership"].keys() == {"loss", "lira", "rmia"}
 
 
+@pytest.mark.slow
 def test_a_study_of_slots_attacks_and_reports_them(written, tmp_path: Path) -> None:
     """Few rows, seen thirty times: they are remembered, and slots alone tell it."""
     out, data = tmp_path / "study", str(written(_rows()))
