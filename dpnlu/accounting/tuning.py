@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from dpnlu.accounting.events import SampledGaussian, check_delta
 
 # How the number of trainings is drawn -> the shape of the distribution, as in the paper.
 _SHAPES = {"poisson": math.inf, "geometric": 1.0, "logarithmic": 0.0}
+
+# More trainings than anybody makes.
+_MOST_TRIALS = 10**6
 
 NUMBERS = ("fixed", *_SHAPES)
 """How the number of trainings may come about."""
@@ -60,14 +63,15 @@ def tuning_epsilon(
     check_delta(delta)
     if number not in NUMBERS:
         raise ValueError(f"Expected `number` to be one of {', '.join(NUMBERS)}, got {number!r}.")
-    if not 1 <= trials < math.inf or (number == "fixed" and trials != int(trials)):
+    if not 1 <= trials <= _MOST_TRIALS or (number == "fixed" and not float(trials).is_integer()):
         raise ValueError(
-            f"Expected a number of trials >= 1, whole if it is fixed, got {trials}: say how many "
-            "trainings there are on average."
+            "Expected a number of trials >= 1, a million at most, whole if it is fixed, got "
+            f"{trials}: say how many trainings there are on average."
         )
     released = list(events)
     if number == "fixed":
-        return epsilon(released * int(trials), delta=delta)
+        times = int(trials)
+        return epsilon([replace(e, steps=times * e.steps) for e in released], delta=delta)
     if any(event.max_batch_size is not None for event in released):
         raise ValueError(
             "Expected batches that are not truncated for a random number of trials, got some that "
@@ -81,7 +85,7 @@ def cheapest_tuning(
 ) -> list[Tuning]:
     """Every way to draw the number of trials, the cheapest first; see `tuning_epsilon`."""
     released = list(events)
-    ways = [name for name in NUMBERS if name != "fixed" or trials == int(trials)]
+    ways = [name for name in NUMBERS if name != "fixed" or float(trials).is_integer()]
     found = [
         Tuning(name, tuning_epsilon(released, trials=trials, number=name, delta=delta))
         for name in ways
@@ -101,8 +105,14 @@ def calibrate_tuning(
     that each release `events(σ)` meets the target.
 
     Raises:
-        ValueError: as `tuning_epsilon`, or no noise multiplier below a million reaches the target.
+        ValueError: as `tuning_epsilon`; the target is not in (0, infinity), or no noise multiplier
+            below a million reaches it.
     """
+    if not 0 < target_epsilon < math.inf:
+        raise ValueError(
+            f"Expected a finite ε > 0 to find the noise for, got {target_epsilon}: without privacy "
+            "there is no noise to find."
+        )
 
     def excess(sigma: float) -> float:
         found = tuning_epsilon(events(sigma), trials=trials, number=number, delta=delta)

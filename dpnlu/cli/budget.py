@@ -96,7 +96,12 @@ def _add_noise(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print the plan that the options describe, and its ε."""
+    """Print the plan that the options describe, and its ε.
+
+    Raises:
+        ValueError: an option is out of range, or would have no effect beside another.
+    """
+    _check_options(options)
     plan = plan_of(options)
     if options.plan:
         _print_choices(plan, options)
@@ -124,6 +129,25 @@ def run(options: argparse.Namespace) -> None:
         found["epsilon_as_published"] = claimed
         found["epsilon_as_published_is"] = f"no guarantee: {NOT_AS_PUBLISHED}"
     _print_facts(found, options)
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Raise ValueError where an option would be passed over."""
+    asked = {
+        "--plan": options.plan,
+        "--trials": options.trials is not None,
+        "--as-published": options.as_published,
+    }
+    given = [name for name, is_given in asked.items() if is_given]
+    if len(given) > 1:
+        raise ValueError(
+            f"Expected one question at a time, got {' and '.join(given)}: ask one after the other."
+        )
+    if (options.plan or options.trials is not None) and options.accountant != "pld":
+        raise ValueError(
+            f"Expected --accountant pld with {given[0]}, which has its own way to ε, got "
+            f"{options.accountant}: leave --accountant out."
+        )
 
 
 def plan_of(options: argparse.Namespace) -> PrivacyPlan:

@@ -240,10 +240,11 @@ def without_later(settings: DataSettings, content: dict[str, Any]) -> dict[str, 
         for known in fields(settings)
         if known.name in _LATER and getattr(settings, known.name) == known.default
     }
-    if content.get("recipes") == FIRST_RECIPES:
+    is_first = content.get("recipes") == FIRST_RECIPES
+    if is_first:
         same.add("recipes")
     kept = {name: value for name, value in content.items() if name not in same}
-    if settings.physical_batch_size is None:  # which they recorded as the number that it was
+    if is_first and settings.physical_batch_size is None:  # as they recorded what was not asked for
         kept["physical_batch_size"] = PHYSICAL_BATCH_SIZE
     return kept
 

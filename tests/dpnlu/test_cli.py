@@ -165,6 +165,13 @@ BAD_BUDGETS = {
     "--as-published --epsilon 3": "leave `as_published` out",
     "--plan --noise-multiplier 1": "Expected --epsilon with --plan",
     "--plan --epsilon inf": "finite ε > 0",
+    "--trials 0 --epsilon 3": "trials >= 1",
+    "--trials inf --epsilon 3": "trials >= 1",
+    "--trials 3 --epsilon inf": "finite ε > 0",
+    "--trials 3 --plan --epsilon 3": "got --plan and --trials",
+    "--trials 3 --as-published --microbatches 2 --epsilon 3": "got --trials and --as-published",
+    "--trials 3 --accountant rdp --epsilon 3": "Expected --accountant pld with --trials",
+    "--plan --accountant prv --epsilon 3": "Expected --accountant pld with --plan",
     "--noise-schedule fast": "`noise_schedule`",
     "--noise-schedule list:1,0": "list:1,0 reaches zero after 1 of 3",
 }

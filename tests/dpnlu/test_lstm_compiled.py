@@ -1,5 +1,6 @@
 """The compiled scan of LSTM layers: its numbers, its independence of the batch, its building."""
 
+import copy
 import math
 import os
 import stat
@@ -7,11 +8,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+import dpnlu
 from dpnlu.gradients.lstm import native
 from dpnlu.gradients.lstm.compiled import CompiledLayer, Packed
 from dpnlu.gradients.lstm.native import Scan, scan_for
@@ -152,10 +158,20 @@ def test_the_nonlinearities_are_exact_over_their_whole_range(scan: Scan) -> None
     torch.testing.assert_close(kept[1][0, 1, :, 0].double(), squashed * g, rtol=2e-6, atol=1e-37)
 
 
+class _OfAnotherKind(Tensor):
+    """As quantised and distributed tensors are, whose numbers are elsewhere."""
+
+
 def test_it_is_for_float32_on_a_cpu(unbuilt: pytest.MonkeyPatch) -> None:
     weight = torch.zeros(4, 1)
     assert scan_for(weight, weight.double()) is None
     assert scan_for(weight, weight.to("meta")) is None
+    assert scan_for(weight.as_subclass(_OfAnotherKind)) is None
+    with FakeTensorMode():
+        assert scan_for(torch.zeros(4, 1)) is None
+    found = []
+    torch.vmap(lambda one: found.append(scan_for(one)) or one)(torch.zeros(3, 4, 1))
+    assert found == [None]
     unbuilt.setenv("DPNLU_KERNELS", "torch")
     assert scan_for(weight) is None
 
@@ -223,3 +239,71 @@ def test_processes_that_build_at_once_all_get_it(tmp_path: Path) -> None:
     ]
     assert [process.communicate()[0].strip() for process in running] == [b"True"] * 2
     assert len(list((tmp_path / "dpnlu").iterdir())) == 1
+
+
+class _Reader(nn.Module):
+    def __init__(self, *, packed: bool = False, frozen: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.packed = packed
+        self.lstm = nn.LSTM(5, batch_first=True, **options)
+        self.lstm.weight_hh_l0.requires_grad_(not frozen)
+        width = (options.get("proj_size") or options["hidden_size"]) * (1 + self.lstm.bidirectional)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if not self.packed:
+            outputs, (_, cells) = self.lstm(inputs)
+        else:
+            lengths = torch.arange(len(inputs)) % inputs.shape[1] + 1
+            rows = pack_padded_sequence(inputs, lengths, batch_first=True, enforce_sorted=False)
+            outputs, (_, cells) = self.lstm(rows)
+            outputs, _ = pad_packed_sequence(outputs, batch_first=True)
+        return self.head(outputs).mean(1) + cells.sum(2).mean(0)[:, None]
+
+
+@pytest.mark.usefixtures("scan")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 4)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hidden_size": 33, "num_layers": 3, "bidirectional": True},
+        {"hidden_size": 8, "packed": True, "num_layers": 2},
+        {"hidden_size": 9, "bidirectional": True, "frozen": True},
+        {"hidden_size": 9, "bias": False},
+        {"hidden_size": 9, "proj_size": 4},
+    ],
+    ids=str,
+)
+def test_a_private_step_in_float32_is_that_of_the_loop_in_float64(
+    options: dict[str, Any], shape: tuple[int, int], autocast: bool
+) -> None:
+    plan = dpnlu.PrivacyPlan(
+        noise_multiplier=0.0,
+        max_grad_norm=0.5,
+        sample_rate=0.5,
+        steps=1,
+        target_delta=1e-3,
+        num_examples=100,
+    )
+    torch.manual_seed(1)
+    model, inputs = _Reader(**options), torch.randn(*shape, 5)
+    found = []
+    for engine, dtype in (("book_keeping", torch.float32), ("per_example", torch.float64)):
+        twin, rows = copy.deepcopy(model).to(dtype), inputs.to(dtype)
+        labels = torch.arange(len(rows)) % 3
+
+        def losses(batch: Tensor, twin: nn.Module = twin, labels: Tensor = labels) -> Tensor:
+            return F.cross_entropy(twin(batch), labels, reduction="none")
+
+        trained = [p for p in twin.parameters() if p.requires_grad]
+        with dpnlu.privatize(
+            twin, torch.optim.SGD(trained, lr=0.1), plan, engine=engine
+        ) as private:
+            step = private.stepper(losses)
+            is_low = autocast and dtype is torch.float32
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_low), pytest.warns(UserWarning):
+                step(rows)  # outside of a loader
+            found.append(torch.cat([g.flatten() for g in private.gradients.values()]).double())
+    error = (found[0] - found[1]).norm() / found[1].norm()
+    assert error < (0.05 if autocast else 2e-4)

@@ -119,6 +119,8 @@ def test_numbers_are_drawn_with_the_mean_that_is_stated(number: str, trials: int
     [
         ({"trials": 0.5}, "number of trials >= 1"),
         ({"trials": math.inf}, "number of trials >= 1"),
+        ({"trials": math.nan, "number": "fixed"}, "number of trials >= 1"),
+        ({"trials": 1e300, "number": "fixed"}, "a million at most"),
         ({"trials": 2.5, "number": "fixed"}, "whole if it is fixed"),
         ({"number": "uniform"}, "one of fixed, poisson"),
         ({"delta": 0.0}, "delta"),
@@ -128,6 +130,17 @@ def test_bad_input_is_refused(changes: dict, said: str) -> None:
     right = {"trials": 2, "number": "poisson", "delta": DELTA}
     with pytest.raises(ValueError, match=said):
         tuning_epsilon(_gaussian(1.0), **(right | changes))
+
+
+@pytest.mark.parametrize("trials", [math.inf, math.nan, 1e300, 0])
+def test_no_way_is_the_cheapest_for_no_number_of_trials(trials: float) -> None:
+    with pytest.raises(ValueError, match="number of trials >= 1"):
+        cheapest_tuning(_gaussian(1.0), trials=trials, delta=DELTA)
+
+
+def test_a_million_trainings_are_counted_and_not_listed() -> None:
+    found = tuning_epsilon(_gaussian(300.0, 10), trials=10**6, number="fixed", delta=DELTA)
+    assert found == epsilon(_gaussian(300.0, 10**7), delta=DELTA)
 
 
 def test_truncated_batches_have_no_random_number_of_trials() -> None:

@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor, nn
 
 _SOURCE = Path(__file__).with_name("scan.c")
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=gnu11", "-fPIC", "-shared")
@@ -138,10 +137,12 @@ def scan_for(*weights: Tensor) -> Scan | None:
 
 
 def _suits(weight: Tensor) -> bool:
+    """Whether it has float32 numbers of its own in memory, as tensors of other kinds need not."""
     return (
-        weight.dtype is torch.float32
+        type(weight) in (Tensor, nn.Parameter)
+        and weight.dtype is torch.float32
         and weight.device.type == "cpu"
-        and not isinstance(weight, FakeTensor)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(weight)
     )
 
 
