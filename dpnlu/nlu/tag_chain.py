@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+_Tags = tuple[Tensor, Tensor, Tensor]  # those inside, those before, those alone
 # From here on softplus is the identity, in float64; its exponential is still finite in float32.
 _LINEAR = 40.0
 
@@ -78,11 +79,11 @@ class TagChain:
         """
         looking_ahead = self._looking_ahead(logits, lengths)
         previous = F.pad(tags, (1, 0), value=self.alone[0])[:, :-1]
-        inside, before = self._on(logits.device)[:2]
-        follows = (previous[:, :, None] == inside) | (previous[:, :, None] == before)
-        may = torch.ones_like(looking_ahead, dtype=torch.bool)
-        may = may.index_copy(2, inside, follows | (previous < 0)[:, :, None])
-        return looking_ahead.masked_fill(~may, -torch.inf)
+        forbidden = self._forbidden.to(logits.device)
+        after = forbidden.index_select(
+            0, previous.where(previous >= 0, len(forbidden) - 1).flatten()
+        )
+        return looking_ahead.masked_fill(after.view_as(looking_ahead), -torch.inf)
 
     def likeliest(self, logits: Tensor, lengths: Tensor) -> Tensor:
         """(B, T) the likeliest allowed tags of each text (Viterbi); what stands behind its length
@@ -109,69 +110,114 @@ class TagChain:
         """(B, T, L) q of the module's text; with `best` the maximum takes the place of the sum."""
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
-        inside, before, alone = self._on(logits.device)
         steps = torch.arange(1, logits.shape[1] + 1, device=lengths.device)
         goes_on = (steps < lengths[:, None]).to(logits.dtype)
-        ordered = logits.index_select(2, torch.cat((inside, before, alone)))
-        look = _likeliest_ahead if best else _LookAhead.apply
-        found: Tensor = look(ordered, goes_on, len(self.inside))
-        return found.index_select(2, torch.tensor(self._order, device=logits.device))
+        tags = self._on(logits.device)
+        if best:
+            return _look_ahead(logits, goes_on, tags, best=True)[0]
+        found: Tensor = _LookAhead.apply(logits, goes_on, tags)  # type: ignore[no-untyped-call]
+        return found
 
     @cached_property
-    def _order(self) -> list[int]:
-        """Where each tag stands among those inside, before and alone, one behind the other."""
-        places = {tag: at for at, tag in enumerate((*self.inside, *self.before, *self.alone))}
-        return [places[tag] for tag in range(len(places))]
+    def _forbidden(self) -> Tensor:
+        """(L + 1, L): whether a tag may not follow each tag and, last, an unknown one."""
+        inside, before, alone = self._tags
+        count = len(inside) + len(before) + len(alone)
+        forbidden = torch.zeros(count + 1, count, dtype=torch.bool)
+        forbidden[:-1, inside] = True
+        forbidden[inside, inside] = forbidden[before, inside] = False
+        return forbidden
 
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        inside, before, alone = (
-            torch.tensor(numbers, dtype=torch.long, device=device)
-            for numbers in (self.inside, self.before, self.alone)
+    @cached_property
+    def _tags(self) -> _Tags:
+        return (
+            torch.tensor(self.inside, dtype=torch.long),
+            torch.tensor(self.before, dtype=torch.long),
+            torch.tensor(self.alone),
         )
-        return inside, before, alone
+
+    def _on(self, device: torch.device) -> _Tags:
+        inside, before, alone = self._tags
+        return inside.to(device), before.to(device), alone.to(device)
 
 
 class _LookAhead(torch.autograd.Function):
-    """(B, T, L) s -> q, with the tags inside first, in the order of theirs before, which follow.
-
-    A function of its own, so that the graph of the losses does not depend on how long texts are.
-    """
+    """`_look_ahead` with its gradient, so that the graph of the losses does not depend on how long
+    texts are."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, goes_on: Tensor, inside: int) -> Tensor:
-        found = logits.clone()
-        for step in reversed(range(logits.shape[1] - 1)):
-            behind = found[:, step + 1]
-            over = behind[:, :inside] - behind[:, inside:].logsumexp(1, keepdim=True)
-            ahead = F.softplus(over, threshold=_LINEAR) * goes_on[:, step, None]
-            found[:, step, : 2 * inside] += ahead.repeat(1, 2)
-        ctx.inside = inside
-        ctx.save_for_backward(found, goes_on)
+    def forward(ctx: Any, logits: Tensor, goes_on: Tensor, tags: _Tags) -> Tensor:
+        found, anew, over, sums = _look_ahead(logits, goes_on, tags)
+        ctx.save_for_backward(logits, goes_on, anew, over, sums)
+        ctx.tags = tags
         return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        found, goes_on = ctx.saved_tensors
-        inside, anew = ctx.inside, found[:, :, ctx.inside :]
-        shares = anew.softmax(2)
-        slopes = (found[:, :, :inside] - anew.logsumexp(2, keepdim=True)).sigmoid()
-        total = gradient.clone()
-        for step in range(1, found.shape[1]):
-            before = total[:, step - 1]
-            ahead = before[:, :inside] + before[:, inside : 2 * inside]
-            ahead = ahead * slopes[:, step] * goes_on[:, step - 1, None]
-            total[:, step, :inside] += ahead
-            total[:, step, inside:] -= shares[:, step] * ahead.sum(1, keepdim=True)
-        return total, None, None
+        logits, goes_on, anew, over, sums = ctx.saved_tensors
+        inside, before, alone = ctx.tags
+        total = _examples_last(gradient)
+        shares = (anew[:, :-1] - sums[:, None]).exp_()
+        slopes = over.sigmoid()
+        slopes *= goes_on.T.roll(1, 0)[:, None]
+        # What adds to B-x adds to I-x: so both together.
+        both = total.index_select(1, inside) + total.index_select(1, before)
+        ahead = torch.zeros_like(both)
+        looked = ahead[0]
+        for slope, share, looks, pair in zip(
+            *(each.unbind() for each in (slopes, shares, ahead, both)), strict=True
+        ):
+            torch.mul(looked, slope, out=looks)
+            looked = pair.add_(looks).addcmul_(share, looks.sum(0), value=-1)
+        taken = ahead.sum(1, keepdim=True)
+        shares_alone = (logits.index_select(2, alone).permute(1, 2, 0) - sums[:, None]).exp_()
+        total.index_add_(1, inside, ahead)
+        total.index_add_(1, before, shares.mul_(taken), alpha=-1)
+        total.index_add_(1, alone, shares_alone.mul_(taken), alpha=-1)
+        return total.permute(2, 0, 1), None, None
 
 
-def _likeliest_ahead(logits: Tensor, goes_on: Tensor, inside: int) -> Tensor:
-    """The same with maxima, without a gradient."""
-    found = logits.detach().clone()
-    for step in reversed(range(logits.shape[1] - 1)):
-        behind = found[:, step + 1]
-        over = behind[:, :inside] - behind[:, inside:].amax(1, keepdim=True)
-        ahead = over.clamp(min=0) * goes_on[:, step, None]
-        found[:, step, : 2 * inside] += ahead.repeat(1, 2)
-    return found
+def _look_ahead(
+    logits: Tensor, goes_on: Tensor, tags: _Tags, *, best: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Back from the last word, with examples last, so that sums over tags are of whole rows.
+
+    Args:
+        logits: (B, T, L).
+        goes_on: (B, T), 1 where there is a word behind this one, else 0.
+        best: the maximum takes the place of the sum.
+
+    Returns:
+        (B, T, L) q; and of every word, with I tags inside, (T, I + 1, B) q of those before and, as
+        one, of those alone; (T, I, B) q of those inside less c; (T, B) c.
+    """
+    inside, before, alone = tags
+    found = _examples_last(logits.detach())
+    over, single = found.index_select(1, inside), found.index_select(1, alone)
+    anew = found.index_select(1, torch.cat((before, alone[:1])))
+    anew[:, -1] = single.amax(1) if best else single.logsumexp(1)
+    ahead, sums = torch.zeros_like(over), torch.empty_like(anew[:, 0])
+    looked = ahead[-1]
+    words = zip(*(_backwards(each) for each in (ahead, anew, over, sums)), strict=True)
+    for (looks, starts, goes, total), on in zip(
+        words, _backwards(goes_on.T.roll(1, 0)), strict=True
+    ):
+        looks.copy_(looked)
+        starts[:-1].add_(looked)
+        torch.amax(starts, 0, out=total)
+        if not best:  # by hand, in fewer operations than `torch.logsumexp`
+            total.add_((starts - total).exp_().sum(0).log_())
+        goes.add_(looked).sub_(total)
+        looked = (goes.clamp(min=0) if best else F.softplus(goes, threshold=_LINEAR)).mul_(on)
+    found.index_add_(1, inside, ahead).index_add_(1, before, ahead)
+    return found.permute(2, 0, 1).contiguous(), anew, over, sums
+
+
+def _examples_last(values: Tensor) -> Tensor:
+    """(B, T, L) -> (T, L, B), a copy whatever the shape: it is written to."""
+    return values.permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
+
+
+def _backwards(steps: Tensor) -> tuple[Tensor, ...]:
+    return steps.unbind()[::-1]

@@ -105,7 +105,8 @@ class Standardised(Net):
 
     def forward(self, rows: Tensor) -> Tensor:
         numbers = rows[:, :WIDTH]
-        scaled = (numbers - numbers.mean(0)) / numbers.std(0)
+        # Of one row alone, which a microbatch may be, there is a deviation too.
+        scaled = (numbers - numbers.mean(0)) / (1 + numbers.std(0, correction=0))
         return super().forward(torch.cat([scaled, rows[:, WIDTH:]], 1))
 
 

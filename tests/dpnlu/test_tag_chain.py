@@ -90,6 +90,20 @@ def test_behind_an_unknown_tag_any_may_follow() -> None:
     assert losses.isfinite().all() and (losses > 0).all()
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("length", [1, 4])
+def test_nothing_that_is_given_is_written_to(batch: int, length: int) -> None:
+    chain, lengths = TagChain.of(TAGS), torch.full((batch,), length)
+    logits = torch.randn(batch, length, len(TAGS), requires_grad=True)
+    tags = torch.full((batch, length), TAGS.index("O"))
+    before = logits.detach().clone()
+    given = chain.conditional(logits, tags, lengths)
+    chain.likeliest(logits, lengths)
+    upstream = torch.ones_like(given)
+    given.backward(upstream)
+    assert torch.equal(logits, before) and (upstream == 1).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_long_texts_with_large_logits_lose_nothing(dtype: torch.dtype) -> None:
     """Near certainty of the truth, and near certainty of something else."""
