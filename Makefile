@@ -14,8 +14,8 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/dpnlu compare --data synthetic:16000 --model lstm --epsilons inf 8 2 --epochs 6 \
-		--batch-size 512 --physical-batch-size 512 --dropout 0 --references 2 \
+	$(BIN)/dpnlu compare --data synthetic:16000 --model lstm --epsilons inf 8 2 --epochs 4 \
+		--batch-size 256 --physical-batch-size 256 --dropout 0 --references 2 \
 		--audit-examples 2000 --canaries pin:3:R=10 --out runs/demo
 
 check: $(READY)
