@@ -25,6 +25,8 @@ _EXPONENTS, _FEW_EXPONENTS = 32, 4
 # A row may differ by so many units in the last place of its largest entry, where kernels add up in
 # another order every time; numbers of few digits by fewer.
 _UNITS, _FEW_UNITS = 16, 2
+# Entries that are compared at once: comparing takes several times the memory of what it compares.
+_AT_ONCE = 2**18
 
 
 def draw_weights(losses: Tensor, *, narrow: bool, generator: torch.Generator) -> Tensor:
@@ -88,6 +90,17 @@ def rows_agree(first: Tensor, second: Tensor, layout: Layout, weights: Tensor) -
 
 
 def _agree(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
+    rows = max(1, _AT_ONCE // max(1, first.shape[1:].numel()))
+    found = [_rows_agree(*some) for some in _split(rows, first, second, weights)]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _split(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """So many rows of each at a time; of none, all at once."""
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+
+
+def _rows_agree(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
     expected = first * weights.to(first.dtype).view(-1, *(1,) * (first.dim() - 1))
     known = torch.isfinite(expected) & torch.isfinite(second)
     expected = torch.where(known, expected, 0).flatten(1)
