@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ class RecurrentClassifier(nn.Module):
         hidden_size: int,
         vocabulary: int = 10_000,
         *,
-        kind: type[nn.LSTM] | type[nn.GRU] = nn.LSTM,
+        kind: type[nn.LSTM] | type[nn.GRU] | type[nn.RNN] = nn.LSTM,
         packed: bool = False,
     ) -> None:
         """Random weights.
@@ -252,6 +252,13 @@ def minilm_lora() -> nn.Module:
     return get_peft_model(model, config)  # type: ignore[no-any-return]
 
 
+_RECURRENT = Case(
+    name="BiLSTM 100/100",
+    build=lambda: RecurrentClassifier(100, 100),
+    positions=24,
+    physical=64,
+    logical=256,
+)
 CASES = (
     Case(
         name="MiniLM-L6, logical 256",
@@ -280,52 +287,53 @@ CASES = (
         vocabulary=_BERT_VOCABULARY,
         target=1.10,
     ),
-    Case(
+    replace(
+        _RECURRENT,
         name="BiLSTM 300/256",
         build=lambda: RecurrentClassifier(300, 256),
-        positions=24,
-        physical=64,
-        logical=256,
         target=1.35,
     ),
-    Case(
+    replace(
+        _RECURRENT,
         name="BiLSTM 100/100",
         build=lambda: RecurrentClassifier(100, 100),
-        positions=24,
-        physical=64,
-        logical=256,
         target=1.6,
     ),
-    Case(
+    replace(
+        _RECURRENT,
         name="BiLSTM 100/100, Poisson batches",
         build=lambda: RecurrentClassifier(100, 100),
-        positions=24,
-        physical=64,
-        logical=256,
         sampled=True,
     ),
-    Case(
+    replace(
+        _RECURRENT,
         name="BiLSTM 300/256, packed",
         build=lambda: RecurrentClassifier(300, 256, packed=True),
-        positions=24,
-        physical=64,
-        logical=256,
         ragged=True,
     ),
-    Case(
+    replace(
+        _RECURRENT,
         name="BiGRU 300/256",
         build=lambda: RecurrentClassifier(300, 256, kind=nn.GRU),
-        positions=24,
-        physical=64,
-        logical=256,
+        target=1.35,
     ),
-    Case(
+    replace(
+        _RECURRENT,
+        name="BiGRU 100/100",
+        build=lambda: RecurrentClassifier(100, 100, kind=nn.GRU),
+        target=1.35,
+    ),
+    replace(
+        _RECURRENT,
+        name="BiRNN 100/100",
+        build=lambda: RecurrentClassifier(100, 100, kind=nn.RNN),
+        target=1.35,
+    ),
+    replace(
+        _RECURRENT,
         name="BiLSTM-CRF 100/100",
         build=lambda: RecurrentTagger(100, 100),
         losses_of=slot_losses,
-        positions=24,
-        physical=64,
-        logical=256,
         target=1.5,
     ),
     Case(

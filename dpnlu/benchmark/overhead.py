@@ -23,7 +23,7 @@ from dpnlu.benchmark.cases import Case, named
 from dpnlu.benchmark.process import EQUAL_KERNELS, KEEPS_MEMORY, result_of
 from dpnlu.benchmark.steps import Step, ordinary, private
 from dpnlu.gradients.kernels import are_those_of_torch
-from dpnlu.gradients.lstm.native import scan_for
+from dpnlu.gradients.recurrent.native import scan_for
 
 # Pairs of steps before those that are timed: memory is there then, and most early checks are done.
 _WARM_UP = 4
@@ -73,7 +73,7 @@ def _takes_other_kernels(case: Case) -> bool:
     """Whether private steps of this case have kernels that ordinary ones do not have."""
     compiled = scan_for(torch.zeros(4, 1)) is not None
     return not are_those_of_torch() or (
-        compiled and any(isinstance(module, nn.LSTM) for module in case.build().modules())
+        compiled and any(isinstance(module, nn.RNNBase) for module in case.build().modules())
     )
 
 

@@ -97,7 +97,7 @@ def _agree(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
 
 def _split(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """So many rows of each at a time; of none, all at once."""
-    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+    return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
 
 
 def _rows_agree(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:

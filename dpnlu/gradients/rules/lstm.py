@@ -2,7 +2,7 @@
 
 All weights of a direction have the same output gradient: δ, that of the gates before their
 non-linearities. The layer records δ once, with what each weight was multiplied by. torch's own
-kernels do not show δ; those of `dpnlu.gradients.lstm` do.
+kernels do not show δ; those of `dpnlu.gradients.recurrent` do.
 
 Shapes: D directions, T steps, B sequences, I inputs, H hidden units; gates in torch's order i, f,
 g, o. Steps of the second direction are counted as it takes them.
@@ -21,11 +21,11 @@ from dpnlu.gradients.forms import (
     Gradients,
 )
 from dpnlu.gradients.layout import Layout, by_example
-from dpnlu.gradients.lstm.compiled import CompiledLayer, Packed
-from dpnlu.gradients.lstm.native import scan_for
-from dpnlu.gradients.lstm.passes import Reverse
-from dpnlu.gradients.lstm.steps import Layer, Prepared
 from dpnlu.gradients.recorder import Recorder
+from dpnlu.gradients.recurrent.lstm_compiled import CompiledLayer, Packed
+from dpnlu.gradients.recurrent.lstm_steps import Layer, Prepared
+from dpnlu.gradients.recurrent.native import scan_for
+from dpnlu.gradients.recurrent.passes import Reverse
 
 
 def lstm_layer(

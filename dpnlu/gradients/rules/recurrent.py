@@ -1,8 +1,9 @@
 """Recurrent networks: `nn.LSTM`, `nn.GRU`, `nn.RNN`, in every configuration torch has.
 
-torch runs a whole network as one operation. Here it is run layer by layer: LSTM layers by a kernel
-of their own, other cells direction by direction and step by step as recorded linear maps, which is
-exact and slower. Between layers everything is ordinary autograd.
+torch runs a whole network as one operation. Here it is run layer by layer: LSTM layers by kernels
+of their own, others by a compiled scan or, where that is not to be had, direction by direction and
+step by step as recorded linear maps, which is exact and slower. Between layers everything is
+ordinary autograd.
 
 Inside, sequences are time-major, (T, B, …), and padded. A packed sequence is unpacked first; its
 second direction reads each sequence from that sequence's own end.
@@ -20,17 +21,13 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from dpnlu.gradients.layout import Layout
-from dpnlu.gradients.lstm.passes import Reverse
 from dpnlu.gradients.packing import Packing, PackRows, SortStates, SpreadRows, UnpackRows
 from dpnlu.gradients.recorder import Recorder
+from dpnlu.gradients.recurrent.passes import Reverse
 from dpnlu.gradients.rules.linear import linear
 from dpnlu.gradients.rules.lstm import lstm_layer
+from dpnlu.gradients.rules.scanned import Layer, States, Weights, gru_layer, plain_layer
 
-States = tuple[Tensor, ...]
-Weights = tuple[Tensor, ...]
-# (recorder, inputs (T, B, I), states before (D, B, H), weights of each direction, how to reverse
-# sequences for the second one) -> states (T, B, D H).
-Layer = Callable[[Recorder, Tensor, States, Sequence[Weights], Reverse], States]
 # (recorder, the input of a step times its weights (B, G), states, weights) -> the states after it.
 Cell = Callable[[Recorder, Tensor, States, Weights], States]
 
@@ -182,15 +179,17 @@ def _lstm(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _gru(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
-    return _Network.of(recorder, args).run(recorder, _stepwise(gru_cell))
+    return _Network.of(recorder, args).run(recorder, gru_layer(_stepwise(gru_cell)))
 
 
 def _rnn_tanh(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
-    return _Network.of(recorder, args).run(recorder, _stepwise(elman_cell(torch.tanh)))
+    layer = plain_layer(_stepwise(elman_cell(torch.tanh)), rectifies=False)
+    return _Network.of(recorder, args).run(recorder, layer)
 
 
 def _rnn_relu(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
-    return _Network.of(recorder, args).run(recorder, _stepwise(elman_cell(torch.relu)))
+    layer = plain_layer(_stepwise(elman_cell(torch.relu)), rectifies=True)
+    return _Network.of(recorder, args).run(recorder, layer)
 
 
 def _stepwise(cell: Cell) -> Layer:

@@ -43,10 +43,11 @@ class _Arguments(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_int64)
-            for name in ("directions", "steps", "sequences", "units", "parts")
+            for name in ("directions", "steps", "sequences", "units", "gates", "parts", "rectifies")
         ),
-        *((name, _Pointer) for name in ("inside", "hidden", "cells", "packed")),
-        *((name, _Pointer) for name in ("d_hidden", "d_cells", "delta", "to_hidden", "to_cell")),
+        *((name, _Pointer) for name in ("inside", "hidden", "cells", "products", "bias", "packed")),
+        *((name, _Pointer) for name in ("d_hidden", "d_cells", "delta", "delta_inputs")),
+        *((name, _Pointer) for name in ("to_hidden", "to_cell")),
         ("work", _Pointer),
         ("next", ctypes.c_int64),
     )
@@ -54,7 +55,8 @@ class _Arguments(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Scan:
-    """An LSTM layer over time, see scan.c for shapes; all tensors are float32, dense, on the CPU.
+    """A recurrent layer over time, see scan.c for shapes; all tensors are float32, dense, on the
+    CPU.
 
     Attributes:
         library: the compiled scan.c.
@@ -64,28 +66,32 @@ class Scan:
     library: Any
     team: int | None
 
-    def pack(self, recurrent: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights (D, 4H, H) as `ahead` and as `back` read them."""
-        units = recurrent.shape[2]
-        shape = len(recurrent), self.library.packed_size(units)
-        packed = recurrent.new_empty(shape), recurrent.new_empty(shape)
-        for place, weights in enumerate(recurrent):
-            self.library.pack_ahead(_at(weights), units, _at(packed[0][place]))
-            self.library.pack_back(_at(weights), units, _at(packed[1][place]))
+    def packed_ahead(self, weights: Tensor) -> Tensor:
+        """Weights (D, G H, H) as `lstm_ahead` and `gru_ahead` read them."""
+        return self._packed(self.library.pack_ahead, weights, weights.shape[1] // weights.shape[2])
+
+    def packed_back(self, weights: Tensor) -> Tensor:
+        """Weights (D, G H, H) as every scan back reads them, and `plain_ahead` their transposes."""
+        return self._packed(self.library.pack_back, weights, weights.shape[1])
+
+    def _packed(self, pack: Any, weights: Tensor, count: int) -> Tensor:
+        weights, units = weights.contiguous(), weights.shape[2]
+        size = self.library.packed_size(units, weights.shape[1] // units)
+        packed = weights.new_empty(len(weights), size)
+        for place, of_one in enumerate(weights):
+            pack(_at(of_one), units, count, _at(packed[place]))
         return packed
 
-    def ahead(self, gates: Tensor, hidden: Tensor, cells: Tensor, packed: Tensor) -> None:
+    def lstm_ahead(self, gates: Tensor, hidden: Tensor, cells: Tensor, packed: Tensor) -> None:
         """Run over time.
 
         Args:
             gates: (D, T, B, 4H) products with the input, biases included -> gates.
             hidden, cells: (D, T + 1, B, H), the first given -> those after each step.
         """
-        self._run(
-            self.library.scan_ahead, gates, hidden=hidden, cells=cells, packed=packed, inside=gates
-        )
+        self._run(self.library.lstm_ahead, inside=gates, hidden=hidden, cells=cells, packed=packed)
 
-    def back(
+    def lstm_back(
         self,
         gates: Tensor,
         cells: Tensor,
@@ -105,8 +111,7 @@ class Scan:
         to_hidden, to_cell = (torch.zeros_like(cells[:, 0]) for _ in range(2))
         d_hidden, d_cells = (None if one is None else one.contiguous() for one in gradients)
         self._run(
-            self.library.scan_back,
-            gates,
+            self.library.lstm_back,
             inside=gates,
             cells=cells,
             packed=packed,
@@ -118,12 +123,120 @@ class Scan:
         )
         return delta, to_hidden, to_cell
 
-    def _run(self, function: Any, gates: Tensor, **tensors: Tensor | None) -> None:
-        directions, steps, sequences, width = gates.shape
+    def gru_ahead(
+        self, gates: Tensor, hidden: Tensor, products: Tensor, bias: Tensor | None, packed: Tensor
+    ) -> None:
+        """Run over time.
+
+        Args:
+            gates: (D, T, B, 3H) products with the input, with all biases but that of n for the
+                state -> gates.
+            hidden: (D, T + 1, B, H), the first given -> those after each step.
+            products: (D, T, B, H) -> the products with the state that the reset gate scales.
+            bias: (D, H) of these; None: zero.
+        """
+        self._run(
+            self.library.gru_ahead,
+            inside=gates,
+            hidden=hidden,
+            products=products,
+            bias=bias,
+            packed=packed,
+        )
+
+    def gru_back(
+        self,
+        gates: Tensor,
+        hidden: Tensor,
+        products: Tensor,
+        d_hidden: Tensor | None,
+        packed: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Back through time.
+
+        Args:
+            d_hidden: gradient of the states after each step (D, T, B, H); None: zero.
+
+        Returns:
+            The gradients of the products with the inputs and of those with the states
+            (D, T, B, 3H), and of the state started from (D, B, H).
+        """
+        delta_inputs, delta = torch.empty_like(gates), torch.empty_like(gates)
+        to_hidden = torch.zeros_like(hidden[:, 0])
+        self._run(
+            self.library.gru_back,
+            inside=gates,
+            hidden=hidden,
+            products=products,
+            packed=packed,
+            d_hidden=None if d_hidden is None else d_hidden.contiguous(),
+            delta=delta,
+            delta_inputs=delta_inputs,
+            to_hidden=to_hidden,
+            to_cell=torch.empty_like(to_hidden),
+        )
+        return delta_inputs, delta, to_hidden
+
+    def plain_ahead(
+        self, inside: Tensor, hidden: Tensor, packed: Tensor, *, rectifies: bool
+    ) -> None:
+        """Run over time.
+
+        Args:
+            inside: (D, T, B, H) products with the input, biases included.
+            hidden: (D, T + 1, B, H), the first given -> those after each step.
+            rectifies: by max(0, x) instead of tanh.
+        """
+        self._run(
+            self.library.plain_ahead,
+            rectifies=rectifies,
+            inside=inside,
+            hidden=hidden,
+            packed=packed,
+        )
+
+    def plain_back(
+        self, hidden: Tensor, d_hidden: Tensor | None, packed: Tensor, *, rectifies: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Back through time.
+
+        Returns:
+            The gradient of `inside` (D, T, B, H), and of the state started from (D, B, H).
+        """
+        delta = torch.empty_like(hidden[:, 1:], memory_format=torch.contiguous_format)
+        to_hidden = torch.zeros_like(hidden[:, 0])
+        self._run(
+            self.library.plain_back,
+            rectifies=rectifies,
+            inside=delta,  # for its shape
+            hidden=hidden,
+            packed=packed,
+            d_hidden=None if d_hidden is None else d_hidden.contiguous(),
+            delta=delta,
+            to_hidden=to_hidden,
+        )
+        return delta, to_hidden
+
+    def _run(
+        self,
+        function: Any,
+        *,
+        inside: Tensor,
+        packed: Tensor,
+        rectifies: bool = False,
+        **tensors: Tensor | None,
+    ) -> None:
+        directions, steps, sequences, width = inside.shape
+        states = next(
+            one for one in (tensors.get("hidden"), tensors.get("cells")) if one is not None
+        )
+        units = states.shape[3]
         threads = torch.get_num_threads() if self.team else 1
         parts = max(1, min(-(-threads // directions), sequences))
-        arguments = _Arguments(directions, steps, sequences, width // 4, parts)
-        for name, tensor in tensors.items():
+        arguments = _Arguments(
+            directions, steps, sequences, units, width // units, parts, int(rectifies)
+        )
+        for name, tensor in {"inside": inside, "packed": packed, **tensors}.items():
             assert tensor is None or tensor.is_contiguous()
             setattr(arguments, name, None if tensor is None else _at(tensor))
         function(ctypes.byref(arguments), threads, self.team)
@@ -161,7 +274,7 @@ def _scan() -> Scan | None:
             library = _declared(ctypes.CDLL(str(_built(compiler, folder))))
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         warnings.warn(
-            f"LSTM layers run through torch, which is slower: building {_SOURCE.name} with "
+            f"Recurrent layers run through torch, which is slower: building {_SOURCE.name} with "
             f"{compiler} failed ({_said(error)}).",
             stacklevel=2,
         )
@@ -228,11 +341,14 @@ def _processor() -> str:
 
 def _declared(library: Any) -> Any:
     """With the types of its functions."""
-    library.packed_size.argtypes, library.packed_size.restype = [ctypes.c_int64], ctypes.c_int64
+    library.packed_size.argtypes = [ctypes.c_int64, ctypes.c_int64]
+    library.packed_size.restype = ctypes.c_int64
     for pack in (library.pack_ahead, library.pack_back):
-        pack.argtypes, pack.restype = [_Pointer, ctypes.c_int64, _Pointer], None
-    for run in (library.scan_ahead, library.scan_back):
-        run.argtypes, run.restype = [_Pointer, ctypes.c_int, _Pointer], None
+        pack.argtypes = [_Pointer, ctypes.c_int64, ctypes.c_int64, _Pointer]
+        pack.restype = None
+    for cell in ("lstm", "gru", "plain"):
+        for run in (getattr(library, f"{cell}_ahead"), getattr(library, f"{cell}_back")):
+            run.argtypes, run.restype = [_Pointer, ctypes.c_int, _Pointer], None
     return library
 
 

@@ -1,4 +1,4 @@
-"""What every kernel of an LSTM layer needs beside its scan over time.
+"""What every kernel of a recurrent layer needs beside its scan over time.
 
 Shapes: D directions, T steps, B sequences, I inputs, H hidden units. Steps of the second direction
 are counted as it takes them.
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from dpnlu.gradients.kernels import Multiplier
+
 Reverse = Callable[[Tensor], Tensor]
 """Brings (T, B, …) into the order in which the second direction reads it; its own inverse."""
 
@@ -26,18 +28,29 @@ def remember(
     ctx.set_materialize_grads(False)
 
 
-def weight_sums(ctx: Any, delta: Tensor, inputs: Tensor, before: Tensor) -> list[Tensor | None]:
-    """δ for the tap, and the gradients of the weights; None what this pass does not use."""
-    tap, *wanted = (_is_wanted(edge) for edge in ctx.edges)
-    found: list[Tensor | None] = [delta if tap else None]
-    for place, want in enumerate(_in_groups(wanted, len(delta))):
-        rows = delta[place].flatten(0, 1)
-        read = (ctx.reverse(inputs) if place else inputs).to(rows.dtype)
+def weight_sums(
+    ctx: Any, deltas: tuple[Tensor, ...], inputs: Tensor, before: Tensor
+) -> list[Tensor | None]:
+    """The gradients of the taps and of the weights; None what this pass does not use.
+
+    Args:
+        deltas: of each tap; the first is that of the products with the inputs, the last that of
+            those with the states.
+    """
+    wanted = [_is_wanted(edge) for edge in ctx.edges]
+    of_taps, of_weights = wanted[: len(deltas)], wanted[len(deltas) :]
+    found = [delta if want else None for delta, want in zip(deltas, of_taps, strict=True)]
+    for place, want in enumerate(_in_groups(of_weights, len(before))):
+        rows = [delta[place].flatten(0, 1) for delta in (deltas[0], deltas[-1])]
+        read = (ctx.reverse(inputs) if place else inputs).to(before.dtype)
         found += [
-            rows.mT @ left.flatten(0, 1) if is_wanted else None
-            for left, is_wanted in zip((read, before[place]), want[:2], strict=True)
+            right.mT @ left.flatten(0, 1) if is_wanted else None
+            for right, left, is_wanted in zip(rows, (read, before[place]), want[:2], strict=True)
         ]
-        found += [rows.sum(0) if is_wanted else None for is_wanted in want[2:]]
+        found += [
+            right.sum(0) if is_wanted else None
+            for right, is_wanted in zip(rows, want[2:], strict=False)
+        ]
     return found
 
 
@@ -46,6 +59,28 @@ def gradient_of_inputs(ctx: Any, d_read: Tensor) -> Tensor:
     one, *others = d_read
     d_inputs: Tensor = one + ctx.reverse(others[0]) if others else one.contiguous()
     return d_inputs.to(dtype=ctx.kind)
+
+
+def begun(first: Tensor, steps: int, like: Tensor) -> Tensor:
+    """(D, T + 1, B, H) with the state before the first step (D, B, H) in its place."""
+    whole = like.new_empty(len(first), steps + 1, *first.shape[1:])
+    whole[:, 0] = first
+    return whole
+
+
+def products_of(multiply: Multiplier, inputs: Tensor, reverse: Reverse, *, like: Tensor) -> Tensor:
+    """(T, B, I) -> (D, T, B, G H), what each direction makes of what it reads, of the type and
+    shape of `like`."""
+    read = [inputs, reverse(inputs)][: len(like)]
+    rows = torch.stack([one.to(like.dtype) for one in read])
+    return product(multiply, rows)
+
+
+def product(multiply: Multiplier, rows: Tensor) -> Tensor:
+    """(D, T, B, n) -> (D, T, B, m)."""
+    found = rows.new_empty(*rows.shape[:3], multiply.outputs)
+    multiply(rows.flatten(1, 2), out=found.flatten(1, 2))
+    return found
 
 
 def joined(states: Tensor, reverse: Reverse) -> Tensor:

@@ -1,4 +1,4 @@
-"""The compiled scan of LSTM layers: its numbers, its independence of the batch, its building."""
+"""The compiled scan of recurrent layers: its numbers, that sequences keep apart, its building."""
 
 import copy
 import math
@@ -18,10 +18,12 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import dpnlu
-from dpnlu.gradients.lstm import native
-from dpnlu.gradients.lstm.compiled import CompiledLayer, Packed
-from dpnlu.gradients.lstm.native import Scan, scan_for
-from dpnlu.gradients.lstm.steps import Layer, Prepared
+from dpnlu.gradients.recurrent import native
+from dpnlu.gradients.recurrent.gru_compiled import CompiledGRU, PackedGRU
+from dpnlu.gradients.recurrent.lstm_compiled import CompiledLayer, Packed
+from dpnlu.gradients.recurrent.lstm_steps import Layer, Prepared
+from dpnlu.gradients.recurrent.native import Scan, scan_for
+from dpnlu.gradients.recurrent.plain_compiled import CompiledPlain, PackedPlain
 
 Weights = list[tuple[Tensor, ...]]
 
@@ -108,14 +110,14 @@ def test_neither_the_batch_nor_the_threads_change_a_sequence(scan: Scan, threads
     states = _states(weights, 11)
     before = torch.get_num_threads()
     gates = torch.randn(2, 4, 11, 84)
-    packed, _ = scan.pack(torch.stack([way[1] for way in weights]))
+    packed = scan.packed_ahead(torch.stack([way[1] for way in weights]))
 
     def run(chosen: slice) -> tuple[Tensor, ...]:
         own = gates[:, :, chosen].clone(memory_format=torch.contiguous_format)
         kept = [torch.zeros(2, 5, own.shape[2], 21) for _ in range(2)]
         for whole, first in zip(kept, states, strict=True):
             whole[:, 0] = first[:, chosen]
-        scan.ahead(own, *kept, packed)
+        scan.lstm_ahead(own, *kept, packed)
         return own, *kept
 
     torch.set_num_threads(threads)
@@ -148,14 +150,111 @@ def test_the_nonlinearities_are_exact_over_their_whole_range(scan: Scan) -> None
     given = torch.cat((torch.linspace(-100, 100, 20_001), torch.tensor([-1e30, 1e30, 0.0, 1e-6])))
     gates = given[None, None, :, None].repeat(1, 1, 1, 4)
     kept = [torch.zeros(1, 2, len(given), 1) for _ in range(2)]
-    packed, _ = scan.pack(torch.zeros(1, 4, 1))
-    scan.ahead(gates, *kept, packed)
+    packed = scan.packed_ahead(torch.zeros(1, 4, 1))
+    scan.lstm_ahead(gates, *kept, packed)
     squashed, g = torch.sigmoid(given.double()), torch.tanh(given.double())
     for place, exact in enumerate((squashed, squashed, g, squashed)):
         torch.testing.assert_close(
             gates[0, 0, :, place].double(), exact, rtol=1e-6, atol=1e-37, msg=str(place)
         )
     torch.testing.assert_close(kept[1][0, 1, :, 0].double(), squashed * g, rtol=2e-6, atol=1e-37)
+
+
+OF_ONE_STATE = {
+    "GRU": (nn.GRU, {}),
+    "tanh": (nn.RNN, {}),
+    "relu": (nn.RNN, {"nonlinearity": "relu"}),
+}
+of_one_state = pytest.mark.parametrize("cell", list(OF_ONE_STATE))
+
+
+def _of_network(
+    scan: Scan | None, network: nn.RNNBase, inputs: Tensor, state: Tensor
+) -> dict[str, Tensor]:
+    """Outputs of a layer, and the gradients of a loss of theirs; by torch itself in float64 where
+    `scan` is None."""
+    dtype = torch.float32 if scan else torch.float64
+    network = copy.deepcopy(network).to(dtype)
+    leaves = [one.detach().to(dtype, copy=True).requires_grad_() for one in (inputs, state)]
+    every = list(network.parameters())
+    if scan is None:
+        hidden, _ = network(*leaves)
+    else:
+        each = len(every) // len(state)
+        weights = [tuple(every[start : start + each]) for start in range(0, len(every), each)]
+        taps = [
+            torch.zeros(len(state), *inputs.shape[:2], len(every[0])).requires_grad_()
+            for _ in range(2)
+        ]
+        rows = inputs.shape[0] * inputs.shape[1]
+        used = [one.view_as(one) for one in (*taps, *leaves, *every)]
+        if isinstance(network, nn.GRU):
+            gru = PackedGRU.of(scan, weights, rows)
+            hidden, _ = CompiledGRU.apply(*used[:4], _flipped, gru, *used[4:])
+        else:
+            rectifies = network.nonlinearity == "relu"
+            plain = PackedPlain.of(scan, weights, rows, rectifies=rectifies)
+            hidden, _ = CompiledPlain.apply(used[0], *used[2:4], _flipped, plain, *used[4:])
+    scale = 1 + torch.arange(hidden.numel(), dtype=dtype).view(hidden.shape) % 5
+    gradients = torch.autograd.grad((hidden * scale).sin().sum(), [*leaves, *every])
+    names = ["d_inputs", "d_hidden", *(f"d_{n}" for n in range(len(every)))]
+    return {"hidden": hidden} | dict(zip(names, gradients, strict=True))
+
+
+@of_one_state
+@pytest.mark.parametrize("units", [1, 15, 16, 17, 33, 70])
+@pytest.mark.parametrize(("sequences", "steps"), [(1, 1), (5, 3), (6, 1), (13, 4)])
+@pytest.mark.parametrize("directions", [1, 2])
+def test_cells_of_one_state_compute_what_torch_computes(
+    scan: Scan, cell: str, units: int, sequences: int, steps: int, directions: int
+) -> None:
+    kind, options = OF_ONE_STATE[cell]
+    network = kind(3, units, bias=units != 15, bidirectional=directions == 2, **options)
+    inputs, state = torch.randn(steps, sequences, 3), torch.randn(directions, sequences, units)
+    exact = _of_network(None, network, inputs, state)
+    for name, found in _of_network(scan, network, inputs, state).items():
+        lost = 1e-5 * max(1.0, float(exact[name].detach().abs().max()))
+        torch.testing.assert_close(found.double(), exact[name], rtol=1e-5, atol=lost, msg=name)
+
+
+@of_one_state
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_neither_the_batch_nor_the_threads_change_one_state(
+    scan: Scan, cell: str, threads: int
+) -> None:
+    kind, options = OF_ONE_STATE[cell]
+    network = kind(5, 21, bidirectional=True, **options)
+    inputs, state = torch.randn(4, 11, 5), torch.randn(2, 11, 21)
+    # One product for all rows may round otherwise than one for each: without inputs there is none.
+    for name, weight in network.named_parameters():
+        if name.startswith("weight_ih"):
+            weight.data.zero_()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = _of_network(scan, network, inputs, state)
+    finally:
+        torch.set_num_threads(before)
+    for place in range(11):
+        own = slice(place, place + 1)
+        alone = _of_network(scan, network, inputs[:, own], state[:, own])
+        assert torch.equal(alone["hidden"], together["hidden"][:, own])
+
+
+@of_one_state
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 3e38])
+def test_one_state_that_is_not_finite_stays_alone(scan: Scan, cell: str, poison: float) -> None:
+    kind, options = OF_ONE_STATE[cell]
+    network, state = kind(3, 9, bidirectional=True, **options), torch.randn(2, 8, 9)
+    inputs = torch.randn(3, 8, 3)
+    clean = _of_network(scan, network, inputs, state)
+    inputs[1, 4, 0] = poison
+    spoilt = _of_network(scan, network, inputs, state)
+    others = [place for place in range(8) if place != 4]
+    for name in ("hidden", "d_hidden", "d_inputs"):
+        assert torch.equal(clean[name][:, others], spoilt[name][:, others]), name
+    if math.isnan(poison):
+        assert spoilt["hidden"][:, 4].isnan().any() and spoilt["d_hidden"][:, 4].isnan().any()
 
 
 class _OfAnotherKind(Tensor):
@@ -229,7 +328,7 @@ def test_without_a_compiler_nothing_is_said(unbuilt: pytest.MonkeyPatch, tmp_pat
 @pytest.mark.usefixtures("scan")
 def test_processes_that_build_at_once_all_get_it(tmp_path: Path) -> None:
     code = (
-        "import torch; from dpnlu.gradients.lstm.native import scan_for;"
+        "import torch; from dpnlu.gradients.recurrent.native import scan_for;"
         "print(scan_for(torch.zeros(4, 1)) is not None)"
     )
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
@@ -242,23 +341,31 @@ def test_processes_that_build_at_once_all_get_it(tmp_path: Path) -> None:
 
 
 class _Reader(nn.Module):
-    def __init__(self, *, packed: bool = False, frozen: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        kind: type[nn.RNNBase] = nn.LSTM,
+        *,
+        packed: bool = False,
+        frozen: bool = False,
+        **options: Any,
+    ) -> None:
         super().__init__()
         self.packed = packed
-        self.lstm = nn.LSTM(5, batch_first=True, **options)
-        self.lstm.weight_hh_l0.requires_grad_(not frozen)
-        width = (options.get("proj_size") or options["hidden_size"]) * (1 + self.lstm.bidirectional)
-        self.head = nn.Linear(width, 3)
+        self.network = kind(5, batch_first=True, **options)
+        self.network.weight_hh_l0.requires_grad_(not frozen)
+        width = options.get("proj_size") or options["hidden_size"]
+        self.head = nn.Linear(width * (1 + self.network.bidirectional), 3)
 
     def forward(self, inputs: Tensor) -> Tensor:
         if not self.packed:
-            outputs, (_, cells) = self.lstm(inputs)
+            outputs, last = self.network(inputs)
         else:
             lengths = torch.arange(len(inputs)) % inputs.shape[1] + 1
             rows = pack_padded_sequence(inputs, lengths, batch_first=True, enforce_sorted=False)
-            outputs, (_, cells) = self.lstm(rows)
+            outputs, last = self.network(rows)
             outputs, _ = pad_packed_sequence(outputs, batch_first=True)
-        return self.head(outputs).mean(1) + cells.sum(2).mean(0)[:, None]
+        states = last[1] if isinstance(last, tuple) else last
+        return self.head(outputs).mean(1) + states.sum(2).mean(0)[:, None]
 
 
 @pytest.mark.usefixtures("scan")
@@ -272,6 +379,14 @@ class _Reader(nn.Module):
         {"hidden_size": 9, "bidirectional": True, "frozen": True},
         {"hidden_size": 9, "bias": False},
         {"hidden_size": 9, "proj_size": 4},
+        {"kind": nn.GRU, "hidden_size": 33, "num_layers": 2, "bidirectional": True},
+        {"kind": nn.GRU, "hidden_size": 8, "packed": True, "num_layers": 2},
+        {"kind": nn.GRU, "hidden_size": 9, "bidirectional": True, "frozen": True},
+        {"kind": nn.GRU, "hidden_size": 9, "bias": False},
+        {"kind": nn.RNN, "hidden_size": 33, "num_layers": 2, "bidirectional": True},
+        {"kind": nn.RNN, "hidden_size": 8, "packed": True, "nonlinearity": "relu"},
+        {"kind": nn.RNN, "hidden_size": 9, "bidirectional": True, "frozen": True},
+        {"kind": nn.RNN, "hidden_size": 9, "bias": False, "nonlinearity": "relu"},
     ],
     ids=str,
 )

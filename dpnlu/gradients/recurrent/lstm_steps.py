@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpnlu.gradients.kernels import Multiplier
-from dpnlu.gradients.lstm.passes import (
+from dpnlu.gradients.recurrent.passes import (
     Reverse,
     apart,
     gradient_of_inputs,
@@ -120,7 +120,7 @@ class Layer(torch.autograd.Function):
             tuple(apart(gradient, directions, ctx.reverse, before) for gradient in gradients[:2]),
             tuple(factors),
         )
-        tap, *sums = weight_sums(ctx, delta, inputs, before)
+        tap, *sums = weight_sums(ctx, (delta,), inputs, before)
         d_inputs = gradient_of_inputs(ctx, d_read) if onward else None
         return tap, d_inputs, hidden, cell, None, None, *sums
 

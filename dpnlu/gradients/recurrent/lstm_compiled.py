@@ -14,12 +14,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpnlu.gradients.kernels import Multiplier
-from dpnlu.gradients.lstm.native import Scan
-from dpnlu.gradients.lstm.passes import (
+from dpnlu.gradients.recurrent.native import Scan
+from dpnlu.gradients.recurrent.passes import (
     Reverse,
     apart,
+    begun,
     gradient_of_inputs,
     joined,
+    product,
+    products_of,
     remember,
     weight_sums,
 )
@@ -32,7 +35,7 @@ class Packed:
     Attributes:
         into: inputs -> gates before their non-linearities, without what comes from the state.
         back: δ -> gradient of the inputs.
-        ahead, to_state: the recurrent weights as `Scan.pack` leaves them.
+        ahead, to_state: the recurrent weights as `Scan.lstm_ahead` and `Scan.lstm_back` read them.
     """
 
     scan: Scan
@@ -50,12 +53,13 @@ class Packed:
                 scan,
                 Multiplier.of(into, bias, rows),
                 Multiplier.of(into.mT, None, rows),
-                *scan.pack(recurrent),
+                scan.packed_ahead(recurrent),
+                scan.packed_back(recurrent),
             )
 
 
 class CompiledLayer(torch.autograd.Function):
-    """As `dpnlu.gradients.lstm.steps.Layer`."""
+    """As `dpnlu.gradients.recurrent.lstm_steps.Layer`."""
 
     @staticmethod
     def forward(
@@ -68,13 +72,10 @@ class CompiledLayer(torch.autograd.Function):
         packed: Packed,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        directions, steps, batch, _ = tap.shape
-        read = [inputs, reverse(inputs)][:directions]
-        rows = torch.stack([one.to(tap.dtype) for one in read]).flatten(1, 2)
-        gates = tap.new_empty(tap.shape)
-        packed.into(rows, out=gates.view(directions, steps * batch, -1))
-        states, contents = _begun(hidden, steps, tap), _begun(cell, steps, tap)
-        packed.scan.ahead(gates, states, contents, packed.ahead)
+        steps = tap.shape[1]
+        gates = products_of(packed.into, inputs, reverse, like=tap)
+        states, contents = begun(hidden, steps, tap), begun(cell, steps, tap)
+        packed.scan.lstm_ahead(gates, states, contents, packed.ahead)
         before = states[:, :-1]
         remember(ctx, reverse, packed, inputs, (tap, *weights))
         ctx.save_for_backward(inputs, before, gates, contents)
@@ -92,18 +93,11 @@ class CompiledLayer(torch.autograd.Function):
         d_hidden, d_cells = (
             apart(gradient, directions, ctx.reverse, gates) for gradient in gradients[:2]
         )
-        delta, hidden, cell = packed.scan.back(gates, cells, (d_hidden, d_cells), packed.to_state)
+        delta, hidden, cell = packed.scan.lstm_back(
+            gates, cells, (d_hidden, d_cells), packed.to_state
+        )
         d_inputs = None
         if ctx.needs_input_grad[1]:
-            d_read = gates.new_empty(*gates.shape[:3], packed.back.outputs)
-            packed.back(delta.flatten(1, 2), out=d_read.flatten(1, 2))
-            d_inputs = gradient_of_inputs(ctx, d_read)
-        tap, *sums = weight_sums(ctx, delta, inputs, before)
+            d_inputs = gradient_of_inputs(ctx, product(packed.back, delta))
+        tap, *sums = weight_sums(ctx, (delta,), inputs, before)
         return tap, d_inputs, hidden, cell, None, None, *sums
-
-
-def _begun(first: Tensor, steps: int, like: Tensor) -> Tensor:
-    """(D, T + 1, B, H) with the state before the first step (D, B, H) in its place."""
-    whole = like.new_empty(len(first), steps + 1, *first.shape[1:])
-    whole[:, 0] = first
-    return whole
