@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,21 +41,13 @@ from dpnlu.runs.experiment import Experiment
 from dpnlu.training.loop import ComputeConfig, Recipe
 
 # With `--dist loadgroup`, one worker makes the study for all.
-pytestmark = pytest.mark.xdist_group("study")
+pytestmark = [pytest.mark.xdist_group("study"), pytest.mark.usefixtures("quick_studies")]
 
 COMPARE = [
     *("compare", "--data", "synthetic:300", "--epsilons", "inf", "8", "--epochs", "2"),
     *("--batch-size", "60", "--references", "3", "--audit-examples", "120"),
     *("--canaries", "pin:2:R=5", "--quiet"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_core() -> Iterator[None]:
-    """References are trained in this process: to start others takes longer than to train."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "cpu_count", lambda: 1)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """Users through the commands at toy size: train, compare, attack, and what is refused."""
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,8 @@ from dpnlu.nlu.data import load_corpus
 from dpnlu.runs.model_directory import load
 
 USERS = 60
+
+pytestmark = pytest.mark.usefixtures("quick_studies")
 
 
 def _rows() -> list[dict[str, Any]]:
@@ -38,14 +38,6 @@ def _rows() -> list[dict[str, Any]]:
 def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_core() -> Iterator[None]:
-    """References are trained in this process: to start others takes longer than to train."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "cpu_count", lambda: 1)
-        yield
 
 
 @pytest.fixture(scope="module")
