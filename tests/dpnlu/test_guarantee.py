@@ -118,6 +118,7 @@ CASES = [
     Case("tied embedding", Tied, WORDS, takes_ids=True),
     Case("LSTM", lambda: First(nn.LSTM(WIDTH, 16, batch_first=True, bidirectional=True)), 32),
     Case("GRU", lambda: First(nn.GRU(WIDTH, 16, batch_first=True)), 16),
+    Case("RNN", lambda: First(nn.RNN(WIDTH, 16, batch_first=True, bidirectional=True)), 32),
     Case("gates", Gated),
     Case("group norm", lambda: OverTime(nn.GroupNorm(4, WIDTH))),
     Case("instance norm", lambda: OverTime(nn.InstanceNorm1d(WIDTH, affine=True))),
