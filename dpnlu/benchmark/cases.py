@@ -293,18 +293,8 @@ CASES = (
         build=lambda: RecurrentClassifier(300, 256),
         target=1.35,
     ),
-    replace(
-        _RECURRENT,
-        name="BiLSTM 100/100",
-        build=lambda: RecurrentClassifier(100, 100),
-        target=1.6,
-    ),
-    replace(
-        _RECURRENT,
-        name="BiLSTM 100/100, Poisson batches",
-        build=lambda: RecurrentClassifier(100, 100),
-        sampled=True,
-    ),
+    replace(_RECURRENT, target=1.5),
+    replace(_RECURRENT, name="BiLSTM 100/100, Poisson batches", sampled=True),
     replace(
         _RECURRENT,
         name="BiLSTM 300/256, packed",

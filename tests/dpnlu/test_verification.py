@@ -505,12 +505,7 @@ VALID = {
     "two passes": Valid(lambda m, rows: plain(m, rows) + _entropy(m(rows.square()), rows)),
     "a gate on its own example": Valid(lambda m, rows: plain(m, rows * m.head.bias.mean())),
 }
-PAIRS = [
-    # Programs take seconds each to compile; `test_compiled` has others in the default suite.
-    pytest.param(name, way, marks=pytest.mark.slow if way == "compiled" and name != "plain" else ())
-    for name, valid in VALID.items()
-    for way in valid.ways
-]
+PAIRS = [(name, way) for name, valid in VALID.items() for way in valid.ways]
 
 
 @every_precision

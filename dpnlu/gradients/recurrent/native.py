@@ -43,7 +43,7 @@ class _Arguments(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_int64)
-            for name in ("directions", "steps", "sequences", "units", "gates", "parts", "rectifies")
+            for name in ("directions", "steps", "sequences", "units", "parts", "rectifies")
         ),
         *((name, _Pointer) for name in ("inside", "hidden", "cells", "products", "bias", "packed")),
         *((name, _Pointer) for name in ("d_hidden", "d_cells", "delta", "delta_inputs")),
@@ -89,7 +89,14 @@ class Scan:
             gates: (D, T, B, 4H) products with the input, biases included -> gates.
             hidden, cells: (D, T + 1, B, H), the first given -> those after each step.
         """
-        self._run(self.library.lstm_ahead, inside=gates, hidden=hidden, cells=cells, packed=packed)
+        self._run(
+            self.library.lstm_ahead,
+            gates=4,
+            inside=gates,
+            hidden=hidden,
+            cells=cells,
+            packed=packed,
+        )
 
     def lstm_back(
         self,
@@ -112,6 +119,7 @@ class Scan:
         d_hidden, d_cells = (None if one is None else one.contiguous() for one in gradients)
         self._run(
             self.library.lstm_back,
+            gates=4,
             inside=gates,
             cells=cells,
             packed=packed,
@@ -137,6 +145,7 @@ class Scan:
         """
         self._run(
             self.library.gru_ahead,
+            gates=3,
             inside=gates,
             hidden=hidden,
             products=products,
@@ -165,6 +174,7 @@ class Scan:
         to_hidden = torch.zeros_like(hidden[:, 0])
         self._run(
             self.library.gru_back,
+            gates=3,
             inside=gates,
             hidden=hidden,
             products=products,
@@ -189,6 +199,7 @@ class Scan:
         """
         self._run(
             self.library.plain_ahead,
+            gates=1,
             rectifies=rectifies,
             inside=inside,
             hidden=hidden,
@@ -207,6 +218,7 @@ class Scan:
         to_hidden = torch.zeros_like(hidden[:, 0])
         self._run(
             self.library.plain_back,
+            gates=1,
             rectifies=rectifies,
             inside=delta,  # for its shape
             hidden=hidden,
@@ -221,22 +233,16 @@ class Scan:
         self,
         function: Any,
         *,
+        gates: int,
         inside: Tensor,
-        packed: Tensor,
         rectifies: bool = False,
         **tensors: Tensor | None,
     ) -> None:
         directions, steps, sequences, width = inside.shape
-        states = next(
-            one for one in (tensors.get("hidden"), tensors.get("cells")) if one is not None
-        )
-        units = states.shape[3]
         threads = torch.get_num_threads() if self.team else 1
         parts = max(1, min(-(-threads // directions), sequences))
-        arguments = _Arguments(
-            directions, steps, sequences, units, width // units, parts, int(rectifies)
-        )
-        for name, tensor in {"inside": inside, "packed": packed, **tensors}.items():
+        arguments = _Arguments(directions, steps, sequences, width // gates, parts, int(rectifies))
+        for name, tensor in {"inside": inside, **tensors}.items():
             assert tensor is None or tensor.is_contiguous()
             setattr(arguments, name, None if tensor is None else _at(tensor))
         function(ctypes.byref(arguments), threads, self.team)

@@ -81,7 +81,7 @@ INLINE vec hyperbolic(vec x) {
 typedef void (*team)(void (*)(void *), void *, unsigned, unsigned); /* as GOMP_parallel */
 
 struct scan {
-    int64_t directions, steps, sequences, units, gates;
+    int64_t directions, steps, sequences, units;
     int64_t parts;           /* sequences are cut into so many */
     int64_t rectifies;       /* plain cells: max(0, x) in place of tanh */
     float *inside;           /* forward: products with the input -> gates; back: the gates */
@@ -204,7 +204,7 @@ static void multiply(const float *packed, int64_t units, int64_t depth, int64_t 
 /* ---- LSTM */
 
 INLINE void lstm_step(const float *panel, int64_t units, int64_t first, const int rows, float *inside,
-                       const float *h, float *h_next, const float *c, float *c_next) {
+                      const float *h, float *h_next, const float *c, float *c_next) {
     int64_t count = units - first;
     vec sum[ROWS][4];
     for (int row = 0; row < rows; row++)
@@ -257,8 +257,8 @@ void lstm_ahead(struct scan *scan, int threads, team parallel) {
 /* The gradient of one sequence's gates at one step; dh of the state after it is in `to_hidden`, dc in
  * `to_cell`, where that of the state before it is left. */
 INLINE void lstm_gates_back(int64_t units, const float *gates, const float *c, const float *c_next,
-                       const float *d_hidden, const float *d_cell, float *delta, const float *to_hidden,
-                       float *to_cell) {
+                            const float *d_hidden, const float *d_cell, float *delta,
+                            const float *to_hidden, float *to_cell) {
     for (int64_t first = 0; first < units; first += LANES) {
         int64_t count = units - first;
         vec i = load(gates + first, count), f = load(gates + units + first, count);

@@ -10,29 +10,32 @@ g, o. Steps of the second direction are counted as it takes them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from dpnlu.gradients.factors import OuterProducts
-from dpnlu.gradients.forms import (
-    Dense,
-    Gradients,
-)
-from dpnlu.gradients.layout import Layout, by_example
 from dpnlu.gradients.recorder import Recorder
 from dpnlu.gradients.recurrent.lstm_compiled import CompiledLayer, Packed
 from dpnlu.gradients.recurrent.lstm_steps import Layer, Prepared
 from dpnlu.gradients.recurrent.native import scan_for
 from dpnlu.gradients.recurrent.passes import Reverse
+from dpnlu.gradients.rules.layer_uses import (
+    INPUTS,
+    STATES,
+    Weights,
+    all_of,
+    read_by,
+    tap_for,
+    uses_of,
+)
 
 
 def lstm_layer(
     recorder: Recorder,
     inputs: Tensor,
     state: tuple[Tensor, ...],
-    weights: Sequence[tuple[Tensor, ...]],
+    weights: Sequence[Weights],
     reverse: Reverse,
 ) -> tuple[Tensor, Tensor]:
     """Run a layer and record the uses of its weights.
@@ -49,9 +52,7 @@ def lstm_layer(
         hidden states and cell states, (T, B, D H) each, in the order of the input.
     """
     steps, batch, _ = inputs.shape
-    first = weights[0][0]
-    tap = first.new_zeros(()).requires_grad_().expand(len(weights), steps, batch, first.shape[0])
-    every = tuple(weight for of_one in weights for weight in of_one)
+    tap, every = tap_for(inputs, weights), all_of(weights)
     scan = scan_for(*every)
     kind: Any = Layer if scan is None else CompiledLayer
     prepared = recorder.memory.prepared(
@@ -63,18 +64,6 @@ def lstm_layer(
     )
     used = [weight.view_as(weight) for weight in every]
     hidden, cells, before = kind.apply(tap, inputs, *state, reverse, prepared, *used)
-    received = inputs.detach()
-
-    def rule(delta: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Gradients]]:
-        for place, of_one in enumerate(weights):
-            right = by_example(delta[place], layout, dim=1)
-            read = reverse(received) if place else received
-            for weight, left in zip(of_one, (read, before[place]), strict=False):
-                if weight.requires_grad:
-                    yield weight, OuterProducts(by_example(left, layout, dim=1), right)
-            if any(bias.requires_grad for bias in of_one[2:]):
-                sums = Dense(right.sum(1))
-                yield from ((bias, sums) for bias in of_one[2:] if bias.requires_grad)
-
-    recorder.record(tap, rule, dims=(2,))
+    lefts = {INPUTS: read_by(inputs, reverse), STATES: before.__getitem__}
+    recorder.record(tap, uses_of(weights, lefts), dims=(2,))
     return hidden, cells

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,10 +25,16 @@ from dpnlu.gradients.layout import Layout
 from dpnlu.gradients.packing import Packing, PackRows, SortStates, SpreadRows, UnpackRows
 from dpnlu.gradients.recorder import Recorder
 from dpnlu.gradients.recurrent.passes import Reverse
+from dpnlu.gradients.rules.layer_uses import States, Weights
 from dpnlu.gradients.rules.linear import linear
 from dpnlu.gradients.rules.lstm import lstm_layer
-from dpnlu.gradients.rules.scanned import Layer, States, Weights, gru_layer, plain_layer
+from dpnlu.gradients.rules.scanned import gru_layer, plain_layer
 
+# (recorder, inputs (T, B, I), states before (D, B, H), weights of each direction, how to reverse
+# sequences for the second one) -> states (T, B, D H).
+Layer = Callable[[Recorder, Tensor, States, Sequence[Weights], Reverse], States]
+# The same, or None where it is not made for such weights.
+Scanned = Callable[[Recorder, Tensor, States, Sequence[Weights], Reverse], States | None]
 # (recorder, the input of a step times its weights (B, G), states, weights) -> the states after it.
 Cell = Callable[[Recorder, Tensor, States, Weights], States]
 
@@ -179,17 +186,34 @@ def _lstm(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _gru(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
-    return _Network.of(recorder, args).run(recorder, gru_layer(_stepwise(gru_cell)))
+    return _Network.of(recorder, args).run(recorder, _scanned(gru_layer, gru_cell))
 
 
 def _rnn_tanh(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
-    layer = plain_layer(_stepwise(elman_cell(torch.tanh)), rectifies=False)
+    layer = _scanned(partial(plain_layer, rectifies=False), elman_cell(torch.tanh))
     return _Network.of(recorder, args).run(recorder, layer)
 
 
 def _rnn_relu(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
-    layer = plain_layer(_stepwise(elman_cell(torch.relu)), rectifies=True)
+    layer = _scanned(partial(plain_layer, rectifies=True), elman_cell(torch.relu))
     return _Network.of(recorder, args).run(recorder, layer)
+
+
+def _scanned(scanned: Scanned, cell: Cell) -> Layer:
+    """A layer by its compiled scan; where there is none, by its cell."""
+    stepwise = _stepwise(cell)
+
+    def run(
+        recorder: Recorder,
+        inputs: Tensor,
+        before: States,
+        weights: Sequence[Weights],
+        reverse: Reverse,
+    ) -> States:
+        found = scanned(recorder, inputs, before, weights, reverse)
+        return stepwise(recorder, inputs, before, weights, reverse) if found is None else found
+
+    return run
 
 
 def _stepwise(cell: Cell) -> Layer:
