@@ -5,7 +5,7 @@ import re
 import shlex
 from math import log2
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 import pytest
 
@@ -34,16 +34,22 @@ def test_the_demo_is_useful_with_privacy_and_leaks_without(tmp_path: Path) -> No
     assert ordinary["intent_accuracy"] >= 0.97 and ordinary["slot_f1"] >= 0.90
     assert loose["intent_accuracy"] >= 0.90 and loose["slot_f1"] >= 0.50
     assert strict["intent_accuracy"] > 0.60
+    assert median(ranks(ordinary)) <= 5
     for private in (loose, strict):
-        assert exposure(private) < exposure(ordinary) - 2, "secrets are no better hidden"
+        assert min(ranks(private)) > 5, "a secret is found"
+        assert exposure(private) < exposure(ordinary) - 4
         assert private["second_epsilon"] == pytest.approx(private["epsilon"], rel=1e-3)
     assert lowest_area(ordinary) > 0.5
     assert strongest_area(ordinary) > strongest_area(loose) + 0.02
 
 
+def ranks(run: dict) -> list[float]:
+    return run["canary"]["ranks"]
+
+
 def exposure(run: dict) -> float:
     """In bits, the mean over the models, of secrets among a thousand."""
-    return fmean(log2(1000 / rank) for rank in run["canary"]["ranks"])
+    return fmean(log2(1000 / rank) for rank in ranks(run))
 
 
 def lowest_area(run: dict) -> float:
