@@ -116,9 +116,8 @@ def gather(
         size = lost * (comparison.weights.abs() * norms.values.sqrt()).sum()
         counts = torch.isfinite(norms.values) & (norms.values > 0)
         chosen = torch.where(counts, 2 * draws % 1, 0).topk(min(_NORMS, len(losses))).indices
-        written_out = [
-            _square(parts, torch.arange(len(losses), device=one.device) == one) for one in chosen
-        ]
+        few = {p: [use.of(chosen) for use in uses] for p, uses in parts.items()}
+        written_out = [_square(few, one) for one in torch.eye(len(chosen), device=chosen.device)]
     return Evidence(
         is_finite=torch.isfinite(norms.values).all() & torch.isfinite(losses).all(),
         errors=comparison.errors,
@@ -130,7 +129,7 @@ def gather(
 
 
 def _square(parts: Parts, one: Tensor) -> Tensor:
-    """() the squared norm of one example's gradient, written out; `one` is (B,)."""
+    """() the squared norm of one example's gradient, written out; `one` is (n,), 1 for it."""
     found = [
         weighted_sum(uses, one.to(_weight_dtype(parameter)), parameter).square().sum()
         for parameter, uses in parts.items()

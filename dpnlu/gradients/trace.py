@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from dpnlu.gradients.records import EntryPoint, Lookup, Place, Product, Record
 
 # Where gradients at all places at once take too much memory, they are found in at most so many
 # pieces of about equal size, but of at least so many bytes.
-_PIECES, _PIECE = 4, 2**23
+_PIECES, _PIECE = 2, 2**23
 
 
 @dataclass
@@ -82,17 +83,14 @@ class Trace:
     def pieces(self) -> list[list[int]]:
         """The numbers of `places`, in pieces whose gradients take little memory beside all of them;
         the places of a small model are one piece."""
-        sizes = [place.nbytes for place in self.places]
-        most = max(_PIECE, sum(sizes) / _PIECES)
-        pieces: list[list[int]] = [[]]
-        total = 0
-        for number, size in enumerate(sizes):
-            if pieces[-1] and total + size > most:
-                pieces.append([])
-                total = 0
-            pieces[-1].append(number)
-            total += size
-        return pieces
+        ends = list(itertools.accumulate(place.nbytes for place in self.places))
+        total = ends[-1] if ends else 0
+        count = max(1, min(_PIECES, total // _PIECE))
+        pieces: list[list[int]] = [[] for _ in range(count)]
+        for number, (end, place) in enumerate(zip(ends, self.places, strict=True)):
+            middle = end - place.nbytes / 2
+            pieces[min(count - 1, int(middle * count / max(1, total)))].append(number)
+        return [piece for piece in pieces if piece] or [[]]
 
     def usual_layouts(
         self, batch: int, arrived: Sequence[Tensor | None] | None = None

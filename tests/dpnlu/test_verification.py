@@ -514,7 +514,7 @@ def test_what_is_valid_is_never_refused_and_exact(released, name, way, precision
     """… over many batches of all sizes, single examples among them."""
     dtype, autocast = precision
     valid = VALID[name]
-    steps = 8 if way == "compiled" else 30  # a program for every size
+    steps = 4 if way == "compiled" else 30  # a program for every size
     if name == "a gate on its own example" and way == "step":
         pytest.skip("the parameter is used outside the model")
     options = {"sample_rate": 0.3, "steps": steps, "way": way, "autocast": autocast}
