@@ -15,6 +15,7 @@ import datetime
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 import shlex
@@ -39,10 +40,17 @@ from dpnlu.cli.benchmark import processor
 from dpnlu.mechanism.plan import PrivacyPlan
 
 WARM_UP = 4
+EXAMPLES_PER_USER = 8
 
 
-def transformers(case: Case, *, private: bool, steps: int, folder: str) -> list[float]:
-    """The Trainer of transformers, with gradient accumulation."""
+def transformers(
+    case: Case, *, private: bool, steps: int, folder: str, per_user: int | None = None
+) -> list[float]:
+    """The Trainer of transformers, with gradient accumulation.
+
+    Args:
+        per_user: users are protected, who have so many examples each; None: examples are.
+    """
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from dpnlu.integrations.huggingface import privatize_trainer
@@ -71,7 +79,8 @@ def transformers(case: Case, *, private: bool, steps: int, folder: str) -> list[
         callbacks=[Clock()],
     )
     if private:
-        trainer = privatize_trainer(trainer, plan=_plan(case, steps))
+        whose = None if per_user is None else [n // per_user for n in range(len(case.examples()))]
+        trainer = privatize_trainer(trainer, plan=_plan(case, steps, per_user), users=whose)
     trainer.train()
     return times
 
@@ -160,6 +169,7 @@ def lightning(case: Case, *, private: bool, steps: int, folder: str) -> list[flo
 
 TRAINERS: dict[str, Callable[..., list[float]]] = {
     "transformers": transformers,
+    "transformers, users": partial(transformers, per_user=EXAMPLES_PER_USER),
     "accelerate": accelerate,
     "lightning": lightning,
 }
@@ -170,7 +180,7 @@ def _model(case: Case) -> Any:
     return case.build().train()
 
 
-def _plan(case: Case, steps: int) -> PrivacyPlan:
+def _plan(case: Case, steps: int, per_user: int | None = None) -> PrivacyPlan:
     size = len(case.examples())
     return PrivacyPlan(
         noise_multiplier=1.0,
@@ -178,7 +188,9 @@ def _plan(case: Case, steps: int) -> PrivacyPlan:
         sample_rate=case.logical / size,
         steps=steps,
         target_delta=1e-6,
-        num_examples=size,
+        num_examples=size if per_user is None else math.ceil(size / per_user),
+        unit="example" if per_user is None else "user",
+        examples_per_user=per_user,
     )
 
 
@@ -213,7 +225,10 @@ def table(results: dict[str, dict[str, list[float]]]) -> str:
     for name, found in results.items():
         pairs = zip(found["ordinary"], found["private"], strict=True)
         cells = (found["ordinary"], found["private"], [b / a for a, b in pairs])
-        label = f"{name} {version(name)}"
+        package, _, users = name.partition(",")
+        label = f"{package} {version(package)}" + (
+            f", users with {EXAMPLES_PER_USER} examples" if users else ""
+        )
         lines.append(f"| {label} | " + " | ".join(_quartiles(values) for values in cells) + " |")
     return "\n".join(lines)
 

@@ -38,6 +38,9 @@ class Architecture:
             sub-words. None: the last one at the word's first sub-word, as earlier versions did.
         neighbours: how many words before and behind a word its slot is read from, too.
         reads_text: whether a slot is read from the mean over the whole text, too.
+        word_window: of the BiLSTM: of how many words before and behind a word the embeddings are
+            read for its slot, beside the states; for the intent all are. None: embeddings are read
+            by the BiLSTM alone, as earlier versions did.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Architecture:
     word_layers: tuple[float, ...] | None = None
     neighbours: int = 0
     reads_text: bool = False
+    word_window: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
@@ -87,6 +91,11 @@ class Architecture:
                 )
         if self.neighbours < 0:
             raise ValueError(f"Expected `neighbours` >= 0, got {self.neighbours}.")
+        if self.word_window is not None and (self.is_encoder or self.word_window < 0):
+            raise ValueError(
+                "Expected `word_window` >= 0, for the BiLSTM alone, got "
+                f"{self.word_window} for {self.name}."
+            )
         if not self.is_encoder and (any(asked.values()) or self.neighbours or self.reads_text):
             raise ValueError(
                 "Expected `text_layers`, `word_layers`, `neighbours` and `reads_text` for an "
@@ -167,6 +176,7 @@ def assemble(
         character_filters=architecture.character_filters,
         dropout=architecture.dropout,
         chain=chain,
+        word_window=architecture.word_window,
         **sizes,
     )
     words = WordEncoding(

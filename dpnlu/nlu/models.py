@@ -86,7 +86,12 @@ class Outputs:
 
 
 class BiLSTMClassifier(nn.Module):
-    """Word embeddings, optional character convolution, BiLSTM, intent head and slot head."""
+    """Word embeddings, optional character convolution, BiLSTM, intent head and slot head.
+
+    With a window, the embeddings are read directly, too: for a slot those of its word and of the
+    words around it, for the intent their mean. Then the heads start at zero: what words alone say
+    is learnt while the BiLSTM's states are still noise.
+    """
 
     def __init__(
         self,
@@ -100,6 +105,7 @@ class BiLSTMClassifier(nn.Module):
         character_filters: int = 0,
         dropout: float = 0.0,
         chain: TagChain | None = None,
+        word_window: int | None = None,
     ) -> None:
         """Random weights.
 
@@ -111,9 +117,11 @@ class BiLSTMClassifier(nn.Module):
             character_filters: width of the character channel; 0 for none.
             dropout: on the BiLSTM's input and output, in [0, 1).
             chain: over the tags; None: the loss and the prediction of a word's tag are its own.
+            word_window: of how many words before and behind a word the embeddings are read for its
+                slot; None: embeddings are read by the BiLSTM alone.
         """
         super().__init__()
-        self.chain = chain
+        self.chain, self.word_window = chain, word_window
         self.embedding = nn.Embedding(vocabulary_size, embedding_size, padding_idx=0)
         # Small, so that a word that training never met says next to nothing.
         nn.init.normal_(self.embedding.weight, std=_EMBEDDING_STD)
@@ -121,11 +129,17 @@ class BiLSTMClassifier(nn.Module):
         sizes = [embedding_size + character_filters] + [2 * hidden_size] * (num_layers - 1)
         self.layers = nn.ModuleList(_BiLSTMLayer(size, hidden_size) for size in sizes)
         self.dropout = nn.Dropout(dropout)
-        self.intent_head = nn.Linear(2 * hidden_size, num_intents) if num_intents else None
-        self.slot_head = nn.Linear(2 * hidden_size, num_tags) if num_tags else None
+        linear = nn.Linear if word_window is None else zero_linear
+        self.intent_head = linear(2 * hidden_size, num_intents) if num_intents else None
+        self.slot_head = linear(2 * hidden_size, num_tags) if num_tags else None
+        self.word_head = self.bag_head = None
+        if num_intents and word_window is not None:
+            self.bag_head = zero_linear(sizes[0], num_intents, bias=False)
+        if num_tags and word_window is not None:
+            self.word_head = zero_linear(sizes[0], (2 * word_window + 1) * num_tags, bias=False)
 
     def forward(self, batch: Batch) -> Outputs:
-        states = batch["vectors"] if "vectors" in batch else self.embed(batch)
+        states = vectors = batch["vectors"] if "vectors" in batch else self.embed(batch)
         present = _present(batch["lengths"], states.shape[1])
         for layer in self.layers:
             states = layer(self.dropout(states), batch["lengths"])
@@ -136,6 +150,11 @@ class BiLSTMClassifier(nn.Module):
             intents = self.intent_head(pooled)
         if self.slot_head is not None:
             tags = self.slot_head(states)
+        if intents is not None and self.bag_head is not None:
+            intents = intents + self.bag_head(_mean(self.dropout(vectors), present))
+        if tags is not None and self.word_head is not None and self.word_window is not None:
+            of_words = self.word_head(self.dropout(vectors))
+            tags = tags + with_neighbours(of_words, present, neighbours=self.word_window)
         return Outputs(intents, tags, self.chain)
 
     def embed(self, batch: Batch) -> Tensor:
@@ -326,6 +345,12 @@ class _CharacterCNN(nn.Module):
 def _present(lengths: Tensor, steps: int) -> Tensor:
     """(B, T): whether the example has that word."""
     return torch.arange(steps, device=lengths.device) < lengths[:, None]
+
+
+def _mean(vectors: Tensor, present: Tensor) -> Tensor:
+    """(B, T, d) -> (B, d), over the words that are there."""
+    count = present.sum(1, keepdim=True).clamp(min=1)
+    return vectors.masked_fill(~present[:, :, None], 0.0).sum(1) / count
 
 
 def _reversed(states: Tensor, lengths: Tensor) -> Tensor:

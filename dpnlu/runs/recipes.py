@@ -28,7 +28,8 @@ def architecture(
     Private training has noise enough without dropout, and leaves a pretrained encoder as it is: the
     noise grows with the number of trained weights, and at these budgets the heads alone do better.
     As the encoder does not learn to say what they need in its last layer, they read several, and
-    for slots the words around and the whole text.
+    for slots the words around and the whole text. Those of a private BiLSTM read the words
+    themselves, too.
 
     Args:
         dropout, slot_loss: None: as recommended.
@@ -57,6 +58,7 @@ def architecture(
         word_layers=(0.0, 0.5, 1.0) if wide else None,
         neighbours=1 if wide else 0,
         reads_text=wide,
+        word_window=1 if private and name == LSTM and edition > FIRST_RECIPES else None,
     )
 
 
@@ -114,7 +116,7 @@ _RECIPES = {
     FIRST_RECIPES: _FIRST,
     LATEST_RECIPES: _FIRST
     | {
-        (True, True): Recipe(epochs=15, batch_size=1024, learning_rate=2e-2),
+        (True, True): Recipe(epochs=30, batch_size=1024, learning_rate=2e-2),
         (False, True): Recipe(epochs=20, batch_size=4096, learning_rate=1e-2),
     },
 }

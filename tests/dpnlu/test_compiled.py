@@ -19,6 +19,8 @@ from dpnlu.training.handle import privatize
 
 WORDS, POSITIONS = 12, 5
 COMPILE = torch.compile
+# torch's compiler loads a part of torch that torch no longer recommends.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="it compiles C++")
 
 
@@ -186,7 +188,6 @@ def test_compiled_steps_release_what_the_per_example_loop_does(released, data, m
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("rule", ["per_layer:size", "quantile:0.2:1"])
 def test_so_they_do_by_every_clipping_rule(released, data, rule):
@@ -214,7 +215,6 @@ def test_so_do_those_that_torch_compiles(released, data, monkeypatch, backend):
 
 
 @needs_a_compiler
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 def test_so_does_a_small_model_that_inductor_compiles(released, data, monkeypatch):
     """One layer, unchecked, so that there is one program to compile; the slow test has the rest."""
     monkeypatch.setattr(torch, "compile", COMPILE)

@@ -44,6 +44,7 @@ def test_the_first_recommendations_are_kept(name: str, private: bool) -> None:
     assert first.batch_size == sizes[name][private]
     latest = defaults.architecture(name, private=private)
     assert latest.slot_loss == "chain" and found.slot_loss == "words"
+    assert latest.word_window == (1 if private and name == "lstm" else None)
     assert defaults.architecture(name, private=private, slot_loss="words").slot_loss == "words"
 
 

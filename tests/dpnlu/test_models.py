@@ -58,6 +58,9 @@ def _classifier(name: str, encoder: Path) -> Classifier:
         ),
         "encoder": Architecture(name=f"encoder:{encoder}"),
         "chain": Architecture(name="lstm", embedding_size=7, hidden_size=5, slot_loss="chain"),
+        "words, too": Architecture(
+            name="lstm", embedding_size=7, hidden_size=5, slot_loss="chain", word_window=2
+        ),
         "encoder, chain": Architecture(
             name=f"encoder:{encoder}",
             slot_loss="chain",
@@ -76,7 +79,7 @@ def _classifier(name: str, encoder: Path) -> Classifier:
     return built
 
 
-NAMES = ("lstm", "deep lstm", "characters", "encoder", "chain", "encoder, chain")
+NAMES = ("lstm", "deep lstm", "characters", "encoder", "chain", "words, too", "encoder, chain")
 
 
 @pytest.mark.parametrize("name", NAMES)
