@@ -4,14 +4,20 @@ neither never is."""
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from dpnlu.gradients import trace
 from dpnlu.gradients.errors import UnsupportedLayerError
+from dpnlu.gradients.factors import OuterProducts
+from dpnlu.gradients.trace import Trace
 from dpnlu.training.handle import privatize
 
 FEATURES, CLASSES, SIZE = 6, 3, 12
@@ -528,6 +534,59 @@ def test_what_is_valid_is_never_refused_and_exact(released, name, way, precision
         found.append(released(model, valid.losses, rows, engine=engine, way=way))
     tolerance = 1e-9 if dtype is torch.float64 else 1e-3
     torch.testing.assert_close(*found, rtol=tolerance, atol=tolerance * float(found[1].norm()))
+
+
+# ---- in pieces ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_pieces(monkeypatch) -> None:
+    """The places of small models are gone through in pieces, too, as those of large ones are."""
+    monkeypatch.setattr(trace, "_PIECE", 1)
+
+
+@pytest.mark.usefixtures("in_pieces")
+@pytest.mark.parametrize("name", MIXING)
+def test_what_mixes_is_refused_in_pieces(released, name):
+    with pytest.raises(UnsupportedLayerError, match="examples mix"):
+        released(Net(), MIXING[name], _rows())
+
+
+@pytest.mark.usefixtures("in_pieces")
+@pytest.mark.parametrize("name", VALID)
+def test_what_is_valid_is_exact_in_pieces(released, name):
+    valid, found = VALID[name], []
+    for engine in ("book_keeping", "per_example"):
+        torch.manual_seed(1)
+        model, rows = valid.model().double(), _rows(dtype=torch.float64)
+        found.append(released(model, valid.losses, rows, engine=engine))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9 * float(found[1].norm()))
+
+
+@pytest.mark.usefixtures("in_pieces")
+def test_a_wrong_gradient_is_found_in_every_piece(released, monkeypatch):
+    """… of either layer, by plain automatic differentiation."""
+    right = OuterProducts.add_weighted_sum
+    for width in (FEATURES, 8):
+
+        def wrong(use, coefficients, out, width=width):
+            right(use, coefficients * (1.01 if use.left.shape[2] == width else 1.0), out)
+
+        monkeypatch.setattr(OuterProducts, "add_weighted_sum", wrong)
+        name = "body" if width == FEATURES else "head"
+        with pytest.raises(UnsupportedLayerError, match=f"gradient of {name}.weight .* a defect"):
+            released(Net(), plain, _rows())
+
+
+@given(sizes=st.lists(st.integers(0, 2**24), max_size=12))
+def test_pieces_are_all_places_in_order_and_no_large_half(sizes):
+    places = [SimpleNamespace(nbytes=size) for size in sizes]
+    pieces = Trace.pieces(SimpleNamespace(places=places))
+    assert [number for piece in pieces for number in piece] == list(range(len(sizes)))
+    assert 1 <= len(pieces) <= 2
+    if sum(sizes) >= 2**24:
+        for piece in pieces:
+            assert sum(sizes[number] for number in piece) <= sum(sizes) / 2 + max(sizes) / 2
 
 
 def test_a_check_draws_no_random_numbers_of_others(released):
