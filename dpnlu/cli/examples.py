@@ -44,6 +44,17 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
             "dpnlu train --data utterances.jsonl --epsilon inf --out ordinary",
         ),
     ),
+    "diagnose": (
+        (
+            "Why is a BiLSTM at ε = 8 worse than an ordinary one? On a public corpus:",
+            "dpnlu diagnose --data snips:SNIPS --epsilon 8 --public",
+        ),
+        (
+            "The same for heads on an encoder, with as many epochs as would be taken:",
+            "dpnlu diagnose --data snips:SNIPS --model encoder:MODEL --epsilon 2 --epochs 20 "
+            "--public",
+        ),
+    ),
     "predict": (
         (
             "One text a line in, one JSON object a line out:",

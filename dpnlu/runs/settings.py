@@ -222,6 +222,24 @@ class TrainSettings(RecipeSettings):
         return without_later(self, content)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DiagnosisSettings(RecipeSettings):
+    """What `dpnlu diagnose` is asked for."""
+
+    epsilon: float = setting(
+        "the privacy budget of the training that is diagnosed",
+        metavar="EPSILON",
+        parse=parse_epsilon,
+    )
+    epochs: float | None = setting(
+        "of every training; fewer than are recommended, for a first look", default=5.0
+    )
+    public: bool = setting(
+        "the data are public, or declared to be: what is printed is covered by no budget",
+        default=False,
+    )
+
+
 _Recipes = TypeVar("_Recipes", bound=RecipeSettings)
 
 # Settings that earlier versions did not know, of trainings and studies.
