@@ -17,7 +17,8 @@ from attacks._validate import Bools, Floats, any_array, count, floats, shown
 # A row counts as moved beyond so many times the typical movement of those that stood still.
 _STILL = 1e-6
 # A larger number is no entry of an embedding table; nor is a row that is shorter than its inverse.
-_LARGEST = 1e100
+# Its sixth power, which is as large as what is computed of such tables, is still a number.
+_LARGEST = 1e50
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -587,6 +587,14 @@ class TestEmbeddingDifference:
         assert most_moved(found, range(30), most=2) in ((4, 17), (17, 4))
         assert np.flatnonzero(found.distance > 1e-3).tolist() == [4, 17]
 
+    def test_no_numbers_that_are_accepted_are_too_large_or_too_small(self) -> None:
+        trained = np.full((6, 1), 9e49)
+        initial = np.array([[2e-50], [3e-50], [2e-50], [9e49], [0.0], [2e-50]])
+        found = movement(trained, initial)
+        assert np.isfinite([*found.distance, found.shrinkage]).all()
+        with pytest.raises(ValueError, match="diverged"):
+            movement(trained, initial * 1e2)
+
     def test_frozen_embeddings_are_refused(self) -> None:
         with pytest.raises(ValueError, match="the embeddings were frozen"):
             movement(np.ones((3, 2)), np.ones((3, 2)))
