@@ -226,6 +226,7 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], i
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
+@pytest.mark.usefixtures("hangup_ends")
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_every_signal_to_end_interrupts_and_only_once(
     number: int,

@@ -303,6 +303,7 @@ def test_a_folder_holds_one_study_at_a_time(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("hangup_ends")
 @pytest.mark.parametrize("end", ["INT", "TERM", "HUP"])
 def test_a_study_that_is_interrupted_says_so_once_and_can_be_resumed(
     end: str, tmp_path: Path
