@@ -14,9 +14,9 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/dpnlu compare --data synthetic:16000 --model lstm --epsilons inf 8 2 --epochs 4 \
+	$(BIN)/dpnlu compare --data synthetic:16000 --model lstm --epsilons inf 8 2 --epochs 8 \
 		--batch-size 256 --physical-batch-size 256 --dropout 0 --references 2 \
-		--audit-examples 2000 --canaries pin:3:R=30 --out runs/demo
+		--audit-examples 2000 --canaries pin:3:R=16 --out runs/demo
 
 check: $(READY)
 	$(BIN)/ruff format --check .
