@@ -6,19 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # what a test needs it brings along
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 # A busy machine is no failure; a failure found once must be found again.
-settings.register_profile(
-    "reproducible",
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+settings.register_profile("reproducible", deadline=None, derandomize=True, database=None)
 settings.load_profile("reproducible")
 
 

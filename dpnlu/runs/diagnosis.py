@@ -196,7 +196,6 @@ def _trained(rung: Rung, corpus: Corpus, split: str, seed: int, on_progress: OnP
         plan=rung.plan,
         seed=seed,
         on_progress=lambda done, total: on_progress(rung.name, done, total),
-        validation=corpus.split("valid") if rung.plan is None else (),
     )
     return measure(classifier, corpus.split(split))
 

@@ -35,7 +35,7 @@ def architecture(
         dropout, slot_loss: None: as recommended.
         characters: filters over the characters of each word; 0: none.
         redact_digits: read every digit as 0.
-        edition: of the recommendations, 1 or 2.
+        edition: of the recommendations, 1 to 3.
 
     Raises:
         ValueError: the name is neither "lstm" nor "encoder:NAME_OR_PATH", dropout is not in [0, 1),
@@ -58,7 +58,7 @@ def architecture(
         word_layers=(0.0, 0.5, 1.0) if wide else None,
         neighbours=1 if wide else 0,
         reads_text=wide,
-        word_window=1 if private and name == LSTM and edition > FIRST_RECIPES else None,
+        word_window=1 if private and name == LSTM and edition == LATEST_RECIPES else None,
     )
 
 
@@ -79,7 +79,7 @@ def recipe(
         epochs: None: as recommended.
         batch_size: of private training; None: as recommended. Ordinary training keeps its own.
         weight_decay, patience: see `Recipe`.
-        edition: of the recommendations, 1 or 2.
+        edition: of the recommendations, 1 to 3.
 
     Raises:
         ValueError: a number is out of range; see `Recipe`. Or patience in private training.
@@ -112,11 +112,11 @@ _FIRST = {
     (False, False): Recipe(epochs=5, batch_size=32, learning_rate=5e-5, warmup=0.1),
     (False, True): Recipe(epochs=20, batch_size=2048, learning_rate=1e-2),
 }
-_RECIPES = {
-    FIRST_RECIPES: _FIRST,
-    LATEST_RECIPES: _FIRST
-    | {
-        (True, True): Recipe(epochs=30, batch_size=1024, learning_rate=2e-2),
-        (False, True): Recipe(epochs=20, batch_size=4096, learning_rate=1e-2),
-    },
+_SECOND = _FIRST | {
+    (True, True): Recipe(epochs=15, batch_size=1024, learning_rate=2e-2),
+    (False, True): Recipe(epochs=20, batch_size=4096, learning_rate=1e-2),
 }
+_THIRD = _SECOND | {
+    (True, True): Recipe(epochs=30, batch_size=1024, learning_rate=2e-2),
+}
+_RECIPES = {FIRST_RECIPES: _FIRST, 2: _SECOND, LATEST_RECIPES: _THIRD}

@@ -20,7 +20,7 @@ EXAMPLES_PER_USER = 8
 # Computed at once: a network with all that it remembers, and heads on a frozen encoder.
 PHYSICAL_BATCH_SIZE, PHYSICAL_BATCH_SIZE_OF_HEADS = 64, 512
 # What is recommended has changed; what was begun goes on as it began.
-FIRST_RECIPES, LATEST_RECIPES = 1, 2
+FIRST_RECIPES, LATEST_RECIPES = 1, 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,10 +174,10 @@ class RecipeSettings(DataSettings):
     )
 
     recipes: int = setting(
-        "which recommendations are taken: 2; or 1, earlier ones, with which earlier versions began "
-        "what is resumed",
+        "which recommendations are taken: 3; or 1 or 2, earlier ones, with which earlier versions "
+        "began what is resumed",
         default=LATEST_RECIPES,
-        metavar="1|2",
+        metavar="1|2|3",
     )
 
     @property
@@ -270,6 +270,8 @@ def without_later(settings: DataSettings, content: dict[str, Any]) -> dict[str, 
 def as_begun(settings: _Recipes, record: Path) -> _Recipes:
     """The settings, with the recommendations of what an earlier version began.
 
+    Others than the latest, which were asked for, are kept where the record names any.
+
     Args:
         record: a JSON file in which a training or a study records its settings, if there is one.
     """
@@ -277,6 +279,9 @@ def as_begun(settings: _Recipes, record: Path) -> _Recipes:
         content = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return settings
-    begun = content.get("settings", content) if isinstance(content, dict) else {"recipes": None}
-    is_earlier = isinstance(begun, dict) and "recipes" not in begun
-    return replace(settings, recipes=FIRST_RECIPES) if is_earlier else settings
+    begun = content.get("settings", content) if isinstance(content, dict) else None
+    if not isinstance(begun, dict):
+        return settings
+    edition = begun.get("recipes", FIRST_RECIPES)
+    is_asked = settings.recipes != LATEST_RECIPES and "recipes" in begun
+    return settings if is_asked else replace(settings, recipes=edition)

@@ -48,8 +48,19 @@ def test_the_first_recommendations_are_kept(name: str, private: bool) -> None:
     assert defaults.architecture(name, private=private, slot_loss="words").slot_loss == "words"
 
 
+def test_the_second_recommendations_are_kept() -> None:
+    """… of the private BiLSTM, which alone have changed since."""
+    found = defaults.architecture("lstm", private=True, edition=2)
+    assert found == Architecture(name="lstm", slot_loss="chain")
+    second = defaults.recipe("lstm", private=True, epochs=None, batch_size=None, edition=2)
+    assert (second.epochs, second.batch_size) == (15, 1024)
+    for name, private in (("lstm", False), ("encoder:somewhere", True)):
+        latest = defaults.architecture(name, private=private)
+        assert defaults.architecture(name, private=private, edition=2) == latest
+
+
 def test_other_recommendations_are_refused() -> None:
-    with pytest.raises(ValueError, match="`recipes` to be one of 1, 2, got 3"):
-        defaults.architecture("lstm", private=True, edition=3)
-    with pytest.raises(ValueError, match="`recipes` to be one of 1, 2, got 0"):
+    with pytest.raises(ValueError, match="`recipes` to be one of 1, 2, 3, got 4"):
+        defaults.architecture("lstm", private=True, edition=4)
+    with pytest.raises(ValueError, match="`recipes` to be one of 1, 2, 3, got 0"):
         defaults.recipe("lstm", private=True, epochs=None, batch_size=None, edition=0)

@@ -144,12 +144,14 @@ def test_what_an_earlier_version_began_goes_on_with_its_recommendations(
     tmp_path: Path, inside: bool
 ) -> None:
     settings, record = TrainSettings(data="d", epsilon=3.0), tmp_path / "run.json"
-    assert settings.to_dict()["recipes"] == 2
+    assert settings.to_dict()["recipes"] == 3
     assert as_begun(settings, record) == settings
-    for begun in (1, 2):
+    for begun in (1, 2, 3):
         content = replace(settings, recipes=begun).to_dict()
         record.write_text(json.dumps({"settings": content} if inside else content))
         assert as_begun(settings, record).to_dict() == content
+    asked = replace(settings, recipes=2)
+    assert as_begun(asked, record) == asked, "others that are asked for are not passed over"
     for other in ("{", "[]"):
         record.write_text(other)
         assert as_begun(settings, record) == settings

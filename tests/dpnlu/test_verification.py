@@ -3,7 +3,7 @@ neither never is."""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -520,7 +520,7 @@ def test_what_is_valid_is_never_refused_and_exact(released, name, way, precision
     """… over many batches of all sizes, single examples among them."""
     dtype, autocast = precision
     valid = VALID[name]
-    steps = 4 if way == "compiled" else 30  # a program for every size
+    steps = 8 if way == "compiled" else 30  # a program for every size
     if name == "a gate on its own example" and way == "step":
         pytest.skip("the parameter is used outside the model")
     options = {"sample_rate": 0.3, "steps": steps, "way": way, "autocast": autocast}
@@ -576,6 +576,18 @@ def test_a_wrong_gradient_is_found_in_every_piece(released, monkeypatch):
         name = "body" if width == FEATURES else "head"
         with pytest.raises(UnsupportedLayerError, match=f"gradient of {name}.weight .* a defect"):
             released(Net(), plain, _rows())
+
+
+def test_a_wrong_norm_is_found(released, monkeypatch):
+    right = OuterProducts.squared_norms
+
+    def wrong(use, grams):
+        norms = right(use, grams)
+        return replace(norms, values=1.1 * norms.values)
+
+    monkeypatch.setattr(OuterProducts, "squared_norms", wrong)
+    with pytest.raises(UnsupportedLayerError, match=r"the norm .* of an example's gradient"):
+        released(Net(), plain, _rows())
 
 
 @given(sizes=st.lists(st.integers(0, 2**24), max_size=12))

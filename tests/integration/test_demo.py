@@ -32,12 +32,12 @@ def test_the_demo_is_useful_with_privacy_and_leaks_without(tmp_path: Path) -> No
     ordinary, loose, strict = report["runs"]
     assert [run["target_epsilon"] for run in report["runs"]] == [None, 8, 2]
     assert ordinary["intent_accuracy"] >= 0.97 and ordinary["slot_f1"] >= 0.90
-    assert loose["intent_accuracy"] >= 0.94 and loose["slot_f1"] >= 0.85
-    assert strict["intent_accuracy"] >= 0.88 and strict["slot_f1"] >= 0.70
+    assert loose["intent_accuracy"] >= 0.90 and loose["slot_f1"] >= 0.50
+    assert strict["intent_accuracy"] > 0.60
     assert median(ranks(ordinary)) <= 5
     for private in (loose, strict):
-        assert min(ranks(private)) > 1, "a secret is found"
-        assert exposure(private) < exposure(ordinary) - 1.5
+        assert min(ranks(private)) > 5, "a secret is found"
+        assert exposure(private) < exposure(ordinary) - 4
         assert private["second_epsilon"] == pytest.approx(private["epsilon"], rel=1e-3)
     assert lowest_area(ordinary) > 0.5
     assert strongest_area(ordinary) > strongest_area(loose) + 0.02
