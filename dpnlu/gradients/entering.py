@@ -72,7 +72,7 @@ def stand_in_for(
 
     def make() -> Tensor:
         stand_in = target.expand(*widest.shape[:outer], *shape[outer:])
-        is_aligned = is_whole and rows == batch and outer == 1
+        is_aligned = is_whole and rows == batch and (outer == 1 or shape[1] == batch)
         rule = of_expanded(shape, target.shape)
         recorder.enter(target, stand_in, rule, dims=range(outer), aligned=is_aligned)
         return stand_in

@@ -10,9 +10,12 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpnlu.engines import ENGINES
 from dpnlu.gradients.errors import UnsupportedLayerError
+from dpnlu.gradients.rules import OPERATIONS
+from dpnlu.gradients.tape import Tape
 from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.training.handle import privatize
 
@@ -152,6 +155,42 @@ def test_token_types_and_positions_given_for_each_example(assert_taped_exactly):
         "position_ids": torch.randint(0, 9, (3, 4)),
     }
     assert_taped_exactly(model, lambda model: model.sequence_losses(ids, **given))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that is computed.
+
+    Attributes:
+        entries: of that tensor.
+    """
+
+    entries = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        found = operation(*args, **(kwargs or {}))
+        if isinstance(found, Tensor):
+            self.entries = max(self.entries, found.untyped_storage().nbytes() // found.itemsize)
+        return found
+
+
+def test_token_types_take_no_more_memory_where_there_are_as_many_positions_as_examples(
+    taped_gradients,
+):
+    """Each example has rows of its own; written out among the rows of the others they would take
+    as many times the memory as there are examples."""
+
+    def largest(size: tuple[int, int]) -> int:
+        model = Classifier(ENCODERS[0])
+        tape = Tape(model, OPERATIONS)
+        try:
+            losses = model.sequence_losses(_ids(size))
+            with Largest() as mode:
+                taped_gradients(tape, losses)
+        finally:
+            tape.close()
+        return mode.entries
+
+    assert largest((12, 12)) <= largest((12, 13))
 
 
 def test_frozen_embeddings_and_first_layer(assert_taped_exactly):
