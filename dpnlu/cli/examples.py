@@ -40,6 +40,11 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
             "--delta 1e-4 --out model",
         ),
         (
+            "The best of some five trainings, whose price is in the ε:",
+            "dpnlu train --data utterances.jsonl --epsilon 8 --trials 5 "
+            "--search learning_rate=0.01,0.02 --out model",
+        ),
+        (
             "Without privacy, for comparison:",
             "dpnlu train --data utterances.jsonl --epsilon inf --out ordinary",
         ),

@@ -6,13 +6,13 @@ import argparse
 from typing import Any
 
 from dpnlu.cli.options import add_options, add_output, settings_from
-from dpnlu.runs.settings import TrainSettings
+from dpnlu.runs.settings import TuningSettings
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser("train", help="train one model")
-    add_options(parser, TrainSettings)
+    add_options(parser, TuningSettings)
     add_output(parser, holds="the model")
     parser.add_argument("--resume", action="store_true", help="resume an interrupted training")
     parser.set_defaults(run=run)
@@ -21,11 +21,11 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Train the model, or resume its training, and print how well it does."""
     from dpnlu.runs.progress import bars
-    from dpnlu.runs.resumable import train_model
+    from dpnlu.runs.trials import train_best
 
-    settings = settings_from(TrainSettings, options)
+    settings = settings_from(TuningSettings, options)
     with bars(quiet=options.quiet) as on_progress:
-        results = train_model(settings, options.out, resume=options.resume, on_progress=on_progress)
+        results = train_best(settings, options.out, resume=options.resume, on_progress=on_progress)
     for name, value in results.to_dict().items():
         print(f"{name.replace('_', ' ')}: {value:.4g}")
     print(options.out)

@@ -97,7 +97,8 @@ def attack_all(prepared: Prepared, trained: Sequence[TrainedBudget]) -> Attacked
 
     def claim_of(budget: TrainedBudget) -> Claim:
         spent = budget.results.epsilon
-        plan = budget.budget.plan
+        # What a choice among several trainings tells of a group is not composed of their events.
+        plan = budget.budget.plan if budget.budget.selection is None else None
         return Claim(
             epsilon=spent,
             delta=settings.delta,

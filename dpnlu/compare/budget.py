@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attacks.farm import Arrays
+from dpnlu.accounting.tuning import Selection
 from dpnlu.compare.extracting import extract_canaries
 from dpnlu.compare.reading import Reading, read_canary, read_signals
 from dpnlu.compare.study import Study
@@ -33,6 +34,7 @@ class Budget:
         seed: of everything random, together with the number of the model.
         searches: how secrets of canaries are searched for; empty: they are not.
         decimals: to which the attacks see probabilities; None: all.
+        selection: of which trainings the target is the best; None: there was one.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Budget:
     searches: tuple[str, ...] = ()
     decimals: int | None = None
     validation: tuple[Example, ...] = ()
+    selection: Selection | None = None
 
     def __call__(self, reference: int) -> Arrays:
         """Train reference model number `reference` and read it; for `attacks.farm.grow`."""

@@ -176,6 +176,7 @@ def prepare_attack(saved: SavedModel, settings: AttackSettings, *, name: str) ->
         study=study,
         experiment=_experiment_of(saved, settings),
         plan=saved.plan,
+        selection=saved.selection,
         test=corpus.split("test"),
         seed=settings.seed,
         decimals=settings.decimals,

@@ -143,7 +143,7 @@ def _run(
         entry["peak_memory_mib"] = results.peak_memory_mib
     if plan is not None:
         kept = ("noise_multiplier", "max_grad_norm", "sample_rate", "steps", "adjacency", "unit")
-        entry |= {name: getattr(plan, name) for name in kept} | {"accountant": "pld"}
+        entry |= {name: getattr(plan, name) for name in kept}
         if plan.clipping != "flat":
             entry["clipping"] = plan.clipping
         if plan.noise_schedule != "constant":
@@ -152,13 +152,22 @@ def _run(
             entry["constant_noise_multiplier"] = constant
         if plan.examples_per_user is not None:
             entry["examples_per_user"] = plan.examples_per_user
-        entry |= _second_opinion(plan, results.epsilon, steps=results.steps, delta=settings.delta)
+        entry |= _accountants(run, plan, delta=settings.delta)
     if ordinary_seconds is not None:
         entry["overhead"] = results.train_seconds / ordinary_seconds
     accuracies = [r.intent_accuracy for r in run.references if r.intent_accuracy is not None]
     if accuracies:
         entry["reference_accuracy"] = float(np.mean(accuracies))
     return entry
+
+
+def _accountants(run: TrainedBudget, plan: PrivacyPlan, *, delta: float) -> dict[str, Any]:
+    """Who stated ε, and who confirms it."""
+    results, selection = run.results, run.budget.selection
+    if selection is not None:
+        return {"accountant": "pld" if selection.number == "fixed" else "rdp"}
+    second = _second_opinion(plan, results.epsilon, steps=results.steps, delta=delta)
+    return {"accountant": "pld"} | second
 
 
 def _second_opinion(
@@ -184,6 +193,8 @@ def _disclosures(prepared: Prepared, run: TrainedBudget) -> list[str]:
     if run.budget.plan is None:
         return []
     found = []
+    if run.budget.selection is not None:
+        found.append("The model is the best of several trainings; ε is that of the choice.")
     if not prepared.corpus.labels_are_public:
         found.append("The label set was read from the data; ε does not cover it.")
     if not run.budget.experiment.vocabulary.is_public:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from dpnlu.accounting.tuning import Selection
 from dpnlu.mechanism.durable import make_directory, write_text
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.plan import PrivacyPlan
@@ -21,7 +22,7 @@ from dpnlu.nlu.prediction import Prediction, predict, read
 from dpnlu.nlu.utterances import utterance
 from dpnlu.runs import model_directory
 from dpnlu.runs.exported import heads_in_words
-from dpnlu.runs.model_directory import CARD, LEDGER, PLAN
+from dpnlu.runs.model_directory import CARD, LEDGER, PLAN, SELECTION
 from dpnlu.training.device import CPU, resolved_device
 
 BATCH_SIZE = 64
@@ -37,6 +38,7 @@ class LoadedModel:
         metrics: what metrics.json holds.
         directory: where it was loaded from.
         ledger: what was released; None without a plan.
+        selection: of which trainings it is the best; None: there was one.
     """
 
     classifier: Classifier
@@ -44,6 +46,7 @@ class LoadedModel:
     metrics: dict[str, Any]
     directory: Path
     ledger: Ledger | None
+    selection: Selection | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -52,8 +55,13 @@ class LoadedModel:
 
     @cached_property
     def epsilon(self) -> float | None:
-        """ε that training has spent, at the plan's δ, from the ledger; None without a plan."""
-        return None if self.ledger is None else self.ledger.epsilon()
+        """ε that training has spent, at the plan's δ, from the ledger, or that of the choice among
+        several trainings; None without a plan."""
+        if self.plan is None or self.ledger is None:
+            return None
+        if self.selection is None:
+            return self.ledger.epsilon()
+        return self.selection.epsilon(self.plan.events(), delta=self.plan.target_delta)
 
     def predict(self, texts: Sequence[str], *, batch_size: int = BATCH_SIZE) -> list[Prediction]:
         """Intent, probability and slots of each text, in order.
@@ -103,7 +111,7 @@ class LoadedModel:
         _check_free(out, self.directory)
         make_directory(out)
         model_directory.export(self.classifier, out)
-        for name in (PLAN, LEDGER):
+        for name in (PLAN, LEDGER, SELECTION):
             if (self.directory / name).exists():
                 shutil.copyfile(self.directory / name, out / name)
         card = (self.directory / CARD).read_text(encoding="utf-8")
@@ -126,7 +134,7 @@ def load(directory: Path | str, *, device: str = CPU) -> LoadedModel:
     saved = model_directory.load(home)
     saved.classifier.model.eval().to(place)
     ledger = None if saved.plan is None else Ledger.read(home / LEDGER)
-    return LoadedModel(saved.classifier, saved.plan, saved.metrics, home, ledger)
+    return LoadedModel(saved.classifier, saved.plan, saved.metrics, home, ledger, saved.selection)
 
 
 def _check_free(out: Path, model: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
+from dpnlu.accounting.tuning import Selection
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.nlu.classifier import Architecture
@@ -25,9 +26,14 @@ _UNITS = {
 }
 
 
-def privacy_statement(plan: PrivacyPlan | None, ledger: Ledger | None) -> str:
+def privacy_statement(
+    plan: PrivacyPlan | None, ledger: Ledger | None, selection: Selection | None = None
+) -> str:
     """One paragraph: ε by two accountants, δ, adjacency, unit, sampler; or that there is no
     guarantee.
+
+    Args:
+        selection: of which trainings the model is the best; None: there was one.
 
     Raises:
         UnconfirmedError: the accountants contradict each other, so that no ε can be stated.
@@ -40,9 +46,14 @@ def privacy_statement(plan: PrivacyPlan | None, ledger: Ledger | None) -> str:
     spent, truncated = ledger.epsilon(), f", truncated at {plan.max_batch_size}"
     neighbours = _NEIGHBOURS[plan.adjacency].format(one=_ONES[plan.unit])
     unit = _UNITS[plan.unit].format(most=plan.examples_per_user)
+    whole, chosen = spent, ""
+    if selection is not None:
+        whole = selection.epsilon(plan.events(), delta=plan.target_delta)
+        chosen = f"{_choice(selection)} One training, with ε = {_rounded_up(spent)} by itself: "
     return (
-        f"**(ε = {_rounded_up(spent)}, δ = {plan.target_delta:g})-differential privacy**, for "
-        f"{neighbours} (unit: one {plan.unit}, {unit}). {len(ledger)} releases of clipped gradient "
+        f"**(ε = {_rounded_up(whole)}, δ = {plan.target_delta:g})-differential privacy**, for "
+        f"{neighbours} (unit: one {plan.unit}, {unit}). {chosen}"
+        f"{len(ledger)} releases of clipped gradient "
         f"sums: norm at most {_bound(plan, ledger)} per {plan.clipping_unit} ({plan.clipping} "
         f"clipping), Gaussian noise of multiplier {plan.noise_multiplier:.4g} "
         f"({_schedule(plan)}), batches of {plan.unit}s sampled by Poisson with probability "
@@ -50,6 +61,20 @@ def privacy_statement(plan: PrivacyPlan | None, ledger: Ledger | None) -> str:
         f"{truncated if plan.max_batch_size else ''}. Accountant: privacy loss distributions"
         f"{' (dp-accounting)' if plan.max_batch_size else ''}; {_second(ledger)}. The number of "
         f"training {plan.unit}s, {plan.num_examples}, is treated as public."
+    )
+
+
+def _choice(selection: Selection) -> str:
+    """How the model was chosen."""
+    if selection.number == "fixed":
+        return (
+            f"That is the ε of {selection.trials:g} trainings together, of which this model is the "
+            "best."
+        )
+    return (
+        "That is the ε of the choice of this model, the best of a number of trainings that was "
+        f"drawn from a {selection.number} distribution of mean {selection.trials:g} and is told to "
+        "nobody (Papernot and Steinke 2022; Rényi divergences)."
     )
 
 
@@ -93,15 +118,17 @@ def model_card(
     ledger: Ledger | None,
     not_covered: Sequence[str],
     metrics: Mapping[str, Any],
+    selection: Selection | None = None,
 ) -> str:
     """The README.md of a model directory.
 
     Args:
+        selection: of which trainings the model is the best; None: there was one.
         not_covered: what else was released or chosen by looking at the data, in sentences.
         metrics: shown as they are.
     """
     lines = [f"# Intent and slot classifier ({architecture.name})", "", "## Privacy", ""]
-    lines += [privacy_statement(plan, ledger), ""]
+    lines += [privacy_statement(plan, ledger, selection), ""]
     if not_covered:
         lines += ["Not covered by this statement:", "", *(f"- {item}" for item in not_covered), ""]
     lines += ["## Results", "", "| measure | value |", "| --- | --- |"]

@@ -5,6 +5,7 @@ config.json           what to build, and the SHA-256 of every other file
 vocabulary.json       how text becomes numbers; for encoders tokenizer/ and encoder/
 plan.json             the privacy plan; absent after ordinary training
 ledger.jsonl          what was released; likewise
+selection.json        of which trainings it is the best; absent if there was one
 metrics.json          how well it does, and what it took
 README.md             the model card, with the ε statement
 """
@@ -21,6 +22,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from dpnlu.accounting.tuning import Selection
 from dpnlu.mechanism.durable import (
     make_directory,
     remove_partials,
@@ -43,8 +45,10 @@ CONFIG, WEIGHTS, PLAN, LEDGER, METRICS, CARD = (
     "metrics.json",
     "README.md",
 )
-# What an unfinished training keeps here; no part of the model.
+SELECTION = "selection.json"
+# What an unfinished training keeps here, or a choice among several; no part of the model.
 RUN, CHECKPOINT = "run.json", "checkpoint.safetensors"
+TRIALS, TRIAL = "trials.json", "trials"
 _VOCABULARY, _TOKENIZER, _ENCODER = "vocabulary.json", "tokenizer", "encoder"
 _FORMAT = 1
 
@@ -60,12 +64,14 @@ class SavedModel:
     Attributes:
         plan: None after ordinary training.
         metrics: accuracy, time, and ε if there is one.
+        selection: of which trainings it is the best; None: there was one.
     """
 
     classifier: Classifier
     recipe: Recipe
     plan: PrivacyPlan | None
     metrics: dict[str, Any]
+    selection: Selection | None = None
 
 
 def save(
@@ -119,7 +125,21 @@ def load(directory: Path) -> SavedModel:
     plan = PrivacyPlan.from_dict(read_json(plan_file)) if plan_file.exists() else None
     recipe = Recipe(**config["recipe"])
     metrics = read_json(directory / METRICS)
-    return SavedModel(classifier=classifier, recipe=recipe, plan=plan, metrics=metrics)
+    return SavedModel(
+        classifier=classifier,
+        recipe=recipe,
+        plan=plan,
+        metrics=metrics,
+        selection=_selection(directory),
+    )
+
+
+def _selection(directory: Path) -> Selection | None:
+    path = directory / SELECTION
+    if not path.exists():
+        return None
+    content = read_json(path)
+    return Selection(trials=content["trials"], number=content["number"])
 
 
 def export(classifier: Classifier, directory: Path) -> None:
@@ -219,8 +239,12 @@ def _changed(directory: Path, name: str) -> str:
 
 def _digests(directory: Path) -> dict[str, str]:
     """SHA-256 of each file of the model but the configuration."""
-    others = [directory / name for name in (CONFIG, RUN, CHECKPOINT)]
-    files = [path for path in sorted(directory.rglob("*")) if path.is_file() and path not in others]
+    others = [directory / name for name in (CONFIG, RUN, CHECKPOINT, TRIALS)]
+    files = [
+        path
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path not in others and directory / TRIAL not in path.parents
+    ]
     return {path.relative_to(directory).as_posix(): _digest_of_file(path) for path in files}
 
 

@@ -51,6 +51,8 @@ from dpnlu.runs.train import Trained, new_classifier, train
 from dpnlu.training.checkpoint import Checkpoints
 from dpnlu.training.loop import check_fit
 
+OTHER_CHOICES = "Any choice among several trainings, or of settings, by looking at their results."
+
 
 class DivergedError(RuntimeError):
     """Training ended with weights that are infinite or not a number; they are not saved."""
@@ -71,7 +73,7 @@ def train_model(
         DivergedError: the weights are not finite.
     """
     settings = as_begun(settings, directory / RUN)
-    work = _prepared(settings)
+    work = prepared(settings)
     with claimed(directory):
         run = interrupted_run(directory, resume=resume)
         if run is not None:
@@ -85,7 +87,7 @@ def train_model(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Work:
+class Work:
     """What is to be done, checked as far as it can be before anything is written."""
 
     settings: TrainSettings
@@ -95,7 +97,12 @@ class _Work:
     classifier: Classifier
 
 
-def _prepared(settings: TrainSettings) -> _Work:
+def prepared(settings: TrainSettings) -> Work:
+    """Check the settings, as far as that is possible before training, and make what they ask for.
+
+    Raises:
+        ValueError: invalid settings or data.
+    """
     corpus = _with_labels(load_corpus(settings.data, seed=settings.seed), settings.labels)
     experiment = experiment_for(
         settings,
@@ -114,7 +121,7 @@ def _prepared(settings: TrainSettings) -> _Work:
     experiment.check_validation(corpus)
     classifier = new_classifier(experiment, seed=settings.seed)
     check_fit(classifier.model, recipe=experiment.recipe, plan=plan, compute=experiment.compute)
-    return _Work(
+    return Work(
         settings=settings,
         corpus=corpus,
         experiment=experiment,
@@ -142,7 +149,7 @@ def _vocabulary(settings: TrainSettings, corpus: Corpus) -> Vocabulary:
     return fitted_vocabulary(examples)
 
 
-def _check_same(run: Run, work: _Work, directory: Path) -> None:
+def _check_same(run: Run, work: Work, directory: Path) -> None:
     """Raise ValueError unless the training that was started is the one that is asked for."""
     if run.settings != work.settings.to_dict():
         raise ValueError(
@@ -156,7 +163,7 @@ def _check_same(run: Run, work: _Work, directory: Path) -> None:
         )
 
 
-def _trained(work: _Work, directory: Path, run: Run | None, on_progress: OnProgress) -> Results:
+def _trained(work: Work, directory: Path, run: Run | None, on_progress: OnProgress) -> Results:
     """Train, from the start if there is no `run` to resume, and complete the directory."""
     is_new = run is None
     if run is None:
@@ -178,7 +185,7 @@ def _trained(work: _Work, directory: Path, run: Run | None, on_progress: OnProgr
         plan=work.plan,
         ledger=ledger,
         results=results,
-        not_covered=_not_covered(work),
+        not_covered=not_covered(work),
     )
     return results
 
@@ -194,7 +201,7 @@ def _ledger(plan: PrivacyPlan | None, directory: Path, *, is_new: bool) -> Itera
 
 
 def _fitted(
-    work: _Work, directory: Path, run: Run, ledger: Ledger | None, on_progress: OnProgress
+    work: Work, directory: Path, run: Run, ledger: Ledger | None, on_progress: OnProgress
 ) -> Trained:
     plan, recipe, examples = work.plan, work.experiment.recipe, work.corpus.split("train")
     return train(
@@ -223,7 +230,7 @@ def _check_finite(model: nn.Module) -> None:
         )
 
 
-def _not_covered(work: _Work) -> Sequence[str]:
+def not_covered(work: Work) -> Sequence[str]:
     """What was published or chosen by looking at the data, outside the training."""
     if work.plan is None:
         return ()
@@ -232,5 +239,4 @@ def _not_covered(work: _Work) -> Sequence[str]:
         found.append("The label set was read from the data, not declared.")
     if not work.experiment.vocabulary.is_public:
         found.append("The vocabulary was read from the training texts.")
-    found.append("Any choice among several trainings, or of settings, by looking at their results.")
-    return found
+    return [*found, OTHER_CHOICES]

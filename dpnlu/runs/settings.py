@@ -223,6 +223,32 @@ class TrainSettings(RecipeSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TuningSettings(TrainSettings):
+    """What `dpnlu train` is asked for that may train several times, and keep the best."""
+
+    trials: float | None = setting(
+        "train so many times on average, with settings drawn from those of --search, and keep the "
+        "model that does best on the validation split; ε is that of the whole (default: train "
+        "once)",
+        default=None,
+        metavar="K",
+    )
+    search: str | None = setting(
+        "what the trainings differ in: NAME=VALUE,VALUE,…, several joined by colons, with names "
+        "from learning_rate, max_grad_norm, dropout, weight_decay, characters and slot_loss "
+        "(default: in nothing but chance)",
+        default=None,
+        metavar="SPACE",
+    )
+
+    @property
+    def of_one_training(self) -> TrainSettings:
+        """The settings without the choice among several trainings."""
+        names = [known.name for known in fields(TrainSettings)]
+        return TrainSettings(**{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True, kw_only=True)
 class DiagnosisSettings(RecipeSettings):
     """What `dpnlu diagnose` is asked for."""
 
