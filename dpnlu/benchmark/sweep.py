@@ -24,7 +24,7 @@ from dpnlu.benchmark.cases import Case
 from dpnlu.benchmark.process import KEEPS_MEMORY, result_of
 from dpnlu.benchmark.steps import Step, ordinary, private
 from dpnlu.gradients.factors import OuterProducts
-from dpnlu.gradients.forms import GramCache
+from dpnlu.gradients.grams import GramCache
 from dpnlu.runs.progress import OnProgress
 
 _VOCABULARY, _INTENTS = 2_000, 64

@@ -24,7 +24,7 @@ from dpnlu.engines.separation import Separated, do_rows_agree, layouts_of, separ
 from dpnlu.engines.user_gradients import of_users, shares, user_sums
 from dpnlu.engines.verification import Evidence, gather, scales
 from dpnlu.gradients.calls import Call
-from dpnlu.gradients.forms import SquaredNorms
+from dpnlu.gradients.forms import Gradients, SquaredNorms
 from dpnlu.gradients.layout import Layout
 from dpnlu.gradients.rounding import coarsest_of, full_precision
 from dpnlu.gradients.rules import OPERATIONS
@@ -150,13 +150,13 @@ class BookKeeping:
         try:
             with self._tape.during_backward():
                 takes_norms = users is None and not self.clipper.is_divided
-                parts, norms = self._found(losses, takes_norms=takes_norms)
+                found, norms = self._found(losses, takes_norms=takes_norms)
         finally:
             self._tape.clear()
-        if users is not None:
-            parts, losses = of_users(parts, users), user_sums(losses.detach(), users)
-            norms = None
-        return self.clip_found(parts, norms, losses).first(kept)
+        if users is None:
+            return self.clip_found(found, norms, losses).first(kept)
+        parts, losses = of_users(found, users), user_sums(losses.detach(), users)
+        return self.clip_found(parts, None, losses).first(kept)
 
     def clip_found(self, parts: Parts, norms: SquaredNorms | None, losses: Tensor) -> ClipOutcome:
         """`clip`, of gradients and, unless they are not known, norms that were found before."""
@@ -211,7 +211,9 @@ class BookKeeping:
 
     # ------------------------------------------------------------------------------------------
 
-    def _found(self, losses: Tensor, *, takes_norms: bool) -> tuple[Parts, SquaredNorms | None]:
+    def _found(
+        self, losses: Tensor, *, takes_norms: bool
+    ) -> tuple[dict[Tensor, Sequence[Gradients]], SquaredNorms | None]:
         """The gradients that the tape saw, with their norms, and checked.
 
         Args:
@@ -280,7 +282,7 @@ class BookKeeping:
         arrived: Sequence[Tensor | None],
         layouts: Sequence[Layout],
         losses: Tensor,
-    ) -> Parts:
+    ) -> dict[Tensor, Sequence[Gradients]]:
         with full_precision(losses.device):
             found = self._tape.trace.gradients(arrived, layouts)
             return {parameter: combine(found.get(parameter, [])) for parameter in self.names}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class Opacus:
         for parameter in self._parameters:
             parameter.grad = None  # Opacus' gradients lie beside it
         self._check_forward_passes()
-        written_out: dict[Tensor, list[Gradients]] = {}
+        written_out: dict[Tensor, Sequence[Gradients]] = {}
         for parameter in self._parameters:
             found: Any = getattr(parameter, "grad_sample", None)
             if found is not None:
@@ -68,7 +69,7 @@ class Opacus:
         self._hooks.set_grad_sample_to_none()
         parts: Parts = written_out
         if users is not None:
-            parts, losses = of_users(parts, users), user_sums(losses, users)
+            parts, losses = of_users(written_out, users), user_sums(losses, users)
         return clip_gradients(parts, None, losses, self.clipper).first(kept)
 
     def _check_forward_passes(self) -> None:

@@ -11,11 +11,15 @@ their sum comes out of the same products, cross terms included. There is no loop
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from dpnlu.engines.clipped import Parts
+from dpnlu.gradients.forms import Gradients
 from dpnlu.gradients.groups import grouping, together
+from dpnlu.gradients.rounding import full_precision
 
 
 def shares(losses: Tensor, users: Tensor) -> Tensor:
@@ -37,7 +41,15 @@ def user_losses(losses: Tensor, users: Tensor) -> Tensor:
     return user_sums(shares(losses, users), users)
 
 
-def of_users(parts: Parts, users: Tensor) -> Parts:
-    """The gradients (B, …) of examples -> those of users (U, …), the sums over their examples."""
+def of_users(parts: dict[Tensor, Sequence[Gradients]], users: Tensor) -> Parts:
+    """The gradients (B, …) of examples -> those of users (U, …), the sums over their examples.
+
+    Args:
+        parts: parameter -> its uses; emptied, so that both need not be held at once.
+    """
     layout = grouping(users)
-    return {parameter: [together(use, layout) for use in uses] for parameter, uses in parts.items()}
+    found: dict[Tensor, Sequence[Gradients]] = {}
+    with full_precision(users.device):
+        for parameter in list(parts):
+            found[parameter] = [together(use, layout) for use in parts.pop(parameter)]
+    return found

@@ -8,15 +8,13 @@ import torch
 from torch import Tensor
 
 from dpnlu.gradients.forms import (
-    GramCache,
-    GramPair,
     SquaredNorms,
     lengths,
-    norms_by_grams,
     of_written_out,
     squared_lengths,
     zeroed,
 )
+from dpnlu.gradients.grams import GramCache, GramPair, computed_entries, norms_by_grams
 from dpnlu.gradients.kernels import add_product_
 from dpnlu.gradients.rounding import growth, squared_sums, squared_terms, underflow
 
@@ -59,11 +57,11 @@ class OuterProducts:
 
     @property
     def takes_gram(self) -> bool:
-        """Whether Gram matrices, 2T² (d + p), take fewer multiplications than gradients, 2T d p,
-        and there is more than one term."""
+        """Whether Gram matrices, T² (d + p) or less, take fewer multiplications than gradients,
+        T d p, and there is more than one term."""
         _, positions, d = self.left.shape
         p = self.right.shape[2]
-        return positions != 1 and positions * (d + p) <= d * p
+        return positions != 1 and computed_entries(positions) * (d + p) <= positions * d * p
 
     def norms_by_gram(self, grams: GramCache) -> SquaredNorms:
         """‖Σ b aᵀ‖² = Σ_st (a_s·a_t)(b_s·b_t) (Li et al. 2022)."""

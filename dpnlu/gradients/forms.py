@@ -18,14 +18,16 @@ Shapes: B examples, T positions, d inputs, p outputs, V rows of a table.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from dpnlu.gradients.rounding import growth, squared_sums, squared_terms, underflow
+
+if TYPE_CHECKING:
+    from dpnlu.gradients.grams import GramCache  # whose norms are of this module
 
 
 @dataclass(frozen=True)
@@ -161,68 +163,3 @@ def zeroed(values: Tensor, finite: Tensor) -> Tensor:
     """The rows outside `finite` set to zero; not by multiplication, as 0 · ∞ is not 0."""
     mask = finite.view(-1, *[1] * (values.dim() - 1))
     return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
-
-
-@dataclass(frozen=True)
-class GramPair:
-    """Gram matrices of the two factors of some gradients, whose squared norms are the inner
-    products of both.
-
-    Attributes:
-        left, right: (B, T, T).
-        relative: how far rounding may take these, relative to the squared sums of the norms of a
-            gradient's terms.
-    """
-
-    left: Tensor
-    right: Tensor
-    relative: float
-
-
-def norms_by_grams(pairs: Sequence[GramPair]) -> SquaredNorms:
-    """(K, B) squared norms of K pairs of the same shape, in as many operations as those of one."""
-    lefts, rights = (_stacked([pair.left for pair in pairs]), _stacked([p.right for p in pairs]))
-    # Rounding may leave a vanishing norm slightly negative.
-    values = (lefts * rights).sum(3).sum(2).clamp_(min=0)
-    sizes = (lengths(diagonal(lefts)) * lengths(diagonal(rights))).sum(2)
-    slack = sizes.square_()
-    torch._foreach_mul_(slack.unbind(0), [pair.relative for pair in pairs])
-    return SquaredNorms(values, slack)
-
-
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
-
-
-class GramCache:
-    """Gram matrices of the latest tensors, of which some come again: query, key and value have the
-    same input; the embeddings of words, positions and types the same gradient."""
-
-    def __init__(self) -> None:
-        self._last: list[tuple[Tensor, Tensor]] = []
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """(B, T, d) -> (B, T, T) inner products of the rows of each example."""
-        for known, gram in self._last:
-            if _is_same(known, rows):
-                return gram
-        gram = torch.bmm(rows, rows.mT)
-        self._last = [*self._last[-3:], (rows, gram)]
-        return gram
-
-
-def diagonal(grams: Tensor) -> Tensor:
-    """(…, T, T) -> (…, T), as a view that torch can compile."""
-    return grams.flatten(-2)[..., :: grams.shape[-1] + 1]
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors, both alive, are the same numbers in the same memory."""
-    return one is other or (
-        one.untyped_storage()._cdata
-        == other.untyped_storage()._cdata  # also defined while a program is traced
-        and one.storage_offset() == other.storage_offset()
-        and one.shape == other.shape
-        and one.stride() == other.stride()
-        and one.dtype == other.dtype
-    )

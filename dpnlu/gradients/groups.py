@@ -1,8 +1,9 @@
 """Sums of the gradients of groups of examples, in the form in which those were found.
 
 What is a sum over the positions of an example becomes one over the positions of all examples of the
-group, one after the other: nothing is multiplied out. Where groups have unlike numbers of examples,
-the smaller ones are filled up with zeros.
+group, one after the other. Where groups have unlike numbers of examples, the smaller ones are
+filled up with zeros. Nothing is multiplied out but what then takes little more memory: a matrix
+whose factors have many positions is computed once for the norm and the sum, and not twice.
 
 Shapes: B examples with T positions, in G groups of up to k examples.
 """
@@ -16,6 +17,9 @@ from dpnlu.gradients.factors import OuterProducts
 from dpnlu.gradients.forms import Dense, Gradients
 from dpnlu.gradients.layout import Layout
 from dpnlu.gradients.rows import Bags, Rows
+
+# Gradients are written out that take at most so many times the memory of their factors.
+_ROOM = 1.5
 
 
 def grouping(groups: Tensor) -> Layout:
@@ -42,7 +46,9 @@ def together(use: Gradients, layout: Layout) -> Gradients:
         use = use.rows()
     if isinstance(use, OuterProducts):
         left, right = (_joined(factor, layout) for factor in (use.left, use.right))
-        return OuterProducts(left, right, use.transposed)
+        joined = OuterProducts(left, right, use.transposed)
+        room = _ROOM * joined.terms * (left.shape[2] + right.shape[2])
+        return Dense(joined.dense()) if joined.entries <= room else joined
     if isinstance(use, Rows):
         return Rows(_joined(use.ids, layout, fill=-1), _joined(use.values, layout), use.shape)
     if isinstance(use, Dense):

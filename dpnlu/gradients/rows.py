@@ -9,15 +9,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dpnlu.gradients.forms import (
-    GramCache,
-    GramPair,
     SquaredNorms,
     lengths,
-    norms_by_grams,
     of_written_out,
     squared_lengths,
     zeroed,
 )
+from dpnlu.gradients.grams import GramCache, GramPair, norms_by_grams, strips
 from dpnlu.gradients.rounding import growth, squared_sums, squared_terms
 
 # Up to this many positions, comparing all pairs of ids is faster than sorting them.
@@ -54,9 +52,14 @@ class Rows:
     def gram_pair(self, grams: GramCache) -> GramPair:
         """Of the values, and of the unit vectors e, whose inner products say which ids are equal;
         those of padding are zero."""
-        same = (self.ids[:, :, None] == self.ids[:, None, :]) & (self.ids >= 0)[:, None, :]
         relative = growth(self.values.shape[2] + 4 * self.terms + 4, self.values.dtype)
-        return GramPair(same.to(self.values.dtype), grams(self.values), relative)
+        same = tuple(self._same(start, stop) for start, stop in strips(self.terms))
+        return GramPair(same, grams(self.values), relative)
+
+    def _same(self, start: int, stop: int) -> Tensor:
+        """(B, s, t) 1 where these positions have the ids of those from the first of them on."""
+        later = self.ids[:, None, start:]
+        return ((self.ids[:, start:stop, None] == later) & (later >= 0)).to(self.values.dtype)
 
     def norms_written_out(self) -> SquaredNorms:
         sums, example, batch = self._merged()

@@ -11,12 +11,8 @@ import torch
 from torch import Tensor
 
 from dpnlu.gradients.factors import OuterProducts
-from dpnlu.gradients.forms import (
-    Dense,
-    Gradients,
-    GramCache,
-    SquaredNorms,
-)
+from dpnlu.gradients.forms import Dense, Gradients, SquaredNorms
+from dpnlu.gradients.grams import GramCache
 from dpnlu.gradients.rounding import growth, inner_products, squared_terms
 from dpnlu.gradients.rows import (
     Bags,

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from dpnlu.engines import ENGINES
 from dpnlu.engines.outcome import OpenUnit
 from dpnlu.engines.separation import layouts_of, separate
-from dpnlu.gradients.forms import Gradients, GramCache
+from dpnlu.gradients.forms import Gradients
+from dpnlu.gradients.grams import GramCache
 from dpnlu.gradients.rules import OPERATIONS
 from dpnlu.gradients.tape import Tape
 from dpnlu.gradients.uses import combine, squared_norms

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dpnlu.gradients import forms as gradients
 from dpnlu.gradients.factors import OuterProducts
-from dpnlu.gradients.forms import Dense, GramCache
+from dpnlu.gradients.forms import Dense
+from dpnlu.gradients.grams import Gram, GramCache, computed_entries, strips
 from dpnlu.gradients.rows import (
     Bags,
     Rows,
@@ -27,7 +28,7 @@ class CountingGrams(GramCache):
         super().__init__()
         self.asked = 0
 
-    def __call__(self, rows: Tensor) -> Tensor:
+    def __call__(self, rows: Tensor) -> Gram:
         self.asked += 1
         return super().__call__(rows)
 
@@ -97,6 +98,9 @@ FORMS = [
     Form("outer, many positions", lambda: outer(3, 40, 4, 3), False),
     Form("outer, wide input", lambda: outer(3, 3, 40, 5), True),
     Form("outer, one position", lambda: outer(3, 1, 4, 5), False),
+    Form("outer, positions in strips", lambda: outer(2, 130, 150, 250), True),
+    Form("outer transposed, positions in strips", lambda: outer(2, 201, 260, 300, True), True),
+    Form("outer, too many positions in strips", lambda: outer(2, 201, 100, 100), False),
     Form("outer, no position", lambda: outer(3, 0, 4, 5), True),
     Form("outer, no example", lambda: outer(0, 2, 16, 12), True),
     Form("outer, one example", lambda: outer(1, 5, 3, 2), False),
@@ -268,14 +272,27 @@ def test_the_parts_of_nothing():
 def test_gram_matrices_are_kept_by_identity_not_by_value():
     grams = GramCache()
     one, other = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    kept = grams(one)
+    (kept,) = grams(one)
     torch.testing.assert_close(kept, torch.einsum("bsd,btd->bst", one, one))
-    assert grams(one) is kept
-    torch.testing.assert_close(grams(other), torch.einsum("bsd,btd->bst", other, other))
-    assert grams(one) is kept
+    assert grams(one)[0] is kept
+    torch.testing.assert_close(grams(other)[0], torch.einsum("bsd,btd->bst", other, other))
+    assert grams(one)[0] is kept
     for _ in range(10):
         grams(torch.randn(2, 3, 4))
-    torch.testing.assert_close(grams(one), kept)
+    torch.testing.assert_close(grams(one)[0], kept)
+
+
+@pytest.mark.parametrize("positions", [0, 1, 128, 129, 130, 133, 256])
+def test_strips_hold_a_matrix_and_no_large_one_whole(positions):
+    values = torch.randn(2, positions, 3)
+    gram = torch.einsum("bsd,btd->bst", values, values)
+    rebuilt = torch.zeros_like(gram)
+    found = GramCache()(values)
+    for (start, stop), strip in zip(strips(positions), found, strict=True):
+        rebuilt[:, start:stop, start:] = strip
+    torch.testing.assert_close(rebuilt.triu(), gram.triu())
+    assert sum(strip[0].numel() for strip in found) == computed_entries(positions)
+    assert computed_entries(positions) <= (0.65 if positions > 128 else 1) * positions**2
 
 
 def test_norms_of_half_precision_factors_are_those_of_full_precision_sums():

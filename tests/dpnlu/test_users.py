@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from dpnlu.gradients.errors import UnsupportedLayerError
 from dpnlu.gradients.factors import OuterProducts
-from dpnlu.gradients.forms import Dense, GramCache
+from dpnlu.gradients.forms import Dense
+from dpnlu.gradients.grams import GramCache
 from dpnlu.gradients.groups import grouping, together
 from dpnlu.gradients.rows import Bags, Rows
 from dpnlu.mechanism.ledger import Ledger
@@ -260,6 +261,7 @@ def _forms() -> dict[str, object]:
         "outer, the same for all": OuterProducts(
             torch.randn(1, 5, 4).expand(12, 5, 4), torch.randn(12, 5, 3)
         ),
+        "outer, wide": OuterProducts(torch.randn(12, 2, 40), torch.randn(12, 2, 50)),
         "rows": Rows(ids, torch.randn(12, 5, 4), (7, 4)),
         "many rows": Rows(torch.randint(-1, 7, (12, 70)), torch.randn(12, 70, 4), (7, 4)),
         "bags": Bags(ids, torch.randn(12, 5), torch.randn(12, 4), (7, 4)),
@@ -284,6 +286,15 @@ def test_gradients_of_a_group_are_the_sums_of_those_of_its_examples(name, groups
     total = torch.zeros(dense.shape[1:])
     found.add_weighted_sum(weights, total)
     torch.testing.assert_close(total, torch.einsum("g,g...->...", weights, expected))
+
+
+def test_a_matrix_is_written_out_where_its_factors_take_as_much_memory():
+    def joined(positions: int) -> object:
+        use = OuterProducts(torch.randn(6, positions, 40), torch.randn(6, positions, 50))
+        return together(use, grouping(torch.arange(2).repeat_interleave(3)))
+
+    assert isinstance(joined(4), OuterProducts)  # 2000 entries, and 3 · 4 · 90 in the factors
+    assert isinstance(joined(5), Dense)
 
 
 # ---- whole steps -----------------------------------------------------------------------------
