@@ -49,20 +49,27 @@ def transformers(
     """The Trainer of transformers, with gradient accumulation.
 
     Args:
-        per_user: users are protected, who have so many examples each; None: examples are.
+        per_user: users are protected, who have so many examples each; None: examples are. Batches
+            of few users are of very unlike sizes: their time is that of a logical batch's examples.
     """
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
     from dpnlu.integrations.huggingface import privatize_trainer
 
-    times = [time.perf_counter()]
+    times, counts = [time.perf_counter()], [0]
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *_: Any, **__: Any) -> None:
             times.append(time.perf_counter())
+            counts.append(0)
+
+    def collate(examples: list[Any]) -> dict[str, Any]:
+        counts[-1] += len(examples)
+        return default_data_collator(examples)
 
     trainer = Trainer(
         model=_model(case).encoder,
+        data_collator=collate,
         args=TrainingArguments(
             output_dir=folder,
             per_device_train_batch_size=case.physical,
@@ -82,7 +89,11 @@ def transformers(
         whose = None if per_user is None else [n // per_user for n in range(len(case.examples()))]
         trainer = privatize_trainer(trainer, plan=_plan(case, steps, per_user), users=whose)
     trainer.train()
-    return times
+    if per_user is None or not private:
+        return times
+    taken = [b - a for a, b in itertools.pairwise(times)]
+    of_size = [one * case.logical / count for one, count in zip(taken, counts, strict=False)]
+    return list(itertools.accumulate(of_size, initial=0.0))
 
 
 def accelerate(case: Case, *, private: bool, steps: int, folder: str) -> list[float]:
