@@ -45,6 +45,7 @@ from dpnlu.runs.experiment import (
 )
 from dpnlu.runs.model_directory import CHECKPOINT, RUN, is_model, load
 from dpnlu.runs.progress import OnProgress, silent
+from dpnlu.runs.public_data import PublicData
 from dpnlu.runs.results import Results, results_of, save_trained
 from dpnlu.runs.settings import TrainSettings, as_begun
 from dpnlu.runs.train import Trained, new_classifier, train
@@ -92,6 +93,7 @@ class Work:
 
     settings: TrainSettings
     corpus: Corpus
+    public: PublicData | None
     experiment: Experiment
     plan: PrivacyPlan | None
     classifier: Classifier
@@ -104,10 +106,13 @@ def prepared(settings: TrainSettings) -> Work:
         ValueError: invalid settings or data.
     """
     corpus = _with_labels(load_corpus(settings.data, seed=settings.seed), settings.labels)
+    public = None
+    if settings.public is not None:
+        public = PublicData.load(settings.public, private=corpus, seed=settings.seed)
     experiment = experiment_for(
         settings,
         epsilon=settings.epsilon,
-        labels=Labels(corpus.intents, corpus.tags),
+        labels=Labels(corpus.intents, corpus.tags) if public is None else public.labels,
         vocabulary=_vocabulary(settings, corpus),
         learning_rate=settings.learning_rate,
         engine=settings.engine,
@@ -124,6 +129,7 @@ def prepared(settings: TrainSettings) -> Work:
     return Work(
         settings=settings,
         corpus=corpus,
+        public=public,
         experiment=experiment,
         plan=plan,
         classifier=classifier,
@@ -204,6 +210,13 @@ def _fitted(
     work: Work, directory: Path, run: Run, ledger: Ledger | None, on_progress: OnProgress
 ) -> Trained:
     plan, recipe, examples = work.plan, work.experiment.recipe, work.corpus.split("train")
+    if work.public is not None and not (directory / CHECKPOINT).exists():
+        work.public.teach(
+            work.classifier,
+            work.settings,
+            work.experiment.compute,
+            on_progress=lambda done, total: on_progress("public data", done, total),
+        )
     return train(
         work.classifier,
         examples,
@@ -239,4 +252,6 @@ def not_covered(work: Work) -> Sequence[str]:
         found.append("The label set was read from the data, not declared.")
     if not work.experiment.vocabulary.is_public:
         found.append("The vocabulary was read from the training texts.")
+    if work.public is not None:
+        found.append(f"The public data, {work.public.spec}, on which the model was trained first.")
     return [*found, OTHER_CHOICES]

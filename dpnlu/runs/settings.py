@@ -208,6 +208,12 @@ class TrainSettings(RecipeSettings):
         "path of a public word list",
         default="hashed",
     )
+    public: str | None = setting(
+        "a corpus, as for --data, that the model is trained on first, without noise; ε does not "
+        "cover it, and the model knows its labels, too (default: none)",
+        default=None,
+        metavar="SPEC",
+    )
     labels: str | None = setting(
         'JSON file {"intents": [...], "slots": [...]} that declares the label sets (default: as '
         "the corpus declares them, else read from the data, which ε does not cover)",
@@ -272,7 +278,7 @@ _Recipes = TypeVar("_Recipes", bound=RecipeSettings)
 _LATER = {
     *("unit", "examples_per_user", "weight_decay", "characters", "redact_digits", "patience"),
     *("noise_schedule", "clipping"),
-    *("decimals", "audit_canaries", "searches", "slot_loss"),
+    *("decimals", "audit_canaries", "searches", "slot_loss", "public"),
 }
 
 
