@@ -51,5 +51,5 @@ def of_users(parts: dict[Tensor, Sequence[Gradients]], users: Tensor) -> Parts:
     found: dict[Tensor, Sequence[Gradients]] = {}
     with full_precision(users.device):
         for parameter in list(parts):
-            found[parameter] = [together(use, layout) for use in parts.pop(parameter)]
+            found[parameter] = together(parts.pop(parameter), layout)
     return found

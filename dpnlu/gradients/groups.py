@@ -10,6 +10,8 @@ Shapes: B examples with T positions, in G groups of up to k examples.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,19 +38,30 @@ def grouping(groups: Tensor) -> Layout:
     return Layout(count, owners=groups)
 
 
-def together(use: Gradients, layout: Layout) -> Gradients:
+def together(uses: Sequence[Gradients], layout: Layout) -> list[Gradients]:
     """The gradients (B, …) of examples -> those of their groups, (G, …).
+
+    Args:
+        uses: of one parameter, whose gradients add up. The norm of a sum of several takes their
+            factors, so that only a single one is ever multiplied out.
 
     Raises:
         TypeError: another form of gradients.
     """
+    found = [_together(use, layout) for use in uses]
+    single = found[0] if len(found) == 1 else None
+    if isinstance(single, OuterProducts):
+        room = _ROOM * single.terms * (single.left.shape[2] + single.right.shape[2])
+        return [Dense(single.dense())] if single.entries <= room else found
+    return found
+
+
+def _together(use: Gradients, layout: Layout) -> Gradients:
     if isinstance(use, Bags):  # bags of one group have gradients of their own
         use = use.rows()
     if isinstance(use, OuterProducts):
         left, right = (_joined(factor, layout) for factor in (use.left, use.right))
-        joined = OuterProducts(left, right, use.transposed)
-        room = _ROOM * joined.terms * (left.shape[2] + right.shape[2])
-        return Dense(joined.dense()) if joined.entries <= room else joined
+        return OuterProducts(left, right, use.transposed)
     if isinstance(use, Rows):
         return Rows(_joined(use.ids, layout, fill=-1), _joined(use.values, layout), use.shape)
     if isinstance(use, Dense):

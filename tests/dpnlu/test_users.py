@@ -277,7 +277,7 @@ def test_gradients_of_a_group_are_the_sums_of_those_of_its_examples(name, groups
     count = int(groups.max()) + 1
     dense = use.dense()
     expected = torch.zeros(count, *dense.shape[1:]).index_add_(0, groups, dense)
-    found = together(use, grouping(groups))
+    (found,) = together([use], grouping(groups))
     torch.testing.assert_close(found.dense(), expected)
     squares = expected.flatten(1).square().sum(1)
     torch.testing.assert_close(found.squared_norms(GramCache()).values, squares)
@@ -289,12 +289,19 @@ def test_gradients_of_a_group_are_the_sums_of_those_of_its_examples(name, groups
 
 
 def test_a_matrix_is_written_out_where_its_factors_take_as_much_memory():
-    def joined(positions: int) -> object:
-        use = OuterProducts(torch.randn(6, positions, 40), torch.randn(6, positions, 50))
-        return together(use, grouping(torch.arange(2).repeat_interleave(3)))
+    layout = grouping(torch.arange(2).repeat_interleave(3))
 
-    assert isinstance(joined(4), OuterProducts)  # 2000 entries, and 3 · 4 · 90 in the factors
-    assert isinstance(joined(5), Dense)
+    def factors(positions: int) -> OuterProducts:
+        return OuterProducts(torch.randn(6, positions, 40), torch.randn(6, positions, 50))
+
+    (few,) = together([factors(4)], layout)
+    assert isinstance(few, OuterProducts)  # 2000 entries, and 3 · 4 · 90 in the factors
+    (many,) = together([factors(5)], layout)
+    assert isinstance(many, Dense)
+    # An output layer that is tied to an embedding has cross terms with it, which take its factors.
+    rows = Rows(torch.randint(0, 50, (6, 5)), torch.randn(6, 5, 40), (50, 40))
+    head, table = together([factors(5), rows], layout)
+    assert isinstance(head, OuterProducts) and isinstance(table, Rows)
 
 
 # ---- whole steps -----------------------------------------------------------------------------
@@ -403,6 +410,26 @@ def _by_loop(model, texts, *, bound, scale=1.0) -> Tensor:
         flat = torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in parts])
         total = total + flat * (bound / flat.norm()).clamp(max=1)
     return total
+
+
+class Tied(nn.Module):
+    """An output layer with the weights of the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(WORDS, 6)
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return F.linear(self.layer(self.words(words)), self.words.weight).mean(1)
+
+
+@pytest.mark.usefixtures("double")
+def test_weights_that_are_tied_are_those_of_a_user_once():
+    torch.manual_seed(0)
+    model, texts = Tied(), _texts([1, 6, 2, 5, 1])
+    found = _released(model, texts, examples_per_user=6)[0]
+    torch.testing.assert_close(found, _by_loop(model, texts, bound=0.5), rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.usefixtures("double")
