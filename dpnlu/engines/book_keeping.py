@@ -16,6 +16,7 @@ from dpnlu.engines.checks import Checks, own_generator
 from dpnlu.engines.clipped import Parts, clip_gradients, gradient_norms
 from dpnlu.engines.clipper import Clipper
 from dpnlu.engines.coverage import check_seen
+from dpnlu.engines.free_memory import hand_back
 from dpnlu.engines.inspection import Comparison, Sketch, all_pieces, compare, sketch
 from dpnlu.engines.outcome import ClipOutcome, OpenUnit
 from dpnlu.engines.plain import nothing_accumulated
@@ -122,6 +123,7 @@ class BookKeeping:
     def norms(self, losses: Tensor) -> Tensor:
         """(B,) norms of the gradients of losses that were recorded; nothing is added up."""
         trace, batch = self._tape.trace, len(losses)
+        hand_back(trace)
         try:
             self.signature = signature = self.signature_of(losses)
             known = None
@@ -131,7 +133,10 @@ class BookKeeping:
                 layouts = known or layouts_of(self._separated(losses, None, True))
                 arrived = trace.backward(losses)
                 parts = self._parts(arrived, layouts, losses)
-                return gradient_norms(parts, losses).values.sqrt()
+                found = gradient_norms(parts, losses).values.sqrt()
+            del arrived, parts
+            hand_back(trace)
+            return found
         finally:
             self._tape.clear()
 
@@ -239,6 +244,7 @@ class BookKeeping:
         comparison = None
         with nothing_accumulated(list(self.names)):
             if check_rows or check_parameters:
+                hand_back(trace)
                 pieces = (
                     self._separated(losses, known, signature.may_choose_rows)
                     if check_rows
@@ -259,9 +265,11 @@ class BookKeeping:
         if check_rows and bool(torch.isfinite(norms.values).all()):
             self.checks.show_rows(signature, layouts)
         if comparison is not None:
+            hand_back(trace)
             evidence = gather(parts, norms, losses, draws, comparison)
             if evidence.proves(list(self.names.values())):
                 self.checks.show_parameters(signature)
+            hand_back(trace)
         return parts, norms
 
     def _separated(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dpnlu.engines.clipped import gradient_norms
+from dpnlu.engines.free_memory import hand_back
 from dpnlu.engines.separation import Separated
 from dpnlu.gradients.forms import Gradients
 from dpnlu.gradients.layout import Layout
@@ -94,6 +95,7 @@ def sketch(trace: Trace, losses: Tensor, separated: Iterable[Separated]) -> Sket
         with full_precision(losses.device):
             found.add(some, trace.gradients(some.arrived, some.layouts, piece=some.piece))
         del some  # before there is more
+        hand_back(trace)
     return found
 
 
@@ -131,6 +133,7 @@ def compare(
             del found
             later = {parameter for used in seen.used[number + 1 :] for parameter in used}
             running.end(later)
+            hand_back(trace)
     return Comparison(
         weights=weights,
         errors=torch.stack([running.errors[parameter] for parameter in parameters]),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from dpnlu.engines import free_memory
 from dpnlu.gradients import trace
 from dpnlu.gradients.errors import UnsupportedLayerError
 from dpnlu.gradients.factors import OuterProducts
@@ -588,6 +589,16 @@ def test_a_wrong_norm_is_found(released, monkeypatch):
     monkeypatch.setattr(OuterProducts, "squared_norms", wrong)
     with pytest.raises(UnsupportedLayerError, match=r"the norm .* of an example's gradient"):
         released(Net(), plain, _rows())
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_free_memory_is_handed_back_where_a_batch_takes_much(released, monkeypatch, is_large):
+    handed_back = []
+    monkeypatch.setattr(free_memory, "_trim", handed_back.append)
+    if is_large:
+        monkeypatch.setattr(trace, "_PIECE", 1)
+    released(Net(), plain, _rows())
+    assert bool(handed_back) is is_large
 
 
 @given(sizes=st.lists(st.integers(0, 2**24), max_size=12))
