@@ -2,7 +2,8 @@
 
     python benchmarks/fine_tune.py --data snips:DIR --encoder FOLDER --out benchmarks/results
 
-All weights are trained but those that `--frozen` names.
+Intents are read from the mean of a text's states, for which such encoders were pretrained. All
+weights are trained but those that `--frozen` names.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import (
-    AutoModelForSequenceClassification,
+    AutoModel,
     AutoTokenizer,
     DataCollatorWithPadding,
     Trainer,
@@ -33,6 +35,34 @@ from dpnlu.integrations.huggingface import privatize_trainer
 from dpnlu.nlu.data import Corpus, load_corpus
 
 LONGEST = 64  # sub-words of a text
+
+
+class MeanPooledForSequenceClassification(nn.Module):
+    """An encoder, and a linear layer on the mean of a text's states.
+
+    Attributes:
+        config: of the encoder.
+    """
+
+    def __init__(self, encoder: str, classes: int) -> None:
+        """Load the encoder, from a folder or by its name on the hub; the layer starts at zero."""
+        super().__init__()
+        self.encoder = AutoModel.from_pretrained(
+            encoder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        )
+        self.config = self.encoder.config
+        self.classifier = nn.Linear(self.config.hidden_size, classes)
+        nn.init.zeros_(self.classifier.weight)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
+        mask = attention_mask[:, :, None].to(states.dtype)
+        logits = self.classifier((states * mask).sum(1) / mask.sum(1))
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
 def tokenized(corpus: Corpus, split: str, tokenizer: Any) -> list[dict[str, Any]]:
@@ -57,12 +87,7 @@ def trained(options: argparse.Namespace, corpus: Corpus, folder: str) -> tuple[T
     """The private trainer after its training, and its tokenizer."""
     torch.manual_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(options.encoder)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        options.encoder,
-        num_labels=len(corpus.intents),
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+    model = MeanPooledForSequenceClassification(options.encoder, len(corpus.intents))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in name for part in options.frozen))
     arguments = TrainingArguments(
@@ -113,7 +138,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--physical", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--frozen", nargs="*", default=["embeddings"], help="parts of names")
+    parser.add_argument("--frozen", nargs="*", default=["embeddings", "pooler"], help="parts of names")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
