@@ -138,7 +138,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--physical", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--frozen", nargs="*", default=["embeddings", "pooler"], help="parts of names")
+    parser.add_argument(
+        "--frozen", nargs="*", default=["embeddings", "pooler"], help="parts of names"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
