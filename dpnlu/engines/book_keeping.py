@@ -264,13 +264,25 @@ class BookKeeping:
         norms = gradient_norms(parts, losses)
         if check_rows and bool(torch.isfinite(norms.values).all()):
             self.checks.show_rows(signature, layouts)
-        if comparison is not None:
-            hand_back(trace)
-            evidence = gather(parts, norms, losses, draws, comparison)
-            if evidence.proves(list(self.names.values())):
-                self.checks.show_parameters(signature)
-            hand_back(trace)
+        if comparison is not None and self._proves(parts, norms, losses, draws, comparison):
+            self.checks.show_parameters(signature)
         return parts, norms
+
+    def _proves(
+        self,
+        parts: Parts,
+        norms: SquaredNorms,
+        losses: Tensor,
+        draws: Tensor,
+        comparison: Comparison,
+    ) -> bool:
+        """See `Evidence.proves`."""
+        hand_back(self._tape.trace)
+        evidence = gather(parts, norms, losses, draws, comparison)
+        proves = evidence.proves(list(self.names.values()))
+        del evidence
+        hand_back(self._tape.trace)
+        return proves
 
     def _separated(
         self, losses: Tensor, known: list[Layout] | None, chooses_rows: bool

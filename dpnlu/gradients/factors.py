@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from dpnlu.gradients.forms import (
+    GramPair,
     SquaredNorms,
     lengths,
+    norms_by_grams,
     of_written_out,
     squared_lengths,
     zeroed,
 )
-from dpnlu.gradients.grams import GramCache, GramPair, computed_entries, norms_by_grams
+from dpnlu.gradients.grams import GramCache, computed_entries
 from dpnlu.gradients.kernels import add_product_
 from dpnlu.gradients.rounding import growth, squared_sums, squared_terms, underflow
 

@@ -18,16 +18,15 @@ Shapes: B examples, T positions, d inputs, p outputs, V rows of a table.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from dpnlu.gradients.grams import Gram, GramCache, diagonal
 from dpnlu.gradients.rounding import growth, squared_sums, squared_terms, underflow
-
-if TYPE_CHECKING:
-    from dpnlu.gradients.grams import GramCache  # whose norms are of this module
 
 
 @dataclass(frozen=True)
@@ -163,3 +162,49 @@ def zeroed(values: Tensor, finite: Tensor) -> Tensor:
     """The rows outside `finite` set to zero; not by multiplication, as 0 · ∞ is not 0."""
     mask = finite.view(-1, *[1] * (values.dim() - 1))
     return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
+
+
+@dataclass(frozen=True)
+class GramPair:
+    """Gram matrices of the two factors of some gradients, whose squared norms are the inner
+    products of both.
+
+    Attributes:
+        left, right: of T positions.
+        relative: how far rounding may take these, relative to the squared sums of the norms of a
+            gradient's terms.
+    """
+
+    left: Gram
+    right: Gram
+    relative: float
+
+
+def norms_by_grams(pairs: Sequence[GramPair]) -> SquaredNorms:
+    """(K, B) squared norms of K pairs of the same shape, in as many operations as those of one."""
+    found = [
+        _of_strips([pair.left[number] for pair in pairs], [pair.right[number] for pair in pairs])
+        for number in range(len(pairs[0].left))
+    ]
+    values, sizes = found[0]
+    for more, longer in found[1:]:
+        values, sizes = values + more, sizes + longer
+    # Rounding may leave a vanishing norm slightly negative.
+    values, slack = values.clamp_(min=0), sizes.square_()
+    torch._foreach_mul_(slack.unbind(0), [pair.relative for pair in pairs])
+    return SquaredNorms(values, slack)
+
+
+def _of_strips(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """What a strip adds to the inner products of K pairs, (K, B), and to the sums of the norms of
+    the gradients' terms."""
+    lefts, rights = _stacked(left), _stacked(right)
+    own, products = lefts.shape[2], lefts * rights
+    values = products[..., :own].sum(3).sum(2)
+    if products.shape[3] > own:  # the triangle below the diagonal has the same entries
+        values = values + 2 * products[..., own:].sum(3).sum(2)
+    return values, (lengths(diagonal(lefts)) * lengths(diagonal(rights))).sum(2)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))

@@ -1,20 +1,15 @@
-"""Gram matrices of the factors of gradients, and the norms that they give.
+"""Gram matrices of the factors of gradients.
 
 A Gram matrix is symmetric. Of a large one only the upper triangle is computed, in strips: of some
 rows those entries that lie beside them, from their own diagonal on.
 
-Shapes: B examples, T positions, K tensors; a strip of s rows has (B, s, t), t >= s.
+Shapes: B examples, T positions; a strip of s rows has (B, s, t), t >= s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
-
-from dpnlu.gradients.forms import SquaredNorms, lengths
 
 # Up to so many positions a matrix is one strip, the whole of it; of more it has so many.
 _WHOLE, _STRIPS = 128, 4
@@ -34,52 +29,6 @@ def strips(positions: int) -> list[tuple[int, int]]:
 def computed_entries(positions: int) -> int:
     """How many entries of a matrix its strips have."""
     return sum((stop - start) * (positions - start) for start, stop in strips(positions))
-
-
-@dataclass(frozen=True)
-class GramPair:
-    """Gram matrices of the two factors of some gradients, whose squared norms are the inner
-    products of both.
-
-    Attributes:
-        left, right: of T positions.
-        relative: how far rounding may take these, relative to the squared sums of the norms of a
-            gradient's terms.
-    """
-
-    left: Gram
-    right: Gram
-    relative: float
-
-
-def norms_by_grams(pairs: Sequence[GramPair]) -> SquaredNorms:
-    """(K, B) squared norms of K pairs of the same shape, in as many operations as those of one."""
-    found = [
-        _of_strips([pair.left[number] for pair in pairs], [pair.right[number] for pair in pairs])
-        for number in range(len(pairs[0].left))
-    ]
-    values, sizes = found[0]
-    for more, longer in found[1:]:
-        values, sizes = values + more, sizes + longer
-    # Rounding may leave a vanishing norm slightly negative.
-    values, slack = values.clamp_(min=0), sizes.square_()
-    torch._foreach_mul_(slack.unbind(0), [pair.relative for pair in pairs])
-    return SquaredNorms(values, slack)
-
-
-def _of_strips(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """What a strip adds to the inner products of K pairs, (K, B), and to the sums of the norms of
-    the gradients' terms."""
-    lefts, rights = _stacked(left), _stacked(right)
-    own, products = lefts.shape[2], lefts * rights
-    values = products[..., :own].sum(3).sum(2)
-    if products.shape[3] > own:  # the triangle below the diagonal has the same entries
-        values = values + 2 * products[..., own:].sum(3).sum(2)
-    return values, (lengths(diagonal(lefts)) * lengths(diagonal(rights))).sum(2)
-
-
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 class GramCache:

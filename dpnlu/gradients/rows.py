@@ -9,13 +9,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dpnlu.gradients.forms import (
+    GramPair,
     SquaredNorms,
     lengths,
+    norms_by_grams,
     of_written_out,
     squared_lengths,
     zeroed,
 )
-from dpnlu.gradients.grams import GramCache, GramPair, norms_by_grams, strips
+from dpnlu.gradients.grams import GramCache, strips
 from dpnlu.gradients.rounding import growth, squared_sums, squared_terms
 
 # Up to this many positions, comparing all pairs of ids is faster than sorting them.

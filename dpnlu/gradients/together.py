@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from dpnlu.gradients.factors import OuterProducts
-from dpnlu.gradients.forms import Dense, Gradients, SquaredNorms
-from dpnlu.gradients.grams import GramCache, norms_by_grams
+from dpnlu.gradients.forms import Dense, Gradients, SquaredNorms, norms_by_grams
+from dpnlu.gradients.grams import GramCache
 from dpnlu.gradients.rounding import growth, squared_sums, squared_terms, underflow
 from dpnlu.gradients.rows import Rows
 from dpnlu.gradients.uses import squared_norms
