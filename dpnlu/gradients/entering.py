@@ -72,7 +72,9 @@ def stand_in_for(
 
     def make() -> Tensor:
         stand_in = target.expand(*widest.shape[:outer], *shape[outer:])
-        is_aligned = is_whole and rows == batch and (outer == 1 or shape[1] == batch)
+        # Whichever of two dimensions holds the examples, both must be of rows and not of features.
+        has_own_rows = outer == 1 or (shape[1] == batch and dims > outer)
+        is_aligned = is_whole and rows == batch and has_own_rows
         rule = of_expanded(shape, target.shape)
         recorder.enter(target, stand_in, rule, dims=range(outer), aligned=is_aligned)
         return stand_in

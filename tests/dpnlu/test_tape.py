@@ -279,6 +279,22 @@ def test_layouts_that_keep_the_examples_in_order(assert_taped_exactly, apply, si
     assert_taped_exactly(model, lambda model: model(inputs))
 
 
+@pytest.mark.parametrize("examples_in_columns", [False, True])
+def test_rows_of_a_table_as_wide_as_the_batch(assert_taped_exactly, examples_in_columns):
+    """Examples may lie along its features: then no row of it is anybody's."""
+    table = nn.Embedding(9, 4)
+
+    def forward(m, x):
+        h = F.pad(m.layer(x[:, 0]), (0, 1))
+        rows = m.table_rows(torch.arange(4))
+        return losses((h.t() + rows).t() if examples_in_columns else h + rows)
+
+    model = Parameters(forward)
+    model.table_rows = table
+    inputs = torch.randn(4, 2, WIDTH)
+    assert_taped_exactly(model, lambda model: model(inputs))
+
+
 def test_a_parameter_inside_a_checkpoint_is_never_silently_wrong(assert_taped_exactly):
     model = Parameters(
         lambda m, x: losses(checkpoint(lambda h: m.layer(h) * m.vector, x, use_reentrant=False))
