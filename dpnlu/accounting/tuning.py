@@ -44,23 +44,6 @@ class Tuning:
     epsilon: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Selection:
-    """How the best of several trainings came about.
-
-    Attributes:
-        trials: how many trainings there were to be, on average.
-        number: a member of `NUMBERS`: how their number was drawn.
-    """
-
-    trials: float
-    number: str
-
-    def epsilon(self, events: Iterable[SampledGaussian], *, delta: float) -> float:
-        """ε of the whole, each training of which releases `events`; see `tuning_epsilon`."""
-        return tuning_epsilon(events, trials=self.trials, number=self.number, delta=delta)
-
-
 def tuning_epsilon(
     events: Iterable[SampledGaussian], *, trials: float, number: str, delta: float
 ) -> float:

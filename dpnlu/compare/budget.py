@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attacks.farm import Arrays
-from dpnlu.accounting.tuning import Selection
 from dpnlu.compare.extracting import extract_canaries
 from dpnlu.compare.reading import Reading, read_canary, read_signals
 from dpnlu.compare.study import Study
 from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.mechanism.selection import Selection
 from dpnlu.nlu.classifier import Classifier
 from dpnlu.nlu.data import Example
 from dpnlu.runs.experiment import Experiment, size_in_units

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from dpnlu.accounting.tuning import Selection
 from dpnlu.mechanism.durable import make_directory, write_text
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.mechanism.ranges import check_count
+from dpnlu.mechanism.selection import Selection
 from dpnlu.nlu.classifier import Classifier
 from dpnlu.nlu.data.errors import located
 from dpnlu.nlu.prediction import Prediction, predict, read

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
-from dpnlu.accounting.tuning import Selection
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.mechanism.selection import Selection
 from dpnlu.nlu.classifier import Architecture
 
 _NEIGHBOURS = {

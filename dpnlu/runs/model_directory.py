@@ -22,7 +22,6 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from dpnlu.accounting.tuning import Selection
 from dpnlu.mechanism.durable import (
     make_directory,
     remove_partials,
@@ -32,6 +31,7 @@ from dpnlu.mechanism.durable import (
     write_text,
 )
 from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.mechanism.selection import Selection
 from dpnlu.nlu.classifier import Architecture, Classifier, assemble
 from dpnlu.nlu.data import vocabulary_from_dict
 from dpnlu.nlu.encoding import Labels, SubwordEncoding, WordEncoding

@@ -20,10 +20,9 @@ from typing import Any, get_args, get_type_hints
 
 import numpy as np
 
-from dpnlu.accounting.tuning import Selection, calibrate_tuning, draw_trials
 from dpnlu.mechanism.durable import make_directory, remove, remove_partials, sync, write_json
 from dpnlu.mechanism.ledger import Ledger
-from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.mechanism.selection import Selection, cheapest, draw_trials
 from dpnlu.nlu.fingerprint import Fingerprint
 from dpnlu.nlu.metrics import Metrics
 from dpnlu.runs.directory import claimed, recognised
@@ -62,8 +61,6 @@ SEARCHED = (
 )
 """The settings that may differ: those on which no plan depends but by its clipping bound."""
 
-# Numbers of trainings that are never zero: somebody who asks for a model gets one.
-_NUMBERS = ("fixed", "geometric", "logarithmic")
 # By which a training's own ε stays below what the whole allows: calibrating it anew rounds.
 _ROUNDING = 1e-4
 
@@ -134,16 +131,14 @@ def _value(name: str, text: str) -> Any:
     hint = get_type_hints(TrainSettings)[name]
     (kind,) = (one for one in get_args(hint) or (hint,) if one is not type(None))
     try:
-        return kind(text) if text else _nothing(text)
+        if not text:
+            raise ValueError(text)
+        return kind(text)
     except ValueError:
         raise ValueError(
             f"Expected values of {name} in --search, {kind.__name__}s joined by commas, got "
             f"{text!r}."
         ) from None
-
-
-def _nothing(text: str) -> Any:
-    raise ValueError(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +234,7 @@ def _drawn(
     ]
     for one in combinations:  # each is refused now, and not after hours
         prepared(replace(settings.of_one_training, **one))
-    selection, plan = _cheapest(work.plan, trials, settings.epsilon)
+    selection, plan = cheapest(work.plan, trials, settings.epsilon)
     rng = np.random.default_rng()
     count = draw_trials(selection.number, trials, rng)
     numbers = _numbers(selection, count, len(combinations), rng)
@@ -261,28 +256,6 @@ def _numbers(
     # Every combination as often as any other.
     order = [rng.permutation(combinations) for _ in range(-(-count // combinations))]
     return list(np.concatenate(order)[:count])
-
-
-def _cheapest(plan: PrivacyPlan, trials: float, target: float) -> tuple[Selection, PrivacyPlan]:
-    """How to draw the number of trainings so that each needs the least noise, and the plan of each.
-
-    Raises:
-        ValueError: there are too few trials, or a fraction of one where none can be drawn.
-    """
-    found = []
-    for number in _NUMBERS:
-        if number == "fixed" and not float(trials).is_integer():
-            continue
-        noise = calibrate_tuning(
-            lambda sigma: plan.with_noise(sigma).events(),
-            trials=trials,
-            number=number,
-            target_epsilon=target,
-            delta=plan.target_delta,
-        )
-        found.append((noise, number))
-    noise, number = min(found)
-    return Selection(trials=trials, number=number), plan.with_noise(noise)
 
 
 def _trained(

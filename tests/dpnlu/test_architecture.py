@@ -26,7 +26,7 @@ PARTS = {
     "engines": ("gradients", "mechanism"),
     "training": ("mechanism", "engines"),
     "testing": ("mechanism", "engines", "training"),
-    "runs": ("accounting", "nlu", "mechanism", "training"),
+    "runs": ("nlu", "mechanism", "training"),
     "integrations": ("mechanism", "training", "runs"),
     "compare": ("accounting", "nlu", "mechanism", "training", "runs"),
     "benchmark": ("gradients", "mechanism", "training", "runs"),

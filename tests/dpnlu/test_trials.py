@@ -11,6 +11,7 @@ import pytest
 import dpnlu
 from dpnlu.accounting.tuning import NUMBERS, calibrate_tuning, tuning_epsilon
 from dpnlu.cli.main import main
+from dpnlu.mechanism import selection
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.runs import trials
 from dpnlu.runs.model_directory import load
@@ -74,7 +75,7 @@ def draws(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def test_the_budget_is_that_of_the_whole(
     training: Training, monkeypatch: pytest.MonkeyPatch, number: str
 ) -> None:
-    monkeypatch.setattr(trials, "_NUMBERS", (number,))
+    monkeypatch.setattr(selection, "_NUMBERS", (number,))
     assert training() == 0
     assert {path.name for path in training.out.rglob("*")} == FILES
     saved, model = load(training.out), dpnlu.load(training.out)
@@ -156,7 +157,7 @@ def test_settings_are_drawn_from_the_whole_space(
 def test_a_known_number_of_trainings_takes_every_combination_as_often(
     training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trials, "_NUMBERS", ("fixed",))
+    monkeypatch.setattr(selection, "_NUMBERS", ("fixed",))
     monkeypatch.setattr(trials, "_trained", _stop)
     assert training(trials="8") == 1
     drawn = training.drawn()["drawn"]
