@@ -75,7 +75,8 @@ def _note_product(
     learned = [t for t in (weight, bias) if t is not None and t.requires_grad]
     note_parameters(recorder, [input])
     if weight.dim() == 2 and weight.requires_grad and all(t.is_leaf for t in learned):
-        product = Product(get_gradient_edge(output), input, weight, bias)
+        origin = get_gradient_edge(input) if input.requires_grad else None
+        product = Product(get_gradient_edge(output), origin, input, weight, bias)
         recorder.trace.products.append(product)
     else:
         note_parameters(recorder, learned)

@@ -174,31 +174,58 @@ class Lookup:
         return self.table, Dense(sums.view(batch, rows + 1, width)[:, :rows])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Product:
     """A linear layer applied to a batch-independent tensor: relative positions, a prompt.
 
     Attributes:
         edge: where the gradient of its output arrives.
+        origin: the edge at which back-propagation of its input's gradient continues; None: the
+            input needs no gradient.
         left: (…, d) its input.
         weight: (p, d).
         bias: (p,), or None.
     """
 
     edge: GradientEdge
+    origin: GradientEdge | None
     left: Tensor
     weight: Tensor
     bias: Tensor | None
 
-    def gradients(self, arrived: Tensor) -> Iterator[tuple[Tensor, Gradients]]:
-        """Those of weight and bias, from the per-example gradients of the output, (B, …, p)."""
-        batch, (outputs, inputs) = len(arrived), self.weight.shape
-        right = arrived.reshape(batch, -1, outputs)
-        left = full_precision(self.left.detach()).reshape(-1, inputs)
-        if not isinstance(right, FakeTensor):
-            # Few relative positions occur in short texts: the others have gradient zero.
-            used = (right != 0).any(2).any(0).nonzero()[:, 0]
-            left, right = left[used], right[:, used]
-        yield self.weight, OuterProducts(left.expand(batch, *left.shape), right)
-        if self.bias is not None:
+    @property
+    def learned(self) -> list[Tensor]:
+        """Those of weight and bias that are trained."""
+        return [p for p in (self.weight, self.bias) if p is not None and p.requires_grad]
+
+    def used_rows(self, arrived: Tensor) -> tuple[Tensor, Tensor]:
+        """Those rows of the output that any example uses, from its per-example gradients (B, …, p):
+        their numbers (R,), and their gradients (B, R, p).
+
+        Few relative positions occur in short texts: the others have gradient zero.
+        """
+        rows = arrived.reshape(len(arrived), -1, self.weight.shape[0])
+        if isinstance(rows, FakeTensor):  # of a step that is compiled for all values
+            return torch.arange(rows.shape[1], device=rows.device), rows
+        used = rows.any(0).any(1).nonzero()[:, 0]
+        return used, rows[:, used]
+
+    def gradients(self, used: Tensor, arrived: Tensor) -> Iterator[tuple[Tensor, Gradients]]:
+        """Those of weight and bias, from the per-example gradients of the rows used."""
+        left = self.left.detach().reshape(-1, self.weight.shape[1])[used]
+        left, right = full_precision(left), full_precision(arrived)
+        yield self.weight, OuterProducts(left.expand(len(right), *left.shape), right)
+        if self.bias is not None and self.bias.requires_grad:
             yield self.bias, Dense(right.sum(1))
+
+    def back(self, used: Tensor, arrived: Tensor, others: Tensor | None) -> Tensor:
+        """The per-example gradients of the input, (B, …, d), from those of the rows used.
+
+        Args:
+            others: what comes to the input from other places: it is added to, in place.
+        """
+        whole = self.left.new_zeros(len(arrived), *self.left.shape) if others is None else others
+        weight = self.weight.detach()
+        rows = (arrived.to(weight.dtype) @ weight).to(whole.dtype)
+        whole.view(len(arrived), -1, weight.shape[1]).index_add_(1, used, rows)
+        return whole

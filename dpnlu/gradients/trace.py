@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import _len_torch_function_stack  # type: ignore[attr-defined]
 from torch.utils.checkpoint import CheckpointError
 
+from dpnlu.gradients.computed import Computations
 from dpnlu.gradients.errors import UnsupportedLayerError, naming_refusals
 from dpnlu.gradients.forms import Dense, Gradients
 from dpnlu.gradients.layout import Layout, full_precision
@@ -174,61 +175,16 @@ class Trace:
             else:
                 arrived = gradients.dense().reshape(-1, *target.shape)
                 computed[target] = computed[target] + arrived if target in computed else arrived
-        for parameter, gradients in self._to_parameters(computed):
-            found.setdefault(parameter, []).append(gradients)
+        if computed:
+            origins = {entry_point.target: entry_point.origin for entry_point in self.entry_points}
+            entered = [
+                (origins.get(target) or get_gradient_edge(target), gradient)
+                for target, gradient in computed.items()
+            ]
+            inside = Computations(self.indirect, self.lookups.values(), self.products)
+            for parameter, gradients in inside.gradients(entered):
+                found.setdefault(parameter, []).append(gradients)
         return found
-
-    def _to_parameters(self, computed: dict[Tensor, Tensor]) -> Iterator[tuple[Tensor, Gradients]]:
-        """Back-propagate the per-example gradients (B, *shape) of batch-independent tensors to the
-        parameters that these were computed from."""
-        if not computed:
-            return
-        origins = {entry_point.target: entry_point.origin for entry_point in self.entry_points}
-        edges = [origins.get(target) or get_gradient_edge(target) for target in computed]
-        parameters = list(self.indirect.values())
-        lookups = [use for use in self.lookups.values() if id(use.table) not in self.indirect]
-        inside = [use.edge for use in lookups] + [use.edge for use in self.products]
-        found = iter(_each_back(edges, list(computed.values()), [*parameters, *inside]))
-        for parameter, gradient in zip(parameters, found, strict=False):
-            if gradient is not None:
-                yield parameter, Dense(gradient)
-        for use, gradient in zip(lookups, found, strict=False):
-            if gradient is not None:
-                yield use.rows(gradient)
-        for product, gradient in zip(self.products, found, strict=True):
-            if gradient is not None:
-                # A parameter in `indirect` has the gradients of all its uses already.
-                pairs = product.gradients(full_precision(gradient))
-                yield from ((p, use) for p, use in pairs if id(p) not in self.indirect)
-
-
-def _each_back(
-    outputs: list[GradientEdge], gradients: list[Tensor], inputs: list[Any]
-) -> Sequence[Tensor | None]:
-    """Back-propagate the per-example gradients (B, …) of outputs: all examples at once by `vmap`
-    or, where a custom autograd function has no rule for that, one after the other."""
-
-    def back(grad_outputs: list[Tensor], *, batched: bool) -> Sequence[Tensor | None]:
-        found: Sequence[Tensor | None] = torch.autograd.grad(
-            outputs,
-            inputs,
-            grad_outputs=grad_outputs,
-            is_grads_batched=batched,
-            allow_unused=True,
-            retain_graph=True,
-        )
-        return found
-
-    if not inputs:
-        return []
-    try:
-        return back(gradients, batched=True)
-    except RuntimeError:
-        each = [back(list(one), batched=False) for one in zip(*gradients, strict=True)]
-        return [
-            None if rows[0] is None else torch.stack([row for row in rows if row is not None])
-            for rows in zip(*each, strict=True)
-        ]
 
 
 def back_propagate(

@@ -137,6 +137,24 @@ def _heads_first(m: Parameters, h: Tensor) -> Tensor:
     return (heads * m.prompt[:, None, None] + m.prompt[:, None, :1, None].exp()).transpose(0, 1)
 
 
+def _relative_positions(m: Parameters, h: Tensor) -> Tensor:
+    """Keys and queries made of one normalised table: rows are used by one, by both or by none."""
+    table = F.layer_norm(m.table, (WIDTH,), m.vector, m.row[0])
+    keys, queries = F.linear(table, m.square), m.layer(table)
+    return h * keys[1] + queries[None, 2:3] * h.sin() + keys[2] * queries[4]
+
+
+def _products_beside_their_input(m: Parameters, h: Tensor) -> Tensor:
+    table = m.table.tanh()
+    return h * F.linear(table, m.square)[1] + table[1] * (F.linear(table, m.square) + table)[2]
+
+
+def _product_of_both(m: Parameters, h: Tensor) -> Tensor:
+    table = m.table.tanh()
+    made = F.linear(table, m.square)
+    return h * made[0] + F.linear(made + table, m.layer.weight, m.vector)[2]
+
+
 USES = [
     Use("x + p", lambda m, h: h + m.vector),
     Use("p + x", lambda m, h: m.vector + h),
@@ -180,6 +198,10 @@ USES = [
     Use("prompt made without a bias", lambda m, h: h + F.linear(m.token, m.square)[0]),
     Use("one vector made", lambda m, h: h * F.linear(m.vector, m.square)),
     Use("relative positions", lambda m, h: h + _made(m, m.table)[2:3]),
+    Use("relative positions of several layers", _relative_positions),
+    Use("products beside their input", _products_beside_their_input),
+    Use("product of a product and of its input", _product_of_both),
+    Use("products of parts", lambda m, h: h * _made(m, m.table[2:4])[0] + _made(m, m.table[3:])[0]),
     Use("layer on copies", lambda m, h: _with_prompt(m, h, m.layer(_copies(m.token, h)).tanh())),
     Use("token along the positions", lambda m, h: h * m.token.expand(-1, h.shape[1], -1)),
     Use("row along the positions", lambda m, h: h * m.row.expand(h.shape[1], -1)),
