@@ -109,8 +109,9 @@ def _losses_said(found: Compared, where: Mapping[str, str]) -> Iterator[str]:
     if len(words) > 1:
         rare, common = words[0], words[-1]
         yield (
-            "By the number of training texts that have the rarest word of a test text: "
-            f"{rare['name']}, {_change(rare)}; {common['name']}, {_change(common)}."
+            f"{_capital(where[run['name']])} accuracy changes by {_change(rare)} on texts whose "
+            f"rarest word is in {rare['name']} of the training texts, and by {_change(common)} "
+            f"where it is in {common['name']} of them."
         )
 
 
@@ -133,17 +134,27 @@ def _calibration_said(found: Compared, where: Mapping[str, str]) -> Iterator[str
             yield (
                 f"{_capital(where[run['name']])} mean confidence is "
                 f"{write.percentage(known['mean_confidence'])} at "
-                f"{write.percentage(known['accuracy'])} accuracy."
+                f"{write.percentage(known['accuracy'])} accuracy, and the expected calibration "
+                f"error {_error(known)}."
             )
+
+
+def _error(known: Mapping[str, Any]) -> str:
+    """A calibration error, and what chance shows of one."""
+    chance = known.get("ece_by_chance")
+    text = write.percentage(known["ece"])
+    return text if chance is None else f"{text} ({write.percentage(chance)} by chance)"
 
 
 def _reading(found: Compared) -> str:
     """How to read the tables, and what the comparison leaves open."""
     has_control = any(run.get("retrainings") for _, run in found.everyone)
     again = (
-        " Again: trained again in the same way on the same examples, its planted secrets included, "
-        "from another seed (initial weights, order, dropout and, in private runs, noise); what "
-        "flips there is not due to privacy."
+        " Again: trained again in the same way on the same examples, planted secrets included, "
+        "from another seed (initial weights, order, dropout and, in private runs, sampling and "
+        "noise). "
+        "What flips between two ordinary trainings is not due to privacy; what flips between two "
+        "private ones shows how far chance decides, that of the noise included."
         if has_control
         else ""
     )

@@ -7,7 +7,7 @@ the model is, and by which texts went from right to wrong.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -51,12 +51,7 @@ class Verdicts:
         """Compare answers with the labels of the test texts."""
         has_slots = answers.tags is not None and test[0].tags is not None
         tags = answers.tags_of(test, labels) if has_slots else []
-        found = [
-            span in said
-            for example, row in zip(test, tags, strict=has_slots)
-            for said in [set(spans(iob2(row)))]
-            for span in spans(example.tags or ())
-        ]
+        found = [right for pair in zip(test, tags, strict=False) for right in _found(*pair)]
         if answers.intents is None:
             gold = [list(example.tags or ()) for example in test]
             texts = np.array([a == b for a, b in zip(tags, gold, strict=True)])
@@ -70,6 +65,12 @@ class Verdicts:
         )
 
 
+def _found(example: Example, tags: Sequence[str]) -> list[bool]:
+    """Whether each slot of the example is among those that the tags mark."""
+    marked = spans(iob2(tags))
+    return [span in marked for span in spans(example.tags or ())]
+
+
 def changes(prepared: Prepared, trained: Sequence[TrainedBudget]) -> list[dict[str, Any]]:
     """The entries of every run: breakdown, calibration, flips and retrainings, as far as they were
     measured.
@@ -77,6 +78,7 @@ def changes(prepared: Prepared, trained: Sequence[TrainedBudget]) -> list[dict[s
     Private runs are compared with the ordinary one, where there is one; retrainings with the target
     that they repeat.
     """
+    settings = prepared.settings
     ordinary = next((run for run in trained if run.budget.plan is None), None)
     before = None if ordinary is None else _verdicts(ordinary, ordinary.target.answers)
     labels = trained[0].budget.experiment.labels
@@ -84,7 +86,13 @@ def changes(prepared: Prepared, trained: Sequence[TrainedBudget]) -> list[dict[s
     entries = []
     for run in trained:
         own, is_private = _verdicts(run, run.target.answers), run.budget.plan is not None
-        entry = _entry(prepared, own, before if is_private else None, breakdowns)
+        entry = entry_of(
+            own,
+            before if is_private else None,
+            breakdowns,
+            confidence=settings.confidence,
+            seed=settings.seed,
+        )
         if is_private and ordinary is not None and before is not None:
             entry["flips"] = {"against": ordinary.budget.name} | _flips(prepared, before, own)
         if run.retrainings:
@@ -138,27 +146,32 @@ def _by_name(asked: Sequence[str], taught: Counter[Any]) -> Breakdown:
     )
 
 
-def _entry(
-    prepared: Prepared,
+def entry_of(
     own: Verdicts,
     ordinary: Verdicts | None,
-    breakdowns: dict[str, Breakdown],
+    breakdowns: Mapping[str, Breakdown],
+    *,
+    confidence: float,
+    seed: int,
 ) -> dict[str, Any]:
-    """Breakdown and calibration of one run."""
-    confidence, rows = prepared.settings.confidence, {}
+    """Breakdown and calibration of one run; a model that has diverged has no calibration.
+
+    Args:
+        ordinary: of the run to compare with; None: there is none.
+        confidence: of the intervals, in (0, 1).
+        seed: of the bootstrap.
+    """
+    rows = {}
     for name, breakdown in breakdowns.items():
         right = own.about(name)
         if right is not None:
-            rows[name] = breakdown.shares(
-                right,
-                ordinary=None if ordinary is None else ordinary.about(name),
-                confidence=confidence,
-            )
+            before = None if ordinary is None else ordinary.about(name)
+            rows[name] = breakdown.shares(right, ordinary=before, confidence=confidence)
             if name != "rarest_word":  # whose ranges have an order of their own
                 rows[name].sort(key=lambda row: row.get("change", row["right"]))
     entry: dict[str, Any] = {"breakdown": rows}
     if own.confidence is not None and np.isfinite(own.confidence).all():
-        rng = np.random.default_rng([prepared.settings.seed, 5])
+        rng = np.random.default_rng([seed, 5])
         found = calibration(own.confidence, own.texts, confidence=confidence, rng=rng)
         entry["calibration"] = asdict(found)
     return entry

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from math import comb
 
@@ -10,7 +11,7 @@ import pytest
 
 from dpnlu.compare.breakdown import RANGES, Breakdown, by_frequency
 from dpnlu.compare.calibration import BINS, calibration
-from dpnlu.compare.changes import Verdicts, breakdowns_of
+from dpnlu.compare.changes import Verdicts, breakdowns_of, entry_of
 from dpnlu.compare.flips import flips
 from dpnlu.nlu.data import Example
 from dpnlu.nlu.encoding import Labels
@@ -215,6 +216,14 @@ def test_breakdowns_count_what_training_had() -> None:
     # "weather" never; "Play" in two texts, "hello" in one, however often it says so.
     assert [words.names[place] for place in words.classes] == ["none", "1 to 4"]
     assert "intents" not in breakdowns_of(TEST, training, Labels((), LABELS.tags))
+
+
+def test_a_model_that_has_diverged_is_counted_and_has_no_calibration() -> None:
+    said = replace(_answers([0, 0], None), confidence=np.full(2, np.nan))
+    own = Verdicts.of(said, TEST, LABELS)
+    found = entry_of(own, None, breakdowns_of(TEST, TEST, LABELS), confidence=0.95, seed=0)
+    assert "calibration" not in found
+    assert [row["right"] for row in found["breakdown"]["intents"]] == [0, 1]
 
 
 def _answers(intents: list[int] | None, tags: list[str] | None) -> Answers:

@@ -228,6 +228,39 @@ def test_a_number_of_retrainings_that_cannot_be_is_refused(
     assert "`retrainings`" in line and not out.exists()
 
 
+def _rows(**labels: Any) -> list[dict[str, Any]]:
+    """Calls to one of four people, and alarms, all unlike."""
+    return [
+        {"text": text, "tokens": text.split(), "split": split}
+        | ({"tags": tags} if "tags" in labels else {})
+        | ({"intent": intent} if "intent" in labels else {})
+        for split, numbers in (("train", range(60)), ("test", range(60, 80)))
+        for n in numbers
+        for text, tags, intent in (
+            (f"call {'abcd'[n % 4]} {n}", ["O", "B-name", "O"], "call"),
+            (f"wake up {n}", ["O", "O", "O"], "wake"),
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("labels", "kinds"), [({"tags": True}, {"slots"}), ({"intent": True}, {"intents"})]
+)
+def test_slots_without_intents_and_intents_without_slots(
+    labels: dict[str, Any], kinds: set[str], tmp_path: Path
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in _rows(**labels)), encoding="utf-8")
+    command = [*COMPARE, "--data", str(data), "--batch-size", "20", "--epochs", "1"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    ordinary, private = _runs(tmp_path / "out")
+    assert set(private["breakdown"]) == kinds | {"rarest_word"}
+    assert ("calibration" in ordinary) == ("intents" in kinds)
+    assert private["flips"]["texts"] == 40
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "What did privacy change" in page
+
+
 def test_a_study_without_ordinary_training_compares_with_nothing(tmp_path: Path) -> None:
     command = [*PLAIN, "--epsilons", "8", "--epochs", "1", "--out", str(tmp_path / "out")]
     assert main(command) == 0
