@@ -67,8 +67,10 @@ def flips_of(found: Compared) -> list[tuple[str, Mapping[str, Any], bool]]:
     """
     first = found.ordinary[0]
     counted = [(f"{first} → {name}", run["flips"], False) for name, run in found.private]
-    return counted + [
-        (f"{name} → again", flips, True)
-        for name, run in found.everyone
-        for flips in run.get("retrainings", ())
-    ]
+    for name, run in found.everyone:
+        again = run.get("retrainings", ())
+        counted += [
+            (f"{name} → again{f' {number}' if len(again) > 1 else ''}", flips, True)
+            for number, flips in enumerate(again, 1)
+        ]
+    return counted

@@ -801,6 +801,15 @@ def test_flips_stand_beside_their_controls():
     assert "Again" not in said.reading
 
 
+def test_several_retrainings_are_told_apart():
+    report = study()
+    report["runs"][0]["retrainings"] *= 2
+    rows, _ = changed(report, "Flips")
+    assert [name for name in rows if name.startswith("no privacy → again")] == [
+        *("no privacy → again 1", "no privacy → again 2"),
+    ]
+
+
 def test_calibration_stands_beside_what_chance_shows():
     rows, _ = changed(study(), "Calibration")
     assert [cell.value for cell in rows["no privacy"]] == [

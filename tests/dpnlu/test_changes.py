@@ -9,6 +9,7 @@ from math import comb
 import numpy as np
 import pytest
 
+from dpnlu.compare.answering import Retraining
 from dpnlu.compare.breakdown import RANGES, Breakdown, by_frequency
 from dpnlu.compare.calibration import BINS, calibration
 from dpnlu.compare.changes import Verdicts, breakdowns_of, entry_of
@@ -262,3 +263,19 @@ def test_every_pair_of_models_of_two_texts_is_counted_right() -> None:
         gold = (0, 1)
         lost = sum(a == g != b for a, b, g in zip(first, second, gold, strict=True))
         assert found.negative == lost / 2
+
+
+# ---- files -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lost", ["test_intents", "train_seconds", None])
+def test_a_retraining_is_read_as_it_was_written(lost: str | None) -> None:
+    written = Retraining(answers=_answers([0, 1], None), train_seconds=2.5).to_arrays()
+    if lost is not None:
+        kept = {"train_seconds"} if lost == "test_intents" else set(written) - {lost}
+        with pytest.raises(ValueError, match="remove the file"):
+            Retraining.from_arrays({name: written[name] for name in kept})
+        return
+    read = Retraining.from_arrays(written)
+    assert read.answers.intents.tolist() == [0, 1] and read.answers.tags is None
+    assert read.train_seconds == 2.5

@@ -99,7 +99,7 @@ FIGURES: Mapping[str, tuple[str, str, Callable[[Mapping[str, Any]], Figure | Non
     "flips": (
         "Flips",
         "Texts that one model gets right and the other wrong, in per cent of the test, with "
-        "intervals. Pale: the control, the same training again from another seed.",
+        "intervals. Faint: the control, the same training again from another seed.",
         changes.flips,
     ),
 }
