@@ -1,9 +1,9 @@
-"""Exact confidence limits of a probability, from the number of successes in independent trials."""
+"""Confidence limits of a probability, and of how much it differs between two looks at one thing."""
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from attacks._validate import Floats, floats, open_unit
@@ -58,6 +58,65 @@ def binomial_interval(successes: int, trials: int, *, confidence: float) -> tupl
     if low.ndim > 0:
         raise ValueError(f"Expected one number of successes and of trials, got shape {low.shape}.")
     return float(low), float(high)
+
+
+def paired_interval(
+    before: ArrayLike, after: ArrayLike, *, confidence: float
+) -> tuple[float, float]:
+    """Interval of the difference of two success probabilities in the same trials: after − before.
+
+    Method 10 of Newcombe (1998), Improved confidence intervals for the difference between binomial
+    proportions based on paired data: it joins two score intervals by the correlation of the
+    outcomes, stays in [-1, 1], and is no single point where nothing differs.
+
+    Args:
+        before, after: (N,) Boolean, N >= 1: whether each trial was a success.
+        confidence: in (0, 1); approximate.
+
+    Raises:
+        ValueError: for arrays of other shapes or a confidence out of range.
+    """
+    confidence = open_unit("confidence", confidence)
+    first, second = np.asarray(before, bool), np.asarray(after, bool)
+    if first.ndim != 1 or first.shape != second.shape or not first.size:
+        raise ValueError(
+            "Expected outcomes of the same trials, at least one, got shapes "
+            f"{first.shape} and {second.shape}: give one before and one after for each."
+        )
+    n, old, new = len(first), float(first.mean()), float(second.mean())
+    (low_old, high_old), (low_new, high_new) = (
+        _score_interval(share, n, confidence) for share in (old, new)
+    )
+    phi = _correlation(first, second)
+    difference = new - old
+    below = _joined(new - low_new, high_old - old, phi)
+    above = _joined(high_new - new, old - low_old, phi)
+    return max(difference - below, -1.0), min(difference + above, 1.0)
+
+
+def _score_interval(share: float, n: int, confidence: float) -> tuple[float, float]:
+    """Wilson's interval around a share of n trials; 0 and 1 are their own limits."""
+    z = float(special.ndtri((1 + confidence) / 2))
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    return float(min(middle - half, share)), float(max(middle + half, share))
+
+
+def _correlation(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
+    """Newcombe's φ of paired outcomes, corrected for continuity where it is positive."""
+    n, both, one, other = len(first), first & second, first & ~second, ~first & second
+    a, b, c = float(both.sum()), float(one.sum()), float(other.sum())
+    d = n - a - b - c
+    margins = (a + b) * (c + d) * (a + c) * (b + d)
+    if margins == 0:
+        return 0.0
+    excess = a * d - b * c
+    return float((max(excess - n / 2, 0.0) if excess > 0 else excess) / np.sqrt(margins))
+
+
+def _joined(one: float, other: float, phi: float) -> float:
+    """The distance from a difference to its limit, from those of its two terms."""
+    return float(np.sqrt(max(one**2 - 2 * phi * one * other + other**2, 0.0)))
 
 
 def _counts(successes: ArrayLike, trials: ArrayLike, error: float) -> tuple[Floats, Floats, float]:

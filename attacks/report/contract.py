@@ -245,6 +245,56 @@ AUDIT = record(
     at_most("epsilon_lower_bound", "ceiling"),
 )
 
+CHANGE = number(-1, 1)
+
+CLASS = record(
+    {"name": text, "test": count, "right": SHARE},
+    {
+        "training": count,
+        "right_interval": SHARES,
+        "change": CHANGE,
+        "change_interval": interval(CHANGE),
+    },
+    around("right", "right_interval"),
+    around("change", "change_interval"),
+)
+
+CALIBRATION = record(
+    {"texts": count, **numbers(("accuracy", "mean_confidence", "ece"), SHARE)},
+    {
+        "overconfidence": CHANGE,
+        "overconfidence_interval": interval(CHANGE),
+        "ece_interval": SHARES,
+        "ece_by_chance": SHARE,
+        "bins": list_of(
+            record(
+                {"texts": count, "confidence": SHARE, "accuracy": SHARE},
+                {"accuracy_interval": SHARES},
+                around("accuracy", "accuracy_interval"),
+            )
+        ),
+    },
+    around("overconfidence", "overconfidence_interval"),
+    around("ece", "ece_interval"),
+)
+
+FLIPS = record(
+    {
+        "against": text,
+        "texts": count,
+        **numbers(("negative", "positive", "disagreement"), SHARE),
+    },
+    {
+        **numbers(
+            ("negative_interval", "positive_interval", "disagreement_interval"),
+            SHARES,
+        ),
+        "train_seconds": AT_LEAST_ZERO,
+    },
+    *(around(key, f"{key}_interval") for key in ("negative", "positive", "disagreement")),
+    *(at_most(key, "disagreement") for key in ("negative", "positive")),
+)
+
 RUN = record(
     {
         "name": text,
@@ -268,6 +318,10 @@ RUN = record(
         "canaries": list_of(CANARY),
         "recovered": list_of(EXAMPLE),
         "audit": AUDIT,
+        "breakdown": record({}, numbers(("intents", "slots", "rarest_word"), list_of(CLASS))),
+        "calibration": CALIBRATION,
+        "flips": FLIPS,
+        "retrainings": list_of(FLIPS),
         "warnings": list_of(text),
     },
     _guarantee,

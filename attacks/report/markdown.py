@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from attacks.report import notes
-from attacks.report.figures import Drawing
+from attacks.report.changes import changes
+from attacks.report.figures import OF_CHANGES, Drawing
 from attacks.report.findings import findings
 from attacks.report.runs import clean
 from attacks.report.table import (
@@ -32,7 +33,8 @@ def to_markdown(report: Mapping[str, Any], drawings: Sequence[Drawing]) -> str:
     blocks = [
         *_head(report),
         *_results(report),
-        *(block for drawing in drawings for block in _figure(drawing)),
+        *(block for d in drawings if d.name not in OF_CHANGES for block in _figure(d)),
+        *_changes(report, [drawing for drawing in drawings if drawing.name in OF_CHANGES]),
         *_method(report),
     ]
     return "\n\n".join(blocks) + "\n"
@@ -91,6 +93,22 @@ def _figure(drawing: Drawing) -> Iterator[str]:
     yield f"### {drawing.title}"
     yield f"![{drawing.title}](figures/{drawing.name}.svg)"
     yield drawing.caption
+
+
+def _changes(report: Mapping[str, Any], drawings: Sequence[Drawing]) -> Iterator[str]:
+    """The section about what privacy changed, where anything was compared."""
+    found = changes(report)
+    if found is None:
+        return
+    yield "## What did privacy change"
+    for name, text in found.said:
+        yield f"**{name}.** {escaped(text)}"
+    for drawing in drawings:
+        yield from _figure(drawing)
+    for details in found.details:
+        yield f"### {escaped(details.title)}"
+        yield _table(details.table, first=details.first)
+    yield escaped(found.reading)
 
 
 def _method(report: Mapping[str, Any]) -> Iterator[str]:

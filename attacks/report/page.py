@@ -10,7 +10,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from attacks.report import notes
-from attacks.report.figures import Drawing
+from attacks.report.changes import changes
+from attacks.report.figures import OF_CHANGES, Drawing
 from attacks.report.figures.axes import COLOURS, inline_svg
 from attacks.report.findings import findings
 from attacks.report.runs import clean
@@ -42,7 +43,9 @@ def to_html(report: Mapping[str, Any], drawings: Sequence[Drawing]) -> str:
         attacks=attack_table(report),
         canaries=canary_table(report),
         mechanisms=mechanism_table(report),
-        figures=[(item, _inline(item)) for item in drawings],
+        figures=[(item, _inline(item)) for item in drawings if item.name not in OF_CHANGES],
+        changes=changes(report),
+        pictures=[(item, _inline(item)) for item in drawings if item.name in OF_CHANGES],
         facts_known=notes.data_facts(report) + notes.setup_facts(report),
         machine=notes.machine_facts(report),
         meanings=notes.MEANINGS,

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attacks.farm import Arrays
+from dpnlu.compare.answering import Retraining, read_answers
 from dpnlu.compare.extracting import extract_canaries
 from dpnlu.compare.reading import Reading, read_canary, read_signals
 from dpnlu.compare.study import Study
@@ -17,8 +18,9 @@ from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.mechanism.selection import Selection
 from dpnlu.nlu.classifier import Classifier
 from dpnlu.nlu.data import Example
+from dpnlu.nlu.metrics import score
 from dpnlu.runs.experiment import Experiment, size_in_units
-from dpnlu.runs.train import Trained, measure, new_classifier, train
+from dpnlu.runs.train import Trained, new_classifier, train
 from dpnlu.training.loop import Progress
 
 
@@ -55,12 +57,36 @@ class Budget:
         reading = self.read(trained.classifier, reference + 1)
         return replace(reading, train_seconds=trained.result.seconds).to_arrays()
 
+    def retrain(self, number: int) -> Arrays:
+        """Train on the target's examples, its secrets included, from another seed; for
+        `attacks.farm.grow`.
+
+        Only answers to the test texts are kept: whatever else two such models say differently is
+        not asked for.
+        """
+        trained = self._trained(self.study.examples(0), seed=self._seed_of(0, number + 1))
+        answers = read_answers(trained.classifier, self.test)
+        return Retraining(answers=answers, train_seconds=trained.result.seconds).to_arrays()
+
     def train(
         self, model: int, *, ledger: Path | None = None, on_progress: Progress | None = None
     ) -> Trained:
         """Train one of the models; 0 is the target."""
-        examples = self.study.examples(model)
-        seed = self._seed_of(model)
+        return self._trained(
+            self.study.examples(model),
+            seed=self._seed_of(model),
+            ledger=ledger,
+            on_progress=on_progress,
+        )
+
+    def _trained(
+        self,
+        examples: Sequence[Example],
+        *,
+        seed: int,
+        ledger: Path | None = None,
+        on_progress: Progress | None = None,
+    ) -> Trained:
         return train(
             new_classifier(self.experiment, seed=seed),
             examples,
@@ -80,8 +106,8 @@ class Budget:
             return None
         return read_signals(classifier, canaries, decimals=self.decimals).loss
 
-    def _seed_of(self, model: int) -> int:
-        return int(np.random.SeedSequence([self.seed, model]).generate_state(1)[0])
+    def _seed_of(self, *model: int) -> int:
+        return int(np.random.SeedSequence([self.seed, *model]).generate_state(1)[0])
 
     def plan_for(self, examples: Sequence[Example]) -> PrivacyPlan | None:
         """The same mechanism, hence the same ε, on a slightly different number of examples or
@@ -91,8 +117,9 @@ class Budget:
         return replace(self.plan, num_examples=size_in_units(examples, self.plan.unit))
 
     def read(self, classifier: Classifier, model: int) -> Reading:
-        """Signals on the audit examples, losses of all canaries, accuracy on test examples."""
+        """Signals on the audit examples, losses of all canaries, answers to the test texts."""
         canaries = self.study.canaries
+        answers = read_answers(classifier, self.test)
         extracted = extract_canaries(
             classifier,
             canaries,
@@ -103,7 +130,8 @@ class Budget:
         )
         return Reading(
             signals=read_signals(classifier, self.study.audit, decimals=self.decimals),
-            intent_accuracy=measure(classifier, self.test).intent_accuracy,
+            intent_accuracy=score(answers, self.test, classifier.encoding.labels).intent_accuracy,
+            answers=answers,
             token_losses=self._token_losses(classifier),
             canaries={
                 canary.pattern.name: read_canary(

@@ -166,6 +166,7 @@ def prepare_attack(saved: SavedModel, settings: AttackSettings, *, name: str) ->
         delta=saved.plan.target_delta if saved.plan else StudySettings.delta,
         unit=saved.plan.unit if saved.plan else StudySettings.unit,
         examples_per_user=saved.plan.examples_per_user if saved.plan else None,
+        retrainings=0,
     )
     corpus, repeats = drop_repeated(load_corpus(settings_of_study.data, seed=settings.seed))
     study = _study_of_splits(corpus, settings, by_user=settings_of_study.unit == "user")

@@ -18,11 +18,13 @@ from attacks.inversion import Extraction
 from attacks.patterns import CanarySpec
 from attacks.rounding import rounded
 from attacks.signals import Predictions, Signals, collect
+from dpnlu.compare import answering
 from dpnlu.compare.inverting import unredacted
 from dpnlu.compare.study import canary_example
 from dpnlu.nlu.classifier import Classifier
 from dpnlu.nlu.data import Example
 from dpnlu.nlu.encoding import Encoded, batches, encode_all
+from dpnlu.nlu.metrics import Answers
 from dpnlu.nlu.models import Batch, device_of, moved
 
 _BATCH_SIZE = 256
@@ -87,6 +89,7 @@ class Reading:
         canaries: by the name of their pattern.
         train_seconds: wall time of its training; None: not of interest here.
         token_losses: (t,) on the canaries of the audit; None: there are none.
+        answers: to the test texts; None: an earlier version read the model, and kept none.
     """
 
     signals: Signals
@@ -94,10 +97,13 @@ class Reading:
     canaries: Mapping[str, CanaryReading]
     train_seconds: float | None = None
     token_losses: NDArray[np.float64] | None = None
+    answers: Answers | None = None
 
     def to_arrays(self) -> Arrays:
         """The reading, for files."""
         arrays: Arrays = dict(self.signals.to_arrays())
+        if self.answers is not None:
+            arrays |= answering.to_arrays(self.answers)
         if self.intent_accuracy is not None:
             arrays[_ACCURACY] = np.array(self.intent_accuracy)
         for name, canary in self.canaries.items():
@@ -124,6 +130,7 @@ class Reading:
                 canaries={name: CanaryReading.from_arrays(name, arrays) for name in patterns},
                 train_seconds=float(arrays[_SECONDS]) if _SECONDS in arrays else None,
                 token_losses=arrays.get(_TOKEN_LOSSES),
+                answers=answering.from_arrays(arrays),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(

@@ -9,17 +9,17 @@ from typing import Any
 
 from attacks.report import write_report
 from dpnlu.compare.attacking import attack_all
+from dpnlu.compare.changes import changes
 from dpnlu.compare.completing import completion_report
 from dpnlu.compare.preparation import Prepared, prepare_attack, prepare_study
 from dpnlu.compare.reporting import build_report
 from dpnlu.compare.selection import UNTARGETED
-from dpnlu.compare.settings import AttackSettings, StudySettings
+from dpnlu.compare.settings import AttackSettings, StudySettings, study_as_begun
 from dpnlu.compare.training import STUDY, TrainedBudget, claimed_study, train_all, train_references
 from dpnlu.compare.untargeted import untargeted_entry
 from dpnlu.runs.model_directory import CONFIG, SavedModel, load, read_json
 from dpnlu.runs.progress import OnProgress, silent
 from dpnlu.runs.results import Results
-from dpnlu.runs.settings import as_begun
 from dpnlu.training.device import resolved_device
 
 
@@ -42,12 +42,14 @@ def compare(
     Raises:
         ValueError: invalid settings or data, or an unusable directory, and nothing was written.
     """
-    settings = as_begun(settings, directory / STUDY)
+    settings = study_as_begun(settings, directory / STUDY)
     prepared = prepare_study(settings)
     with claimed_study(directory, settings.to_dict()):
         trained = train_all(prepared, directory, on_progress=on_progress)
         attacked = attack_all(prepared, trained)
         report = build_report(prepared, trained, attacked, command=command)
+        for run, more in zip(report["runs"], changes(prepared, trained), strict=True):
+            run |= more
         write_report(report, directory)
     return report
 

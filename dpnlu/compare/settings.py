@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from dpnlu.accounting.events import check_delta
@@ -18,6 +19,8 @@ from dpnlu.mechanism.schedules import schedule
 from dpnlu.runs.settings import (
     DataSettings,
     RecipeSettings,
+    as_begun,
+    begun,
     check_clipping,
     parse_epsilon,
     setting,
@@ -26,6 +29,8 @@ from dpnlu.runs.settings import (
 
 # Fewer say nothing about any model.
 LEAST_AUDIT_EXAMPLES = 20
+# Of a study that trains so many per budget anyway, one more costs at most a ninth.
+REFERENCES_OF_A_RETRAINING = 8
 # Searches for secrets that need no gradient, only answers; the last is what is reported.
 BLACK_BOX = ("labels_alone", "beam", "coordinates", "enumeration")
 # As published, the control, and what is reported.
@@ -154,6 +159,12 @@ class StudySettings(RecipeSettings, MeasurementSettings):
         "by which the audit is made; 0: by the audit examples",
         default=0,
     )
+    retrainings: int | None = setting(
+        "models per budget that are trained on the target's examples from other seeds, beside "
+        "which the report sets what privacy changed; each costs one training (default: 1 with at "
+        f"least {REFERENCES_OF_A_RETRAINING} references, else none)",
+        default=None,
+    )
     searches: tuple[str, ...] | None = setting(
         "how secrets are searched: any of --search of `dpnlu attack`, and joint, labels_alone or "
         "embedding_difference; the last one is reported (default: published and refined; of "
@@ -169,12 +180,20 @@ class StudySettings(RecipeSettings, MeasurementSettings):
             return self.searches
         return _WITH_WEIGHTS if self.decimals is None else ("beam", "coordinates")
 
+    @property
+    def chosen_retrainings(self) -> int:
+        """The number of retrainings, also where it was not asked for."""
+        if self.retrainings is not None:
+            return self.retrainings
+        return int(self.references >= REFERENCES_OF_A_RETRAINING)
+
     def __post_init__(self) -> None:
         _check_epsilons(self.epsilons)
         _check_recipe(self)
         _check_measurement(self)
         _check_canaries(self.canaries)
         check_count("audit_canaries", self.audit_canaries, least=0, most=MOST_REFERENCES)
+        check_count("retrainings", self.chosen_retrainings, least=0, most=MOST_REFERENCES)
         if "untargeted" in self.chosen_attacks:
             raise ValueError(
                 "Expected the attack untargeted in `dpnlu attack` alone, got it in a study: attack "
@@ -187,10 +206,26 @@ class StudySettings(RecipeSettings, MeasurementSettings):
             "epsilons": [budget_name(epsilon) for epsilon in self.epsilons],
             "attacks": self.chosen_attacks,
             "searches": self.chosen_searches,
+            "retrainings": self.chosen_retrainings,
         }
         content: dict[str, Any] = json.loads(json.dumps(asdict(self) | named))
         del content["device"]  # a study may be resumed on another
+        if not self.chosen_retrainings:  # as earlier versions recorded it
+            del content["retrainings"]
         return without_later(self, content)
+
+
+def study_as_begun(settings: StudySettings, record: Path) -> StudySettings:
+    """The settings, with the recommendations of what an earlier version began, and its retrainings,
+    of which it knew none; those that were asked for are kept.
+
+    Args:
+        record: the JSON file in which the study records its settings, if there is one.
+    """
+    content = begun(record)
+    if content is not None and "retrainings" not in content and settings.retrainings is None:
+        settings = replace(settings, retrainings=0)
+    return as_begun(settings, record)
 
 
 def budget_name(epsilon: float) -> str:

@@ -4,6 +4,7 @@ DIR/study.json                what the study is; an existing study is resumed
 DIR/runs/NAME/target/         the target's model directory
 DIR/runs/NAME/target.npz      what the target says
 DIR/runs/NAME/references/     what the reference models say
+DIR/runs/NAME/retrainings/    what models say that were trained on the same from other seeds
 """
 
 from __future__ import annotations
@@ -12,18 +13,19 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from attacks import farm
+from dpnlu.compare.answering import Retraining, read_answers
 from dpnlu.compare.budget import Budget
 from dpnlu.compare.preparation import Prepared
 from dpnlu.compare.reading import Reading
 from dpnlu.mechanism.durable import write_json
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.runs.directory import claimed, recognised
-from dpnlu.runs.model_directory import LEDGER, METRICS, is_model, read_json
+from dpnlu.runs.model_directory import LEDGER, METRICS, is_model, load, read_json
 from dpnlu.runs.progress import OnProgress
 from dpnlu.runs.results import Results, results_of, save_trained
 
@@ -36,12 +38,14 @@ class TrainedBudget:
 
     Attributes:
         results: how well the target does, and what its training took.
+        retrainings: what models say that were trained as the target was, from other seeds.
     """
 
     budget: Budget
     target: Reading
     references: tuple[Reading, ...]
     results: Results
+    retrainings: tuple[Retraining, ...] = ()
 
     @property
     def readings(self) -> tuple[Reading, ...]:
@@ -89,6 +93,7 @@ def train_all(
             target=reading,
             references=train_references(prepared, budget, directory, on_progress=on_progress),
             results=results,
+            retrainings=_retrain(prepared, budget, directory, on_progress),
         )
         for budget, (reading, results) in zip(prepared.budgets, targets, strict=True)
     ]
@@ -119,6 +124,10 @@ def _train_target(budget: Budget, home: Path, on_progress: OnProgress) -> tuple[
             ),
         )
     reading = Reading.from_arrays(farm.load_arrays(signals))
+    if reading.answers is None:  # of an earlier version; the model is there to be asked
+        classifier = load(target).classifier
+        classifier.model.to(budget.experiment.compute.device)
+        reading = replace(reading, answers=read_answers(classifier, budget.test))
     return reading, Results.from_dict(read_json(target / METRICS))
 
 
@@ -126,13 +135,36 @@ def train_references(
     prepared: Prepared, budget: Budget, directory: Path, *, on_progress: OnProgress
 ) -> tuple[Reading, ...]:
     """What the reference models of a budget say, trained now or before."""
-    arrays = farm.grow(
-        budget,
-        count=prepared.settings.references,
-        directory=directory / "runs" / budget.name / "references",
+    count = prepared.settings.references
+    arrays = _grown(budget, budget, "references", count, directory, on_progress)
+    return tuple(map(Reading.from_arrays, arrays))
+
+
+def _retrain(
+    prepared: Prepared, budget: Budget, directory: Path, on_progress: OnProgress
+) -> tuple[Retraining, ...]:
+    """What the retrainings of a budget's target say, trained now or before."""
+    count = prepared.settings.chosen_retrainings
+    if not count:  # not even a folder
+        return ()
+    arrays = _grown(budget, budget.retrain, "retrainings", count, directory, on_progress)
+    return tuple(map(Retraining.from_arrays, arrays))
+
+
+def _grown(
+    budget: Budget,
+    train: farm.Train,
+    name: str,
+    count: int,
+    directory: Path,
+    on_progress: OnProgress,
+) -> list[farm.Arrays]:
+    return farm.grow(
+        train,
+        count=count,
+        directory=directory / "runs" / budget.name / name,
         key={"study": read_json(directory / STUDY), "budget": budget.name},
         # Side by side on as many cores, but one after the other on one accelerator.
         workers=os.cpu_count() if budget.experiment.compute.device == "cpu" else 1,
-        progress=lambda done, total: on_progress(f"references {budget.name}", done, total),
+        progress=lambda done, total: on_progress(f"{name} {budget.name}", done, total),
     )
-    return tuple(map(Reading.from_arrays, arrays))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +12,37 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dpnlu.nlu.data import Example
-from dpnlu.nlu.encoding import Encoded, Encoding, batches
+from dpnlu.nlu.encoding import Encoded, Encoding, Labels, batches
 from dpnlu.nlu.models import BiLSTMClassifier, EncoderClassifier, device_of, moved
 
 _BATCH_SIZE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What a model says about N texts of W words together.
+
+    Attributes:
+        intents: (N,) the likeliest intent, as its number among the labels; None without intents.
+        confidence: (N,) the model's own probability of that intent, in (0, 1]; likewise.
+        tags: (W,) the tag of every word, text after text, as its number among the labels; None
+            without slots.
+    """
+
+    intents: NDArray[np.int64] | None
+    confidence: NDArray[np.float64] | None
+    tags: NDArray[np.int64] | None
+
+    def tags_of(self, examples: Sequence[Example], labels: Labels) -> list[list[str]]:
+        """The tags by name, one list per text.
+
+        Args:
+            examples: the texts that were answered, which say how many words each has.
+        """
+        assert self.tags is not None
+        names = [labels.tags[tag] for tag in self.tags.tolist()]
+        ends = np.cumsum([len(example.tokens) for example in examples]).tolist()
+        return [names[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +74,45 @@ def evaluate(
     Args:
         encoded: the examples' tensors, in the same order.
     """
+    return score(answer(model, encoding, encoded), examples, encoding.labels)
+
+
+def answer(model: nn.Module, encoding: Encoding, encoded: Sequence[Encoded]) -> Answers:
+    """What the model says about the examples, in evaluation mode, in which it stays.
+
+    Args:
+        encoded: the examples' tensors, at least one.
+    """
+    model.eval()
+    device = device_of(model)
+    said: dict[str, list[NDArray[Any]]] = {"intents": [], "confidence": [], "tags": []}
+    with torch.no_grad():
+        for batch in batches(encoding, encoded, size=_BATCH_SIZE):
+            batch = moved(batch, device)
+            outputs = model(batch)
+            if outputs.intents is not None:
+                # On the CPU, as not every device has float64.
+                likeliest = outputs.intents.cpu().double().softmax(1).max(1)
+                said["intents"].append(likeliest.indices.numpy())
+                said["confidence"].append(likeliest.values.numpy())
+            if outputs.tags is not None:
+                rows = outputs.likeliest_tags(batch["lengths"]).cpu()
+                lengths = batch["lengths"].cpu().tolist()
+                said["tags"] += [
+                    row[:length].numpy() for row, length in zip(rows, lengths, strict=True)
+                ]
+    return Answers(**{name: np.concatenate(all_) if all_ else None for name, all_ in said.items()})
+
+
+def score(answers: Answers, examples: Sequence[Example], labels: Labels) -> Metrics:
+    """Compare answers with the labels of the examples that were answered."""
     right: list[NDArray[np.bool_]] = []
     accuracy = f1 = None
-    intents, tags = _answers(model, encoding, encoded)
-    if intents:
-        pairs = zip(intents, examples, strict=True)
-        right.append(np.array([guess == example.intent for guess, example in pairs]))
+    if answers.intents is not None:
+        right.append(right_intents(answers.intents, examples, labels))
         accuracy = float(right[0].mean())
-    if tags and examples[0].tags is not None:
+    if answers.tags is not None and examples[0].tags is not None:
+        tags = answers.tags_of(examples, labels)
         gold = [list(example.tags or ()) for example in examples]
         right.append(np.array([a == b for a, b in zip(tags, gold, strict=True)]))
         f1 = _slot_f1(gold, tags)
@@ -63,6 +122,14 @@ def evaluate(
         frame_accuracy=float(np.logical_and.reduce(right).mean()),
         examples=len(examples),
     )
+
+
+def right_intents(
+    intents: NDArray[np.int64], examples: Sequence[Example], labels: Labels
+) -> NDArray[np.bool_]:
+    """(N,) whether the intent, as its number among the labels, is the example's."""
+    pairs = zip(intents.tolist(), examples, strict=True)
+    return np.array([labels.intents[guess] == example.intent for guess, example in pairs])
 
 
 def mean_loss(
@@ -81,31 +148,6 @@ def mean_loss(
             for batch in batches(encoding, encoded, size=_BATCH_SIZE)
         ]
     return sum(losses) / len(encoded)
-
-
-def _answers(
-    model: nn.Module, encoding: Encoding, encoded: Sequence[Encoded]
-) -> tuple[list[str], list[list[str]]]:
-    """The intents and the tags of all examples; an empty list for what the model does not say."""
-    model.eval()
-    device = device_of(model)
-    intents: list[str] = []
-    tags: list[list[str]] = []
-    with torch.no_grad():
-        for batch in batches(encoding, encoded, size=_BATCH_SIZE):
-            batch = moved(batch, device)
-            outputs = model(batch)
-            if outputs.intents is not None:
-                guesses = outputs.intents.argmax(1).cpu().tolist()
-                intents += [encoding.labels.intents[guess] for guess in guesses]
-            if outputs.tags is not None:
-                rows = outputs.likeliest_tags(batch["lengths"]).cpu().tolist()
-                lengths = batch["lengths"].cpu().tolist()
-                tags += [
-                    [encoding.labels.tags[tag] for tag in row[:length]]
-                    for row, length in zip(rows, lengths, strict=True)
-                ]
-    return intents, tags
 
 
 def _slot_f1(gold: list[list[str]], found: list[list[str]]) -> float:

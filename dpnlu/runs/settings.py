@@ -307,13 +307,19 @@ def as_begun(settings: _Recipes, record: Path) -> _Recipes:
     Args:
         record: a JSON file in which a training or a study records its settings, if there is one.
     """
+    recorded = begun(record)
+    if recorded is None:
+        return settings
+    edition = recorded.get("recipes", FIRST_RECIPES)
+    is_asked = settings.recipes != LATEST_RECIPES and "recipes" in recorded
+    return settings if is_asked else replace(settings, recipes=edition)
+
+
+def begun(record: Path) -> dict[str, Any] | None:
+    """The settings that a training or a study recorded when it began; None: there is no record."""
     try:
         content = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return settings
-    begun = content.get("settings", content) if isinstance(content, dict) else None
-    if not isinstance(begun, dict):
-        return settings
-    edition = begun.get("recipes", FIRST_RECIPES)
-    is_asked = settings.recipes != LATEST_RECIPES and "recipes" in begun
-    return settings if is_asked else replace(settings, recipes=edition)
+        return None
+    settings = content.get("settings", content) if isinstance(content, dict) else None
+    return settings if isinstance(settings, dict) else None

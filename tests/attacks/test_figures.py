@@ -10,9 +10,10 @@ import pytest
 from matplotlib import colors
 
 from attacks.ceilings import approximate_dp_ceiling_auc, gaussian_ceiling_auc
-from attacks.report.figures import FIGURES, drawings
+from attacks.report.figures import FIGURES, OF_CHANGES, drawings
 from attacks.report.figures import axes as look
 from attacks.report.figures import budgets as by_budget
+from attacks.report.figures import changes as by_change
 from attacks.report.figures import runs as by_run
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -70,9 +71,66 @@ def run(name, epsilon, auc, **others):
     return entry | others
 
 
+def compared_with(ordinary, *, lost=0.05):
+    """What a run has whose answers were compared with those of another; None: nothing."""
+    flipped = {
+        "texts": 200,
+        "negative": lost,
+        "negative_interval": [lost - 0.02, lost + 0.03],
+        "positive": 0.01,
+        "positive_interval": [0.001, 0.04],
+        "disagreement": lost + 0.02,
+        "disagreement_interval": [lost, lost + 0.05],
+    }
+    change = {} if ordinary is None else {"change": -lost, "change_interval": [-2 * lost, 0.01]}
+    kinds = {
+        "intents": [("play", 2000, 90), ("ask", 40, 60), ("rare", 1, 3)],
+        "slots": [("city", 700, 80), ("song", 0, 12)],
+    }
+    rows = {
+        kind: [
+            {"name": name, "training": taught, "test": asked, "right": 0.9}
+            | {"right_interval": [0.8, 0.95]}
+            | change
+            for name, taught, asked in classes
+        ]
+        for kind, classes in kinds.items()
+    }
+    rows["rarest_word"] = [
+        {"name": name, "test": 50, "right": 0.8, "right_interval": [0.7, 0.9]} | change
+        for name in ("none", "1 to 4", "over 99")
+    ]
+    bins = [
+        {"texts": 40, "confidence": 0.5, "accuracy": 0.4, "accuracy_interval": [0.3, 0.5]},
+        {"texts": 160, "confidence": 0.9, "accuracy": 0.85, "accuracy_interval": [0.8, 0.9]},
+        {"texts": 2, "confidence": 0.1, "accuracy": 0.0, "accuracy_interval": [0.0, 0.8]},
+    ]
+    entry = {
+        "breakdown": rows,
+        "calibration": {
+            "texts": 202,
+            "accuracy": 0.75,
+            "mean_confidence": 0.81,
+            "overconfidence": 0.06,
+            "overconfidence_interval": [0.02, 0.1],
+            "ece": 0.06,
+            "ece_interval": [0.03, 0.1],
+            "ece_by_chance": 0.04,
+            "bins": bins,
+        },
+        "retrainings": [flipped | {"against": "again", "train_seconds": 60.0}],
+    }
+    return entry if ordinary is None else entry | {"flips": flipped | {"against": ordinary}}
+
+
 def study():
     data = {"audit_examples": 3000, "members": 1000}
-    return {"data": data, "runs": [run("free", None, 0.7), run("a", 2.0, 0.51), run("b", 8, 0.55)]}
+    runs = [
+        run("free", None, 0.7, **compared_with(None)),
+        run("a", 2.0, 0.51, **compared_with("free", lost=0.2)),
+        run("b", 8, 0.55, **compared_with("free", lost=0.1)),
+    ]
+    return {"data": data, "runs": runs}
 
 
 def without(*keys, report=None):
@@ -276,7 +334,7 @@ def test_exposure_shows_bits_between_nothing_and_all():
     ],
 )
 def test_figures_without_data_are_left_out(keys, left):
-    assert {drawing.name for drawing in drawings(without(*keys))} == left
+    assert {drawing.name for drawing in drawings(without(*keys, "flips"))} == left
 
 
 def test_a_single_run_has_no_figures_that_compare():
@@ -425,3 +483,78 @@ def test_text_that_looks_like_a_colour_is_left_alone():
         entry |= {"name": f"{look.BLUE} 1.23456 {entry['name']}", "epsilon": 3.0}
     svg = {drawing.name: drawing.svg for drawing in drawings(report)}["time"]
     assert f">{look.BLUE} 1.23456 a<" in look.inline_svg(svg, prefix="p")
+
+
+# ---- what privacy changed
+
+
+def test_losses_show_every_class_that_the_test_asks_often_over_its_training_frequency():
+    above, _ = by_change.losses(study()).axes
+    rounds = points(above, "o")
+    assert rounds == [(40, -20), (40, -10), (2000, -20), (2000, -10)], "three in the test: too few"
+    assert points(above, "s") == [(0.5, -20), (0.5, -10), (700, -20), (700, -10)]
+    assert {"play", "city", "song"} & _texts(above) and "rare" not in _texts(above)
+    assert above.get_xscale() == "log"
+
+
+def test_losses_by_rare_words_have_intervals_and_counts():
+    _, below = by_change.losses(study()).axes
+    assert [label.get_text() for label in below.get_xticklabels()] == [
+        f"{name}\n50 texts" for name in ("none", "1 to 4", "over 99")
+    ]
+    ends = {
+        (round(float(low)), round(float(high)))
+        for bar in below.collections
+        for (_, low), (_, high) in _segments(bar)
+    }
+    assert ends == {(-20, 1), (-40, 1)}
+
+
+def test_reliability_shows_accuracy_over_confidence_but_for_bins_of_few_texts():
+    (axes,) = by_change.reliability(study()).axes
+    assert points(axes, "o") == [(50, 40)] * 3 + [(90, 85)] * 3
+    diagonal = line(axes, "_perfect")
+    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata())
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == [f"{name}: error 6.0\u00a0%" for name in ("no privacy", E8, E2)]
+
+
+E8, E2 = "ε\u00a0=\u00a08", "ε\u00a0=\u00a02"
+
+
+def test_flips_stand_left_and_right_of_nothing_with_their_controls_below():
+    (axes,) = by_change.flips(study()).axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == [
+        *(f"no privacy → {E8}", f"no privacy → {E2}"),
+        *("no privacy → again", f"{E8} → again", f"{E2} → again"),
+    ]
+    bars = [(round(bar.get_y() + 0.25), bar.get_width()) for bar in axes.patches]
+    assert bars[:4] == [(0, -10), (0, 1), (1, -20), (1, 1)]
+    assert {"10.0\u00a0%", "20.0\u00a0%", "1.0\u00a0%"} <= _texts(axes)
+    assert {bar.get_alpha() for bar in axes.patches[:4]} == {1}
+    assert {bar.get_alpha() for bar in axes.patches[4:]} == {0.4}
+
+
+@pytest.mark.parametrize("key", ["breakdown", "calibration", "retrainings", "flips"])
+def test_a_change_that_was_not_measured_is_not_drawn(key):
+    drawn = {drawing.name for drawing in drawings(without(key))} & set(OF_CHANGES)
+    lost = {"breakdown": {"losses"}, "calibration": {"reliability"}, "flips": set(OF_CHANGES)}
+    assert drawn == set(OF_CHANGES) - lost.get(key, set())
+    if key == "retrainings":
+        (axes,) = by_change.flips(without(key)).axes
+        assert len(axes.get_yticklabels()) == 2
+
+
+def test_changes_that_are_nothing_at_all_are_drawn():
+    report = study()
+    for entry in report["runs"]:
+        for flips in (entry.get("flips", {}), *entry["retrainings"]):
+            for key in ("negative", "positive", "disagreement"):
+                flips.pop(f"{key}_interval", None)
+                flips[key] = 0.0
+        for rows in entry["breakdown"].values():
+            for row in rows:
+                row.pop("change_interval", None)
+                row.update({"change": 0.0, "training": 0} if "change" in row else {"training": 0})
+    assert len(drawings(report)) == len(FIGURES)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
@@ -17,6 +18,7 @@ from attacks import report as reports
 from attacks.ceilings import approximate_dp_ceiling_auc
 from attacks.report import strongest_attack, terminal_table, write_report
 from attacks.report import wording as write
+from attacks.report.changes import changes
 from attacks.report.contract import plain
 from attacks.report.figures import FIGURES
 from attacks.report.findings import findings
@@ -25,6 +27,9 @@ from attacks.report.page import to_html
 from attacks.report.table import attack_table, canary_table, main_table
 
 EVIL = "<script>alert(1)</script>|**b**`c`$x$ [l](http://e.vil)\n# h \x1b[31m\x00\u202e{{ 7*7 }}"
+OLD = sorted(
+    (Path(__file__).parents[2] / "benchmarks" / "results").glob("2026-11-21-compare-*.json")
+)
 VOID = {"meta", "link", "br", "hr", "img", "input", "path", "use", "rect"}
 
 
@@ -90,6 +95,58 @@ def run(name, epsilon, *, auc=0.5, accuracy=0.9, bound=0.0, exact=0.0):
     return entry
 
 
+def compared_with(ordinary, *, lost=0.05):
+    """What a run has whose answers were compared with those of another; None: nothing."""
+    flipped = {
+        "texts": 200,
+        "negative": lost,
+        "negative_interval": [lost - 0.02, lost + 0.03],
+        "positive": 0.01,
+        "positive_interval": [0.001, 0.04],
+        "disagreement": lost + 0.02,
+        "disagreement_interval": [lost, lost + 0.05],
+    }
+    change = {} if ordinary is None else {"change": -lost, "change_interval": [-2 * lost, 0.01]}
+    kinds = {
+        "intents": [("play", 2000, 90), ("ask", 40, 60), ("rare", 1, 3)],
+        "slots": [("city", 700, 80), ("song", 0, 12)],
+    }
+    rows = {
+        kind: [
+            {"name": name, "training": taught, "test": asked, "right": 0.9}
+            | {"right_interval": [0.8, 0.95]}
+            | change
+            for name, taught, asked in classes
+        ]
+        for kind, classes in kinds.items()
+    }
+    rows["rarest_word"] = [
+        {"name": name, "test": 50, "right": 0.8, "right_interval": [0.7, 0.9]} | change
+        for name in ("none", "1 to 4", "over 99")
+    ]
+    bins = [
+        {"texts": 40, "confidence": 0.5, "accuracy": 0.4, "accuracy_interval": [0.3, 0.5]},
+        {"texts": 160, "confidence": 0.9, "accuracy": 0.85, "accuracy_interval": [0.8, 0.9]},
+        {"texts": 2, "confidence": 0.1, "accuracy": 0.0, "accuracy_interval": [0.0, 0.8]},
+    ]
+    entry = {
+        "breakdown": rows,
+        "calibration": {
+            "texts": 202,
+            "accuracy": 0.75,
+            "mean_confidence": 0.81,
+            "overconfidence": 0.06,
+            "overconfidence_interval": [0.02, 0.1],
+            "ece": 0.06,
+            "ece_interval": [0.03, 0.1],
+            "ece_by_chance": 0.04,
+            "bins": bins,
+        },
+        "retrainings": [flipped | {"against": "again", "train_seconds": 60.0}],
+    }
+    return entry if ordinary is None else entry | {"flips": flipped | {"against": ordinary}}
+
+
 def study():
     return {
         "schema": 1,
@@ -106,9 +163,10 @@ def study():
         "machine": {"platform": "Linux", "memory_gib": 7.6},
         "study": {"confidence": 0.95, "batch_size": 256},
         "runs": [
-            run("free", None, auc=0.7, accuracy=0.96, bound=3.0, exact=0.8),
-            run("eps-8", 7.98, auc=0.55, accuracy=0.93, bound=1.0),
-            run("eps-2", 2.0, auc=0.51, accuracy=0.88),
+            run("free", None, auc=0.7, accuracy=0.96, bound=3.0, exact=0.8) | compared_with(None),
+            run("eps-8", 7.98, auc=0.55, accuracy=0.93, bound=1.0)
+            | compared_with("free", lost=0.1),
+            run("eps-2", 2.0, auc=0.51, accuracy=0.88) | compared_with("free", lost=0.2),
         ],
     }
 
@@ -670,3 +728,107 @@ def test_the_terminal_interprets_no_markup():
 def test_terminal_table_refuses_what_validate_refuses():
     with pytest.raises(ValueError, match=r"runs\[0\].epsilon"):
         terminal_table({"runs": [{"name": "x", "target_epsilon": None, "epsilon": math.inf}]})
+
+
+# ---- what privacy changed
+
+
+def changed(report, title):
+    """The table of that heading."""
+    found = changes(plain(report))
+    (table,) = [d.table for d in found.details if d.title.startswith(title)]
+    return {row.name: row.cells for row in table.rows}, [c.title for c in table.columns]
+
+
+def test_the_section_is_in_both_views_and_absent_where_nothing_was_compared():
+    title = "What did privacy change"
+    assert title in page(study()).seen and title in markdown(study())
+    old = study()
+    for entry in old["runs"]:
+        entry.pop("flips", None)
+    assert changes(plain(old)) is None
+    assert title not in page(old).seen and title not in markdown(old)
+    assert changes(plain(minimal())) is None
+
+
+@pytest.mark.parametrize("path", OLD, ids=lambda path: path.stem)
+def test_reports_of_earlier_versions_are_read_as_they_are(path):
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert "flips" not in report["runs"][-1]
+    assert changes(plain(report)) is None
+    assert "What did privacy change" not in page(report).seen + markdown(report)
+
+
+def test_classes_are_listed_by_what_the_strictest_budget_lost():
+    report = study()
+    for row, change in zip(
+        report["runs"][2]["breakdown"]["intents"], (-0.1, -0.3, -1), strict=True
+    ):
+        row |= {"change": change, "change_interval": [-1, 1]}
+    rows, columns = changed(report, "Intents by what privacy lost")
+    assert list(rows) == ["ask", "play"], "the third is asked three times only"
+    assert columns[:3] == ["in training", "in the test", "no privacy (%)"]
+    assert [cell.value for cell in rows["ask"]] == ["40", "60", "90.0", "90.0", "90.0"]
+    assert rows["ask"][-1].details == ("−30.0\u00a0[−100.0,\u00a0+100.0]",)
+    said = dict(changes(plain(report)).said)["What is lost"]
+    assert "the intent ask (−30.0 points [−100.0,\u00a0+100.0])" in said
+
+
+def test_of_many_classes_the_worst_are_shown_and_the_others_counted():
+    report = study()
+    for entry in report["runs"]:
+        (first, *_) = entry["breakdown"]["intents"]
+        entry["breakdown"]["intents"] = [first | {"name": f"intent {n}"} for n in range(150)]
+    rows, _ = changed(report, "Intents by what privacy lost, the worst first, of 150")
+    assert len(rows) == 10
+
+
+def test_flips_stand_beside_their_controls():
+    rows, _ = changed(study(), "Flips")
+    e8, e2 = "ε\u00a0=\u00a07.98", "ε\u00a0=\u00a02"
+    assert list(rows) == [
+        *(f"no privacy → {e8}", f"no privacy → {e2}"),
+        *("no privacy → again", f"{e8} → again", f"{e2} → again"),
+    ]
+    assert [cell.value for cell in rows[f"no privacy → {e2}"]] == ["200", "20.0", "1.0", "22.0"]
+    said = dict(changes(plain(study())).said)["Which texts flip"]
+    assert "another seed alone makes 5.0\u00a0% [3.0,\u00a08.0] wrong" in said
+    alone = study()
+    for entry in alone["runs"]:
+        entry.pop("retrainings")
+    said = changes(plain(alone))
+    assert "No model was trained again" in dict(said.said)["Which texts flip"]
+    assert "Again" not in said.reading
+
+
+def test_several_retrainings_are_told_apart():
+    report = study()
+    report["runs"][0]["retrainings"] *= 2
+    rows, _ = changed(report, "Flips")
+    assert [name for name in rows if name.startswith("no privacy → again")] == [
+        *("no privacy → again 1", "no privacy → again 2"),
+    ]
+
+
+def test_calibration_stands_beside_what_chance_shows():
+    rows, _ = changed(study(), "Calibration")
+    assert [cell.value for cell in rows["no privacy"]] == [
+        *("202", "75.0", "81.0", "+6.0", "6.0", "4.0"),
+    ]
+
+
+@pytest.mark.parametrize("key", ["breakdown", "calibration", "retrainings"])
+def test_a_section_without_one_measurement_is_written(key):
+    report = study()
+    for entry in report["runs"]:
+        entry.pop(key)
+    assert "What did privacy change" in page(report).seen and markdown(report)
+
+
+def test_the_section_shows_markup_of_users_as_text():
+    report = study()
+    for entry in report["runs"]:
+        for kind in ("intents", "slots"):
+            entry["breakdown"][kind][0]["name"] = EVIL
+    assert "script" not in [tag for tag, _ in page(report).tags]
+    assert "<script>" not in markdown(report)

@@ -50,6 +50,36 @@ RUN = {
         "chance_hamming": 0.9,
     },
     "audit": {"epsilon_lower_bound": 0.4, "confidence": 0.95, "method": "one-run", "ceiling": 5.0},
+    "breakdown": {
+        "intents": [
+            {"name": "play", "training": 20, "test": 9, "right": 0.5, "right_interval": [0.2, 0.8]}
+            | {"change": -0.1, "change_interval": [-0.4, 0.1]}
+        ],
+        "rarest_word": [{"name": "none", "test": 9, "right": 0.5}],
+    },
+    "calibration": {
+        "texts": 9,
+        "accuracy": 0.5,
+        "mean_confidence": 0.7,
+        "overconfidence": 0.2,
+        "overconfidence_interval": [-0.1, 0.3],
+        "ece": 0.2,
+        "ece_interval": [0.1, 0.3],
+        "ece_by_chance": 0.1,
+        "bins": [{"texts": 9, "confidence": 0.7, "accuracy": 0.5, "accuracy_interval": [0, 1]}],
+    },
+    "flips": {
+        "against": "free",
+        "texts": 9,
+        "negative": 0.2,
+        "negative_interval": [0.1, 0.3],
+        "positive": 0.1,
+        "disagreement": 0.4,
+    },
+    "retrainings": [
+        {"against": "eps-2", "texts": 9, "negative": 0.0, "positive": 0.0, "disagreement": 0.0}
+        | {"train_seconds": 3.0}
+    ],
     "warnings": ["few canaries"],
 }
 FREE = {"name": "free", "target_epsilon": None, "epsilon": None}
@@ -147,6 +177,18 @@ WRONG = [
     ([*C, "ranks"], [], "runs[1].canary.ranks"),
     ([*C], {"trials": 3, "ranks": [1, 2]}, "runs[1].canary.ranks"),
     ([*R, A, "confidence"], 1, "runs[1].audit.confidence"),
+    ([*R, "breakdown", "intents", 0, "test"], -1, "runs[1].breakdown.intents[0].test"),
+    ([*R, "breakdown", "intents", 0, "right"], 0.9, "breakdown.intents[0].right_interval"),
+    ([*R, "breakdown", "intents", 0, "change"], -2, "runs[1].breakdown.intents[0].change"),
+    ([*R, "breakdown", "intents", 0, "change"], 0.5, "breakdown.intents[0].change_interval"),
+    ([*R, "breakdown", "rarest_word", 0, "name"], "", "breakdown.rarest_word[0].name"),
+    ([*R, "calibration", "ece"], 0.5, "runs[1].calibration.ece_interval"),
+    ([*R, "calibration", "overconfidence"], 1.5, "runs[1].calibration.overconfidence"),
+    ([*R, "calibration", "bins", 0, "accuracy"], 2, "runs[1].calibration.bins[0].accuracy"),
+    ([*R, "flips", "negative"], 0.35, "runs[1].flips.negative_interval"),
+    ([*R, "flips", "positive"], 0.45, "runs[1].flips.positive"),
+    ([*R, "flips", "against"], None, "runs[1].flips.against"),
+    ([*R, "retrainings", 0, "train_seconds"], -1, "runs[1].retrainings[0].train_seconds"),
     ([*R, A, "epsilon_lower_bound"], 6.0, "runs[1].audit.epsilon_lower_bound"),
     (["runs"], [], "runs"),
     (["runs"], {}, "runs"),

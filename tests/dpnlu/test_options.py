@@ -69,7 +69,7 @@ FULL = [
         "--dropout 0.2 --max-grad-norm 2 --attacks loss rmia --canaries pin:2:R=3 call:1:R=2 "
         "--weight-decay 0.3 --characters 6 --redact-digits --patience 2 --slot-loss words "
         "--recipes 1 --clipping automatic --noise-schedule step:0.5:3 --decimals 3 "
-        "--searches beam coordinates --audit-canaries 7 "
+        "--searches beam coordinates --audit-canaries 7 --retrainings 2 "
         "--references 4 --audit-examples 33 --confidence 0.9 --physical-batch-size 5 "
         "--device cpu --seed 9 --unit user --examples-per-user 4",
         StudySettings(
@@ -92,6 +92,7 @@ FULL = [
             decimals=3,
             searches=("beam", "coordinates"),
             audit_canaries=7,
+            retrainings=2,
             attacks=("loss", "rmia"),
             canaries=("pin:2:R=3", "call:1:R=2"),
             references=4,

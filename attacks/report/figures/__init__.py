@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from attacks.report.figures import budgets, runs, secrets
+from attacks.report.figures import budgets, changes, runs, secrets
 from attacks.report.figures.axes import to_svg
 
 
@@ -83,4 +83,25 @@ FIGURES: Mapping[str, tuple[str, str, Callable[[Mapping[str, Any]], Figure | Non
         "where it is known.",
         secrets.recovered,
     ),
+    "losses": (
+        "What is lost, by how often training had it",
+        "Each dot is an intent (round) or a slot (square), how far its share of right answers is "
+        "from that without privacy; below, test texts by how many training texts have their rarest "
+        "word, with intervals.",
+        changes.losses,
+    ),
+    "reliability": (
+        "Confidence and accuracy",
+        "On the dotted diagonal a model is as often right as it is sure; below it the model is too "
+        "sure. In the legend the expected calibration error.",
+        changes.reliability,
+    ),
+    "flips": (
+        "Flips",
+        "Texts that one model gets right and the other wrong, in per cent of the test, with "
+        "intervals. Faint: the control, the same training again from another seed.",
+        changes.flips,
+    ),
 }
+# They belong to the section about what privacy changed.
+OF_CHANGES = ("losses", "reliability", "flips")
