@@ -17,7 +17,7 @@ from dpnlu.engines.refusals import check_unchanged
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.noise import fill_gaussian
 from dpnlu.mechanism.plan import PrivacyPlan
-from dpnlu.training.adam_bc import AdamBC
+from dpnlu.training.adam_bc import tell_noise
 from dpnlu.training.buffers import Buffers
 from dpnlu.training.handover import Handover
 from dpnlu.training.processes import Counts, OneProcess, Processes
@@ -244,8 +244,7 @@ class LogicalBatch:
             for parameter, total in self._buffers.items():
                 parameter.grad = total.to(parameter.dtype)
             optimizer = self._mechanism.optimizer
-            if isinstance(optimizer, AdamBC):
-                optimizer.noise_std = self._std / self._divisor
+            tell_noise(optimizer, self._std / self._divisor)
             optimizer.step()
         finally:
             for parameter in self._mechanism.parameters:
