@@ -15,6 +15,7 @@ from torch import nn
 
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.mechanism.ranges import check_choice
 from dpnlu.nlu.classifier import Classifier
 from dpnlu.nlu.data import (
     Corpus,
@@ -47,7 +48,7 @@ from dpnlu.runs.model_directory import CHECKPOINT, RUN, is_model, load
 from dpnlu.runs.progress import OnProgress, silent
 from dpnlu.runs.public_data import PublicData
 from dpnlu.runs.results import Results, results_of, save_trained
-from dpnlu.runs.settings import TrainSettings, as_begun
+from dpnlu.runs.settings import NOISES, TrainSettings, as_begun
 from dpnlu.runs.train import Trained, new_classifier, train
 from dpnlu.training.checkpoint import Checkpoints
 from dpnlu.training.loop import check_fit
@@ -105,6 +106,7 @@ def prepared(settings: TrainSettings) -> Work:
     Raises:
         ValueError: invalid settings or data.
     """
+    check_choice("noise", settings.noise, NOISES)
     corpus = _with_labels(load_corpus(settings.data, seed=settings.seed), settings.labels)
     public = None
     if settings.public is not None:
@@ -224,6 +226,7 @@ def _fitted(
         compute=work.experiment.compute,
         plan=plan,
         seed=work.settings.seed,
+        system_noise=work.settings.noise == "system",
         ledger=ledger,
         checkpoints=Checkpoints(
             path=directory / CHECKPOINT,

@@ -19,6 +19,8 @@ from dpnlu.mechanism.clipping import clipping_rule
 EXAMPLES_PER_USER = 8
 # Computed at once: a network with all that it remembers, and heads on a frozen encoder.
 PHYSICAL_BATCH_SIZE, PHYSICAL_BATCH_SIZE_OF_HEADS = 64, 512
+# Where the noise comes from.
+NOISES = ("generator", "system")
 # What is recommended has changed; what was begun goes on as it began.
 FIRST_RECIPES, LATEST_RECIPES = 1, 3
 
@@ -214,6 +216,13 @@ class TrainSettings(RecipeSettings):
         default=None,
         metavar="SPEC",
     )
+    noise: str = setting(
+        "where noise comes from: generator, one that is filled with the system's entropy; or "
+        "system, that entropy for every draw, added so that floating-point numbers give nothing "
+        "away, and slower",
+        default=NOISES[0],
+        metavar="|".join(NOISES),
+    )
     labels: str | None = setting(
         'JSON file {"intents": [...], "slots": [...]} that declares the label sets (default: as '
         "the corpus declares them, else read from the data, which ε does not cover)",
@@ -279,6 +288,7 @@ _LATER = {
     *("unit", "examples_per_user", "weight_decay", "characters", "redact_digits", "patience"),
     *("noise_schedule", "clipping"),
     *("decimals", "audit_canaries", "searches", "slot_loss", "public"),
+    "noise",
 }
 
 

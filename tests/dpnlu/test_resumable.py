@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dpnlu.cli.main import main
+from dpnlu.mechanism import noise
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.runs.model_directory import load
 
@@ -108,6 +109,26 @@ def test_an_interrupted_training_is_resumed(interrupted: Training) -> None:
     interrupted.assert_refused("add --resume")
     assert interrupted("--resume") == 0
     interrupted.assert_finished()
+
+
+def test_a_training_with_the_system_s_noise_is_resumed_with_it(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    really = noise.system_gaussian
+
+    def draw(count: int) -> torch.Tensor:
+        drawn.append(count)
+        return really(count)
+
+    monkeypatch.setattr(noise, "system_gaussian", draw)
+    _interrupt(training, monkeypatch, "--noise", "system", after=4)
+    of_a_step = sum(drawn) / 4
+    training.assert_refused("Expected the settings", "--resume")
+    assert training("--resume", "--noise", "system") == 0
+    training.assert_finished()
+    weights = sum(p.numel() for p in load(training.out).classifier.model.parameters())
+    assert of_a_step == 4 * weights and sum(drawn) == STEPS * of_a_step
 
 
 def test_a_torn_line_does_not_raise_epsilon_above_the_target(interrupted: Training) -> None:
@@ -253,6 +274,7 @@ BAD_SETTINGS = {
     "rate below 0": (["--learning-rate=-1"], "`learning_rate`"),
     "rate infinite": (["--learning-rate", "inf"], "`learning_rate`"),
     "rate no number": (["--learning-rate", "nan"], "`learning_rate`"),
+    "noise from nowhere": (["--noise", "dice"], "`noise`"),
 }
 
 

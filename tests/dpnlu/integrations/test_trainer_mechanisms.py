@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 
 import dpnlu
 from dpnlu.integrations.losses import sequence_losses
@@ -97,6 +98,21 @@ def test_adam_with_the_noise_corrected_steps_as_in_the_plain_loop(tmp_path, clip
     assert torch.allclose(weights(made.model), expected, rtol=1e-5, atol=1e-6)
     plainly = _plain(asked, lambda parameters: torch.optim.AdamW(parameters, 0.05, weight_decay=0))
     assert not torch.allclose(plainly, expected, atol=1e-3)
+
+
+def test_the_system_s_noise_is_added_to_whole_sums(tmp_path):
+    """With the standard deviation of the plan, neither 2/3 nor 3/2 of it."""
+    made = private(
+        trainer(tmp_path, max_steps=1), plan=plan(noise_multiplier=2.0, steps=1), noise="system"
+    )
+    made.train()
+    quiet = private(trainer(tmp_path / "quiet", max_steps=1), plan=plan(steps=1))
+    quiet.train()
+    noise = subjects.flat(made.private.gradients) - subjects.flat(quiet.private.gradients)
+    std, found = made.private.plan.noise_std_at(0), noise.double().numpy()
+    assert stats.kstest(found, "norm", args=(0, std)).pvalue > 1e-6
+    for wrong in (std * 2 / 3, std * 3 / 2):
+        assert stats.kstest(found, "norm", args=(0, wrong)).pvalue < 1e-6
 
 
 def _interrupted(folder, asked, step=3):
