@@ -147,6 +147,15 @@ def test_a_command_line_and_code_ask_for_the_same(
     assert _parsed(settings, line) == expected
 
 
+def test_a_number_may_be_left_to_be_found() -> None:
+    line = "--data d --epsilon 3 --physical-batch-size auto"
+    expected = TrainSettings(data="d", epsilon=3.0, physical_batch_size="auto")
+    assert _parsed(TrainSettings, line) == expected
+    assert _parsed(TrainSettings, line.replace("auto", "12")).number_at_once == 12
+    with pytest.raises(ValueError, match="Expected a number for --physical-batch-size, got auto"):
+        assert expected.number_at_once
+
+
 @pytest.mark.parametrize("settings", [TrainSettings, StudySettings, AttackSettings])
 def test_the_full_lines_leave_no_setting_as_it_is_by_default(settings: type) -> None:
     asked = [expected for kind, _, expected in FULL if kind is settings]
@@ -174,6 +183,7 @@ def test_every_option_says_what_it_means_and_its_default(settings: type) -> None
         (StudySettings, "--data d --epsilons", "at least one argument"),
         (StudySettings, "--data d --epsilons 3 -1", "expected ε > 0 or inf, got -1"),
         (StudySettings, "--epsilons 3", "--data"),
+        (TrainSettings, "--data d --physical-batch-size all", "a whole number or auto, got all"),
         (AttackSettings, "--data d --seed 1.5", "--seed: invalid int value"),
     ],
 )
