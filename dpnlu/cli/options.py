@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from dpnlu.runs.settings import Option
 
@@ -63,9 +63,9 @@ def _flag(field: Field[Any]) -> str:
 
 
 def _value_type(hint: Any) -> tuple[type, bool]:
-    """The type of one value, and whether there may be several."""
+    """The type of one value, words that stand for one aside, and whether there may be several."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    (kind,) = (kind for kind in kinds if kind is not NoneType)
+    (kind,) = (kind for kind in kinds if kind is not NoneType and get_origin(kind) is not Literal)
     return (get_args(kind)[0], True) if get_origin(kind) is tuple else (kind, False)
 
 

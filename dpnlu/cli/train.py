@@ -27,5 +27,6 @@ def run(options: argparse.Namespace) -> None:
     with bars(quiet=options.quiet) as on_progress:
         results = train_best(settings, options.out, resume=options.resume, on_progress=on_progress)
     for name, value in results.to_dict().items():
-        print(f"{name.replace('_', ' ')}: {value:.4g}")
+        shown = f"{value:.4g}" if isinstance(value, float) else value
+        print(f"{name.replace('_', ' ')}: {shown}")
     print(options.out)

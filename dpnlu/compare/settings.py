@@ -274,8 +274,8 @@ def _check_recipe(settings: RecipeSettings) -> None:
 def _check_measurement(settings: MeasurementSettings) -> None:
     from dpnlu.compare.selection import check_attacks
 
-    if settings.physical_batch_size is not None:
-        check_count("physical_batch_size", settings.physical_batch_size)
+    if settings.number_at_once is not None:
+        check_count("physical_batch_size", settings.number_at_once)
     check_count("seed", settings.seed, least=0, most=LARGEST_SEED)
     if not 0 < settings.confidence < 1:
         raise ValueError(f"Expected a confidence in (0, 1), got {settings.confidence}.")

@@ -65,8 +65,9 @@ def privatize_distributed(
         ledger: where rank 0 records releases; None: in memory only.
         resume: go on with the ledger that is there. Load weights and optimizer state from a
             checkpoint before, on all ranks.
-        noise: as in `privatize`; a generator of your own is used on rank 0 alone, in place of fresh
-            entropy on every rank, which then draws the noise of its share of the parameters.
+        noise: as in `privatize`; a generator of your own and "system" are used on rank 0 alone, in
+            place of fresh entropy on every rank, each of which then draws the noise of its share of
+            the parameters.
         sampling_rng: that of rank 0 is used on all ranks.
         timeout: how long ranks wait for each other before training ends. It covers a physical batch
             and the loading of its data, the first of which is slow.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,12 +25,13 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
+from dpnlu.integrations.planning import Target
 from dpnlu.integrations.trainer_callback import PrivacyCallback, show_epsilon, terminable
 from dpnlu.integrations.trainer_card import add_statement
 from dpnlu.integrations.trainer_checkpoints import Staging, checkpoint_for, complete
 from dpnlu.integrations.trainer_data import Passes
 from dpnlu.integrations.trainer_losses import PerExampleLoss, losses_of_trainer
-from dpnlu.integrations.trainer_plan import check_plan, check_users, plan_for_trainer
+from dpnlu.integrations.trainer_plan import planned
 from dpnlu.integrations.trainer_privacy import Settings, TrainerPrivacy
 from dpnlu.integrations.trainer_support import (
     check_not_begun,
@@ -56,10 +58,13 @@ def privatize_trainer(
     target_epsilon: float | None = None,
     target_delta: float | None = None,
     max_grad_norm: float = 1.0,
-    plan: PrivacyPlan | None = None,
+    clipping: str = "flat",
+    clipping_groups: Sequence[Sequence[str]] | None = None,
+    noise_schedule: str = "constant",
     unit: str = "example",
     users: WhoseExamples | None = None,
     examples_per_user: int | None = None,
+    plan: PrivacyPlan | None = None,
     per_example_loss: PerExampleLoss | None = None,
     engine: str | None = None,
     noise: torch.Generator | Literal["system"] | None = None,
@@ -85,13 +90,15 @@ def privatize_trainer(
         target_epsilon: > 0, of the whole training; infinity: no noise, and no guarantee.
         target_delta: in (0, 1); None: 1e-5, or 0.1 / number of examples if that is less.
         max_grad_norm: bound C > 0 on the gradient norm of an example, or of a user.
-        plan: the mechanism, in place of the three before and of unit and examples_per_user; its
-            steps, examples and expected batch must be the trainer's.
+        clipping, clipping_groups, noise_schedule: see `PrivacyPlan`; with them the noise is as
+            little as the target allows. `dpnlu.AdamBC` is handed to the trainer, as `optimizers`.
         unit: what is protected, an "example" or a "user"; the expected logical batch is counted in
             these.
         users: with unit="user", whose the examples of `train_dataset` are: the name of a column,
             also of one that `remove_unused_columns` drops, a function of an example, or all ids.
         examples_per_user: how many of them count in a step at most; see `PrivacyPlan`.
+        plan: the mechanism, in place of a target and of all that it says itself; its steps,
+            examples and expected batch must be the trainer's.
         per_example_loss: (model, inputs of a physical batch) -> (B,), each depending on its example
             alone. None: the trainer's own `compute_loss` or `compute_loss_func`, which must return
             (B,); without one by the `problem_type` of a sequence classifier, or for a token
@@ -112,12 +119,17 @@ def privatize_trainer(
     check_not_begun(trainer)
     check_supported(trainer)
     _check_noise(noise)
-    whose = check_users(trainer, unit if plan is None else plan.unit, users)
-    if plan is not None:
-        check_plan(trainer, whose, plan, target_epsilon)
-    chosen = plan or plan_for_trainer(
-        trainer, whose, target_epsilon, target_delta, max_grad_norm, examples_per_user
+    target = Target(
+        target_epsilon=target_epsilon,
+        target_delta=target_delta,
+        max_grad_norm=max_grad_norm,
+        clipping=clipping,
+        clipping_groups=clipping_groups,
+        noise_schedule=noise_schedule,
+        unit=unit,
+        examples_per_user=examples_per_user,
     )
+    chosen, whose = planned(trainer, target, plan, users)
     losses = losses_of_trainer(trainer, per_example_loss)
     _check_model(trainer, chosen, engine)
     for sentence in replaced(trainer):
@@ -134,15 +146,7 @@ def privatize_trainer(
         max_epsilon=max_epsilon,
         log_private=log_private,
     )
-    trainer.args = private_arguments(trainer.args)
-    kind = type(trainer)
-    private: Any = trainer
-    private.__class__ = type(f"Private{kind.__name__}", (_PrivateTrainer, kind), {})
-    private.private = TrainerPrivacy(chosen, settings, not_covered=chosen_by)
-    private._dpnlu = _Own(losses)
-    # The first, so that all others see the epoch that it sets right.
-    trainer.callback_handler.callbacks.insert(0, PrivacyCallback(private.private))
-    return trainer
+    return _made_private(trainer, losses, TrainerPrivacy(chosen, settings, not_covered=chosen_by))
 
 
 @dataclass
@@ -363,6 +367,18 @@ class _PrivateTrainer(Trainer):
 
 
 # ---- before training -------------------------------------------------------------------------
+
+
+def _made_private(trainer: Trainer, losses: PerExampleLoss, privacy: TrainerPrivacy) -> Trainer:
+    """The same object, of a subclass of its class."""
+    trainer.args = private_arguments(trainer.args)
+    kind = type(trainer)
+    private: Any = trainer
+    private.__class__ = type(f"Private{kind.__name__}", (_PrivateTrainer, kind), {})
+    private.private, private._dpnlu = privacy, _Own(losses)
+    # The first, so that all others see the epoch that it sets right.
+    trainer.callback_handler.callbacks.insert(0, PrivacyCallback(privacy))
+    return trainer
 
 
 def _check_noise(noise: object) -> None:

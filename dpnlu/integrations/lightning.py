@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from dpnlu.integrations.lightning_support import (
     check_supported,
     selections,
 )
+from dpnlu.integrations.planning import Target
 from dpnlu.integrations.records import check_record, record_of
 from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.training.logical_loader import DrawnBatch
@@ -45,6 +46,9 @@ def privatize_trainer(
     target_epsilon: float | None = None,
     target_delta: float | None = None,
     max_grad_norm: float = 1.0,
+    clipping: str = "flat",
+    clipping_groups: Sequence[Sequence[str]] | None = None,
+    noise_schedule: str = "constant",
     plan: PrivacyPlan | None = None,
     physical_batch_size: int | None = None,
     resume: bool = False,
@@ -71,7 +75,9 @@ def privatize_trainer(
         target_epsilon: > 0, of the whole training; infinity: no noise, and no guarantee.
         target_delta: in (0, 1); None: 1e-5, or 0.1 / number of examples if that is less.
         max_grad_norm: bound C > 0 on the gradient norm of an example.
-        plan: the mechanism, in place of the three before.
+        clipping, clipping_groups, noise_schedule: see `PrivacyPlan`; with them the noise is as
+            little as the target allows. `dpnlu.AdamBC` is what `configure_optimizers` returns.
+        plan: the mechanism, in place of all before.
         physical_batch_size: examples computed at once; None: the loader's `batch_size`.
         resume: go on with the ledger that is there; hand a checkpoint to `fit` as `ckpt_path`.
         log_private: keep what the module logs while it trains, which ε does not cover.
@@ -84,13 +90,18 @@ def privatize_trainer(
     """
     if isinstance(trainer, _PrivateTrainer):
         raise ValueError("Expected a trainer that is not private, got one that is already.")
-    if (plan is None) == (target_epsilon is None):
-        raise ValueError("Expected `target_epsilon` or a `plan`, got both or neither.")
-    check_supported(trainer)
-    settings = Settings(
+    target = Target(
         target_epsilon=target_epsilon,
         target_delta=target_delta,
         max_grad_norm=max_grad_norm,
+        clipping=clipping,
+        clipping_groups=clipping_groups,
+        noise_schedule=noise_schedule,
+    )
+    target.check_alternative(plan)
+    check_supported(trainer)
+    settings = Settings(
+        target=target,
         plan=plan,
         physical_batch_size=physical_batch_size,
         resume=resume,

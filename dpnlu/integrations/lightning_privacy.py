@@ -21,12 +21,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from dpnlu.integrations.lightning_support import check_training, planned_steps
+from dpnlu.integrations.planning import Target
 from dpnlu.integrations.records import ResumeError
 from dpnlu.integrations.spending import EngineSettings, Spending
 from dpnlu.integrations.trainer_data import fingerprint, is_same
 from dpnlu.mechanism.durable import make_directory, write_json
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.runs.directory import new_ledger, resumed_ledger
 from dpnlu.training.logical_loader import DrawnBatch
 
 FOLDER, LEDGER, RUN = "_private", "ledger.jsonl", "run.json"
@@ -36,9 +38,7 @@ FOLDER, LEDGER, RUN = "_private", "ledger.jsonl", "run.json"
 class Settings(EngineSettings):
     """What `privatize_trainer` was told; see there."""
 
-    target_epsilon: float | None
-    target_delta: float | None
-    max_grad_norm: float
+    target: Target
     plan: PrivacyPlan | None
     physical_batch_size: int | None
     resume: bool
@@ -67,12 +67,13 @@ class LightningPrivacy(Spending):
         """In here steps may be taken on the data of a loader.
 
         Raises:
-            LedgerError: there is a ledger and it is not to be resumed, or the other way round.
+            LedgerError: there is a ledger and it is not to be resumed, or the other way round; or
+                it was begun with another plan.
             ResumeError: it was begun with other data.
         """
         if self.settings.plan is not None:
             _check_plan(trainer, self.settings.plan)
-        self.plan = self.settings.plan or _planned(trainer, loader, self.settings)
+        self.plan = self.settings.plan or _planned(trainer, loader, self.settings.target)
         place = Path(trainer.default_root_dir) / FOLDER
         self.ledger, self._last = _ledger(place, self.plan, loader.dataset, self.settings), None
         self.plan, self._loader = self.ledger.plan, loader
@@ -107,23 +108,15 @@ class LightningPrivacy(Spending):
         )
 
 
-def _planned(trainer: Trainer, loader: DataLoader[Any], settings: Settings) -> PrivacyPlan:
+def _planned(trainer: Trainer, loader: DataLoader[Any], target: Target) -> PrivacyPlan:
     """The plan with the least noise for the trainer's epochs or steps."""
     size, batch = len(loader.dataset), loader.batch_size  # type: ignore[arg-type]
-    assert settings.target_epsilon is not None and batch is not None
-    if batch > size:
-        raise ValueError(
-            f"Expected a logical batch of at most the {size} training examples, got {batch}: lower "
-            "the loader's batch_size."
-        )
-    delta = settings.target_delta
-    return PrivacyPlan.calibrate(
-        target_epsilon=settings.target_epsilon,
-        target_delta=min(1e-5, 0.1 / size) if delta is None else delta,
-        num_examples=size,
-        expected_batch_size=batch,
+    assert batch is not None
+    return target.plan(
+        size=size,
+        batch=batch,
         steps=planned_steps(trainer, per_pass=max(1, round(size / batch))),
-        max_grad_norm=settings.max_grad_norm,
+        remedy="the loader's batch_size",
     )
 
 
@@ -139,13 +132,12 @@ def _check_plan(trainer: Trainer, plan: PrivacyPlan) -> None:
 
 def _ledger(place: Path, plan: PrivacyPlan, dataset: Any, settings: Settings) -> Ledger:
     """The ledger of a training that begins, or goes on."""
-    path = place / LEDGER
     if not settings.resume:
         make_directory(place)
-        ledger = Ledger(plan, path=path, sampled_only=True)
+        ledger = new_ledger(place, plan)
         write_json(place / RUN, fingerprint(dataset))
         return ledger
-    ledger = Ledger.resume(path)
+    ledger = resumed_ledger(place, plan)
     if not _is_same(dataset, place / RUN):
         ledger.close()
         raise ResumeError(

@@ -7,57 +7,49 @@ from typing import Any
 
 from transformers import Trainer
 
+from dpnlu.integrations.planning import Target
 from dpnlu.mechanism.plan import UNITS, PrivacyPlan
 from dpnlu.mechanism.ranges import check_choice
 from dpnlu.mechanism.users import Users
 from dpnlu.training.cutting import WhoseExamples, read_users
 
 
-def plan_for_trainer(
-    trainer: Trainer,
-    users: Users | None,
-    epsilon: float | None,
-    delta: float | None,
-    max_grad_norm: float,
-    examples_per_user: int | None,
-) -> PrivacyPlan:
-    """The plan with the least noise for the trainer's epochs or steps.
+def planned(
+    trainer: Trainer, target: Target, plan: PrivacyPlan | None, users: WhoseExamples | None
+) -> tuple[PrivacyPlan, Users | None]:
+    """The mechanism of a trainer, as it is given or with the least noise for its epochs or steps.
 
     Args:
-        users: whose the training examples are; None: the unit is the example.
+        users: whose the training examples are, where the unit is the user.
+
+    Returns:
+        The plan; and the users, or None where the unit is the example.
 
     Raises:
-        ValueError: there is no target, or the logical batch exceeds the data; see
-            `PrivacyPlan.calibrate`.
+        ValueError: there is neither a target nor a plan, or both; the plan is for other data or
+            another number of steps; or users are given exactly where they are not needed.
     """
-    if epsilon is None:
-        raise ValueError("Expected `target_epsilon` or a `plan`, got neither.")
-    size, unit = _size(trainer, users), "example" if users is None else "user"
-    batch = _logical_batch(trainer)
-    if batch > size:
-        raise ValueError(
-            f"Expected a logical batch of at most the {size} training {unit}s, got {batch}: lower "
-            "per_device_train_batch_size or gradient_accumulation_steps."
-        )
-    per_pass = max(1, round(size / batch))
-    return PrivacyPlan.calibrate(
-        target_epsilon=epsilon,
-        target_delta=min(1e-5, 0.1 / size) if delta is None else delta,
-        num_examples=size,
-        expected_batch_size=batch,
-        steps=_steps(trainer, per_pass),
-        max_grad_norm=max_grad_norm,
-        unit=unit,
-        examples_per_user=examples_per_user,
+    target.check_alternative(plan)
+    whose = _users(trainer, target.unit if plan is None else plan.unit, users)
+    if plan is None:
+        return _least_noise(trainer, whose, target), whose
+    _check_plan(trainer, whose, plan)
+    return plan, whose
+
+
+def _least_noise(trainer: Trainer, users: Users | None, target: Target) -> PrivacyPlan:
+    """The plan for the trainer's epochs or steps."""
+    size, batch = _size(trainer, users), _logical_batch(trainer)
+    return target.plan(
+        size=size,
+        batch=batch,
+        steps=_steps(trainer, max(1, round(size / batch))),
+        remedy="per_device_train_batch_size or gradient_accumulation_steps",
     )
 
 
-def check_users(trainer: Trainer, unit: str, users: WhoseExamples | None) -> Users | None:
-    """Whose the training examples are; None: the unit is the example.
-
-    Raises:
-        ValueError: users are given exactly where they are not needed, or an example has none.
-    """
+def _users(trainer: Trainer, unit: str, users: WhoseExamples | None) -> Users | None:
+    """Whose the training examples are; None: the unit is the example."""
     check_choice("unit", unit, UNITS)
     if (users is not None) != (unit == "user"):
         raise ValueError(
@@ -86,16 +78,8 @@ def _steps(trainer: Trainer, per_pass: int) -> int:
     return max(1, math.ceil(args.num_train_epochs * per_pass))
 
 
-def check_plan(
-    trainer: Trainer, users: Users | None, plan: PrivacyPlan, epsilon: float | None
-) -> None:
-    """Whether a plan is one for what the trainer is told to do.
-
-    Raises:
-        ValueError: it is for other data or another number of steps, or a target is given as well.
-    """
-    if epsilon is not None:
-        raise ValueError("Expected `target_epsilon` or a `plan`, got both.")
+def _check_plan(trainer: Trainer, users: Users | None, plan: PrivacyPlan) -> None:
+    """Refuse a plan that is not for what the trainer is told to do."""
     size, steps = _size(trainer, users), _steps(trainer, plan.steps_per_epoch)
     if (size, steps) != (plan.num_examples, plan.steps):
         raise ValueError(

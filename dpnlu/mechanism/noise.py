@@ -1,14 +1,18 @@
 """Gaussian noise, and nothing else: from a generator, or from the operating system's entropy.
 
 On a CPU, torch seeds its generator from 32 bits, few enough to be searched by whoever holds
-the released model. `entropy_generator` fills the generator's whole state instead.
+the released model. `entropy_generator` fills the generator's whole state instead. But what it
+draws, in float32, are floating-point numbers like others: which of them a sum can become tells
+something of the sum (Mironov 2012, Jin et al. 2022). `add_system_gaussian` has sums become points
+of a grid, each of which every other sum may become, too.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from threading import Thread
 
 import numpy as np
@@ -19,6 +23,10 @@ from torch import Tensor
 _THREADS, _WORTH_A_THREAD = 4, 10**6
 # Entries that stay near the processor: a draw writes uniform numbers before it makes them normal.
 _NEAR = 2**18
+# Draws behind one entry (Holohan and Braghin 2021, 2n for n = 2), and log2 of how much finer than
+# the noise the grid is.
+_PARTS, _FINER = 4, 36
+_SMALLEST_STD = 1e-250
 
 # Where the state of torch's CPU generator keeps the 624 words of its Mersenne twister, in bytes.
 # `torch.Generator.get_state` returns: seed (8), left (4), seeded (4), next (8), words (8 each), ….
@@ -35,44 +43,91 @@ def fill_gaussian(
         tensors: contiguous floating-point tensors, changed in place.
         std: standard deviation, >= 0; 0 fills with zeros.
         generators: where the draws come from, on the tensors' device; several of them draw side by
-            side. None at all: fresh entropy from the operating system for every draw (slow,
-            cryptographically secure).
+            side. None at all: `add_system_gaussian`, to zeros.
     """
     tensors = list(tensors)
-    if std == 0:
+    if std == 0 or not generators:
         for tensor in tensors:
             tensor.zero_()
-    elif not generators:
-        for tensor in tensors:
-            tensor.copy_(system_gaussian(tensor.numel()).view(tensor.shape)).mul_(std)
-    else:
-        _fill_side_by_side(tensors, std, generators)
+    if not generators:
+        add_system_gaussian(tensors, std=std)
+    elif std:
+        works = [partial(_fill, std=std, generator=generator) for generator in generators]
+        _side_by_side(tensors, works)
 
 
-def _fill_side_by_side(
-    tensors: list[Tensor], std: float, generators: Sequence[torch.Generator]
-) -> None:
-    """Draw with one thread per generator, each with an equal share of the entries."""
+def add_system_gaussian(tensors: Iterable[Tensor], *, std: float) -> None:
+    """Add to every entry x an independent draw n from N(0, std²), by the system's entropy.
+
+    An entry becomes round(x / g) g + round(n / g) g, where the grid g is a power of two in
+    (std / 2^37, std / 2^36], and n is half of the sum of four draws of Box and Muller in float64,
+    no two of them from the same uniform numbers. The sum of the two is exact, and is rounded once,
+    to the type of the tensor.
+
+    Guarantee: what an entry becomes is a function of one whole number, the sum of that of x and
+    that of n, as long as |x| < 2^15 std. So which floating-point numbers it can become, and how
+    finely they lie, does not depend on x (Mironov 2012; Haney et al. 2022). To find the uniform
+    numbers behind n from what was released takes 2^159 tries (Holohan and Braghin 2021, section
+    5.1). The rounding of x moves a sum of d entries by at most 2^-37 √d std, which is not
+    accounted: for a thousand million entries both neighbours together by std / 2 000 000.
+
+    Not covered: how the sum itself was rounded when it was added up; that logarithms and cosines
+    are those of float64, and draws end at 17 std; time, or anything but the result.
+
+    Args:
+        tensors: contiguous floating-point tensors, changed in place; drawn for on the CPU.
+        std: standard deviation, 0 or >= 1e-250; 0 leaves all as it is.
+
+    Raises:
+        ValueError: it is smaller, so that sums would be no numbers on its grid.
+    """
+    tensors = list(tensors)
+    if 0 < std < _SMALLEST_STD:
+        raise ValueError(
+            f"Expected noise of standard deviation 0 or >= {_SMALLEST_STD:g}, got {std:g}: that is "
+            "none; plan more, or an infinite ε."
+        )
+    if std:
+        _side_by_side(tensors, [partial(_add, std=std)] * min(_THREADS, os.cpu_count() or 1))
+
+
+def _fill(near: Tensor, *, std: float, generator: torch.Generator) -> None:
+    near.normal_(0.0, std, generator=generator)
+
+
+def _add(near: Tensor, *, std: float) -> None:
+    """See `add_system_gaussian`."""
+    grid = 2.0 ** (math.frexp(std)[1] - 1 - _FINER)
+    for some in torch.split(near, _NEAR):
+        drawn = system_gaussian(some.numel())
+        for _ in range(_PARTS - 1):
+            drawn += system_gaussian(some.numel())
+        drawn.mul_(std / math.sqrt(_PARTS) / grid).round_()
+        some.copy_(some.cpu().double().div_(grid).round_().add_(drawn).mul_(grid))
+
+
+def _side_by_side(tensors: list[Tensor], works: Sequence[Callable[[Tensor], None]]) -> None:
+    """Do each work in a thread of its own, on an equal share of the entries, piece by piece."""
 
     failures: list[Exception] = []
 
-    def fill(pieces: list[Tensor], generator: torch.Generator) -> None:
+    def do(pieces: list[Tensor], work: Callable[[Tensor], None]) -> None:
         try:
             for piece in pieces:
                 # Where there is no cache to stay in, every piece is one call more.
                 size = _NEAR if piece.device.type == "cpu" else max(1, piece.numel())
                 for near in torch.split(piece.view(-1), size):
-                    near.normal_(0.0, std, generator=generator)
+                    work(near)
         except Exception as error:  # a thread's own would be printed, and its share left as it was
             failures.append(error)
 
     if sum(tensor.numel() for tensor in tensors) < _WORTH_A_THREAD:
-        generators = generators[:1]
-    first, *others = zip(equal_shares(tensors, len(generators)), generators, strict=True)
-    threads = [Thread(target=fill, args=share) for share in others]
+        works = works[:1]
+    first, *others = zip(equal_shares(tensors, len(works)), works, strict=True)
+    threads = [Thread(target=do, args=share) for share in others]
     for thread in threads:
         thread.start()
-    fill(*first)
+    do(*first)
     for thread in threads:
         thread.join()
     if failures:

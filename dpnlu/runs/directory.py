@@ -50,10 +50,12 @@ class Run:
     Attributes:
         settings: what was asked for, as JSON.
         fingerprint: of the data; None: an earlier version, which took none, started it.
+        physical_batch_size: that was found to fit into memory; None: it was not asked for.
     """
 
     settings: dict[str, Any]
     fingerprint: Fingerprint | None
+    physical_batch_size: int | None = None
 
 
 @contextmanager
@@ -127,7 +129,10 @@ def interrupted_run(directory: Path, *, resume: bool) -> Run | None:
 
 def record_run(directory: Path, run: Run) -> None:
     """Make the directory that of this training."""
-    write_json(directory / RUN, asdict(run))
+    content = asdict(run)
+    if run.physical_batch_size is None:
+        del content["physical_batch_size"]
+    write_json(directory / RUN, content)
 
 
 def new_ledger(directory: Path, plan: PrivacyPlan) -> Ledger:
@@ -192,7 +197,9 @@ def _parsed(content: Any, directory: Path) -> Run:
     try:
         if "settings" in content:
             return Run(
-                settings=content["settings"], fingerprint=Fingerprint(**content["fingerprint"])
+                settings=content["settings"],
+                fingerprint=Fingerprint(**content["fingerprint"]),
+                physical_batch_size=content.get("physical_batch_size"),
             )
         if {"data", "model", "epsilon"} <= content.keys():  # before there were fingerprints
             return Run(settings=content, fingerprint=None)

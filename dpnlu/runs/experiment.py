@@ -107,7 +107,7 @@ def compute_for(
     Raises:
         ValueError: a setting is out of range; see `ComputeConfig`.
     """
-    at_once = settings.physical_batch_size
+    at_once = settings.number_at_once
     if at_once is None:
         heads = architecture.freeze_encoder
         at_once = PHYSICAL_BATCH_SIZE_OF_HEADS if heads else PHYSICAL_BATCH_SIZE

@@ -29,6 +29,10 @@ _SHARE = 0.8
 _DEVIATIONS = 5
 
 
+class UnknownMemoryError(ValueError):
+    """The system does not say how much memory there is."""
+
+
 def physical_batch_size(
     model: nn.Module,
     plan: PrivacyPlan,
@@ -53,7 +57,8 @@ def physical_batch_size(
         memory_mib: how much may be used, the model included; None: 80 % of what is there.
 
     Raises:
-        ValueError: memory is unknown here and not given, or not even one example fits.
+        UnknownMemoryError: memory is unknown here and not given.
+        ValueError: not even one example fits.
     """
     device = next(model.parameters()).device
     memory = memory_of(str(device))
@@ -149,14 +154,14 @@ def _limit(device: torch.device, memory: Memory) -> float:
     """MiB that this process may have in all.
 
     Raises:
-        ValueError: nobody says how much that is.
+        UnknownMemoryError: nobody says how much that is.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return _SHARE * (free / 2**20 + (memory.current() or 0.0))
     available, current = _available(), memory.current()
     if device.type != "cpu" or available is None or current is None:
-        raise ValueError(
+        raise UnknownMemoryError(
             f"Expected memory_mib on {device.type}, where this system does not say how much there "
             "is: give how much the training may use."
         )

@@ -26,6 +26,7 @@ class Results:
         steps: optimizer steps.
         peak_memory_mib: peak memory during training; see `Trained`.
         epsilon, delta: what the ledger says was spent; None: ordinary training.
+        physical_batch_size: that was found to fit into memory; None: it was not asked for.
     """
 
     intent_accuracy: float | None = None
@@ -37,6 +38,7 @@ class Results:
     peak_memory_mib: float | None = None
     epsilon: float | None = None
     delta: float | None = None
+    physical_batch_size: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The content of metrics.json."""

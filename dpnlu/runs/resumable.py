@@ -15,6 +15,7 @@ from torch import nn
 
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.mechanism.ranges import check_choice
 from dpnlu.nlu.classifier import Classifier
 from dpnlu.nlu.data import (
     Corpus,
@@ -44,10 +45,11 @@ from dpnlu.runs.experiment import (
     size_in_units,
 )
 from dpnlu.runs.model_directory import CHECKPOINT, RUN, is_model, load
+from dpnlu.runs.probing import found_size
 from dpnlu.runs.progress import OnProgress, silent
 from dpnlu.runs.public_data import PublicData
 from dpnlu.runs.results import Results, results_of, save_trained
-from dpnlu.runs.settings import TrainSettings, as_begun
+from dpnlu.runs.settings import AUTO, NOISES, TrainSettings, as_begun
 from dpnlu.runs.train import Trained, new_classifier, train
 from dpnlu.training.checkpoint import Checkpoints
 from dpnlu.training.loop import check_fit
@@ -98,6 +100,13 @@ class Work:
     plan: PrivacyPlan | None
     classifier: Classifier
 
+    def with_size(self, physical_batch_size: int | None) -> Work:
+        """The same in physical batches of this size; None: of the one that was asked for."""
+        if physical_batch_size is None:
+            return self
+        compute = replace(self.experiment.compute, physical_batch_size=physical_batch_size)
+        return replace(self, experiment=replace(self.experiment, compute=compute))
+
 
 def prepared(settings: TrainSettings) -> Work:
     """Check the settings, as far as that is possible before training, and make what they ask for.
@@ -105,12 +114,14 @@ def prepared(settings: TrainSettings) -> Work:
     Raises:
         ValueError: invalid settings or data.
     """
+    check_choice("noise", settings.noise, NOISES)
     corpus = _with_labels(load_corpus(settings.data, seed=settings.seed), settings.labels)
     public = None
     if settings.public is not None:
         public = PublicData.load(settings.public, private=corpus, seed=settings.seed)
+    is_sized = settings.physical_batch_size != AUTO  # else that is done when training begins
     experiment = experiment_for(
-        settings,
+        settings if is_sized else replace(settings, physical_batch_size=None),
         epsilon=settings.epsilon,
         labels=Labels(corpus.intents, corpus.tags) if public is None else public.labels,
         vocabulary=_vocabulary(settings, corpus),
@@ -174,8 +185,13 @@ def _trained(work: Work, directory: Path, run: Run | None, on_progress: OnProgre
     is_new = run is None
     if run is None:
         fingerprint = Fingerprint.take(work.corpus, work.classifier.encoding)
-        run = Run(settings=work.settings.to_dict(), fingerprint=fingerprint)
+        run = Run(
+            settings=work.settings.to_dict(),
+            fingerprint=fingerprint,
+            physical_batch_size=_found_size(work),
+        )
         record_run(directory, run)
+    work = work.with_size(run.physical_batch_size)
     with _ledger(work.plan, directory, is_new=is_new) as ledger:
         if ledger is not None:
             work = replace(work, plan=ledger.plan)  # as it was calibrated when training started
@@ -184,6 +200,7 @@ def _trained(work: Work, directory: Path, run: Run | None, on_progress: OnProgre
     if ledger is not None:
         check_unchanged(directory, ledger)
     results = results_of(trained, work.corpus.split("test"), plan=work.plan)
+    results = replace(results, physical_batch_size=run.physical_batch_size)
     save_trained(
         trained,
         directory,
@@ -194,6 +211,19 @@ def _trained(work: Work, directory: Path, run: Run | None, on_progress: OnProgre
         not_covered=not_covered(work),
     )
     return results
+
+
+def _found_size(work: Work) -> int | None:
+    """How many examples the memory holds at once; None: that was not asked for."""
+    if work.settings.physical_batch_size != AUTO:
+        return None
+    return found_size(
+        work.classifier,
+        plan=work.plan,
+        recipe=work.experiment.recipe,
+        num_examples=len(work.corpus.split("train")),
+        compute=work.experiment.compute,
+    )
 
 
 @contextmanager
@@ -224,6 +254,7 @@ def _fitted(
         compute=work.experiment.compute,
         plan=plan,
         seed=work.settings.seed,
+        system_noise=work.settings.noise == "system",
         ledger=ledger,
         checkpoints=Checkpoints(
             path=directory / CHECKPOINT,

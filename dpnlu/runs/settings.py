@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from dpnlu.mechanism.clipping import clipping_rule
 
@@ -19,6 +19,10 @@ from dpnlu.mechanism.clipping import clipping_rule
 EXAMPLES_PER_USER = 8
 # Computed at once: a network with all that it remembers, and heads on a frozen encoder.
 PHYSICAL_BATCH_SIZE, PHYSICAL_BATCH_SIZE_OF_HEADS = 64, 512
+# As many as the memory holds.
+AUTO: Literal["auto"] = "auto"
+# Where the noise comes from.
+NOISES = ("generator", "system")
 # What is recommended has changed; what was begun goes on as it began.
 FIRST_RECIPES, LATEST_RECIPES = 1, 3
 
@@ -65,6 +69,20 @@ def parse_epsilon(text: str) -> float:
     return value
 
 
+def parse_size(text: str) -> int | Literal["auto"]:
+    """A number of examples, or "auto".
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text == AUTO:
+        return AUTO
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"expected a whole number or auto, got {text}") from None
+
+
 def check_clipping(spec: str) -> None:
     """Raise ValueError unless there is such a clipping rule, which needs no list of groups."""
     if clipping_rule(spec).takes_groups:
@@ -83,10 +101,13 @@ class DataSettings:
         "or hf:NAME[:CONFIG]",
         metavar="SPEC",
     )
-    physical_batch_size: int | None = setting(
-        "examples computed at once; changes memory and time, not the result (default: "
-        f"{PHYSICAL_BATCH_SIZE}, or {PHYSICAL_BATCH_SIZE_OF_HEADS} where heads alone are trained)",
+    physical_batch_size: int | Literal["auto"] | None = setting(
+        "examples computed at once; changes memory and time, not the result; auto, for `dpnlu "
+        f"train`: as many as the memory holds (default: {PHYSICAL_BATCH_SIZE}, or "
+        f"{PHYSICAL_BATCH_SIZE_OF_HEADS} where heads alone are trained)",
         default=None,
+        metavar="N|auto",
+        parse=parse_size,
     )
     device: str = setting(
         "where models are computed; auto: an accelerator, if there is one",
@@ -98,6 +119,20 @@ class DataSettings:
         "train` are always fresh",
         default=0,
     )
+
+    @property
+    def number_at_once(self) -> int | None:
+        """`physical_batch_size`, where it has been found or is not to be.
+
+        Raises:
+            ValueError: it is to be.
+        """
+        if self.physical_batch_size == AUTO:
+            raise ValueError(
+                "Expected a number for --physical-batch-size, got auto, which `dpnlu train` alone "
+                "finds out: give one."
+            )
+        return self.physical_batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +249,13 @@ class TrainSettings(RecipeSettings):
         default=None,
         metavar="SPEC",
     )
+    noise: str = setting(
+        "where noise comes from: generator, one that is filled with the system's entropy; or "
+        "system, that entropy for every draw, added so that floating-point numbers give nothing "
+        "away, and slower",
+        default=NOISES[0],
+        metavar="|".join(NOISES),
+    )
     labels: str | None = setting(
         'JSON file {"intents": [...], "slots": [...]} that declares the label sets (default: as '
         "the corpus declares them, else read from the data, which ε does not cover)",
@@ -279,6 +321,7 @@ _LATER = {
     *("unit", "examples_per_user", "weight_decay", "characters", "redact_digits", "patience"),
     *("noise_schedule", "clipping"),
     *("decimals", "audit_canaries", "searches", "slot_loss", "public"),
+    "noise",
 }
 
 

@@ -58,6 +58,7 @@ def train(
     plan: PrivacyPlan | None,
     seed: int,
     repeatable_noise: bool = False,
+    system_noise: bool = False,
     ledger: Ledger | Path | None = None,
     checkpoints: Checkpoints | None = None,
     on_progress: Progress | None = None,
@@ -70,6 +71,7 @@ def train(
         seed: of dropout and the order of ordinary batches.
         repeatable_noise: take noise and sampling from the seed as well. For studies only: who knows
             the seed can subtract the noise.
+        system_noise: draw it all from the system's entropy; see `privatize`.
         ledger, checkpoints: see `privatize` and `Checkpoints`.
         on_progress: called after every step.
         validation: what early stopping looks at, where the recipe has patience.
@@ -97,7 +99,10 @@ def train(
             plan=plan,
             compute=compute,
             randomness=_randomness(
-                seed, repeatable=plan is None or repeatable_noise, device=compute.device
+                seed,
+                repeatable=plan is None or repeatable_noise,
+                device=compute.device,
+                system_noise=system_noise,
             ),
             users=users_of(examples) if plan is not None and plan.unit == "user" else None,
             ledger=ledger,
@@ -133,9 +138,10 @@ def _cuda(device: str) -> list[torch.device]:
     return [torch.device(device)] if device.startswith("cuda") else []
 
 
-def _randomness(seed: int, *, repeatable: bool, device: str) -> Randomness:
+def _randomness(seed: int, *, repeatable: bool, device: str, system_noise: bool) -> Randomness:
     if not repeatable:
-        return Randomness(order=np.random.default_rng())
+        order = np.random.default_rng()
+        return Randomness(order=order, noise="system" if system_noise else None)
     return Randomness(
         order=np.random.default_rng(_entropy(seed, _ORDER)),
         noise=torch.Generator(device=device).manual_seed(_entropy(seed, _NOISE)),

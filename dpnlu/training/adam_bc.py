@@ -51,21 +51,32 @@ class AdamBC(Optimizer):
         super().__init__(parameters, defaults | {"least": least})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         """Move the weights by their gradients.
+
+        Args:
+            closure: computes the gradients; None: they are there.
+
+        Returns:
+            What the closure does.
 
         Raises:
             RuntimeError: it is not known how noisy these are.
         """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         if self.noise_std is None:
             raise RuntimeError(
                 "Expected AdamBC to be told of the noise, by `privatize` or `noise_std = 0`, got "
-                "neither: a trainer that steps the optimizer itself needs another one."
+                "neither: hand it to `privatize`, or to a trainer that is private."
             )
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._move(parameter, parameter.grad, group, self.noise_std**2)
+        return loss
 
     def _move(
         self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any], variance: float
@@ -89,3 +100,16 @@ class AdamBC(Optimizer):
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         root = moment.sqrt_().add_(group["eps"])
         parameter.addcdiv_(state["exp_avg"], root, value=-group["lr"] / first)
+
+
+def tell_noise(optimizer: Any, std: float) -> None:
+    """Tell an `AdamBC` how noisy its next gradients are; to others it does not matter.
+
+    Args:
+        optimizer: also one that has it as its `optimizer`, as those of accelerate do.
+        std: of the noise on each entry.
+    """
+    while optimizer is not None and not isinstance(optimizer, AdamBC):
+        optimizer = getattr(optimizer, "optimizer", None)
+    if optimizer is not None:
+        optimizer.noise_std = std

@@ -69,8 +69,9 @@ def privatize(
             that holds releases is continued; its plan must be `plan`, but for the steps. It knows
             of this training alone: a model trained before has spent what that one's ledger says.
         noise: where the noise comes from. None: a generator whose whole state is fresh entropy;
-            "system": the operating system's entropy for every draw, cryptographically secure and
-            slow; a generator of your own, to repeat an experiment: never for a model that is
+            "system": the operating system's entropy for every draw, added so that floating-point
+            numbers give nothing away (`dpnlu.mechanism.noise.add_system_gaussian`), and slow; a
+            generator of your own, to repeat an experiment: never for a model that is
             released.
         sampling_rng: the random numbers of Poisson sampling; None: fresh entropy.
         verify: check before anything is released that every use of a parameter was recorded, that
@@ -82,8 +83,8 @@ def privatize(
     Raises:
         UnsupportedLayerError: the model has a layer that mixes examples or modifies weights by
             itself; the message names it.
-        ValueError: the optimizer's parameters are not the model's, or the engine or the ledger does
-            not fit the plan.
+        ValueError: the optimizer's parameters are not the model's, the engine or the ledger does
+            not fit the plan, or there is no such noise.
         LedgerError: there is a file at the ledger's path.
     """
     processes = processes or OneProcess()
@@ -378,4 +379,9 @@ def _generators(
     """What `privatize` was told of noise; none at all stands for the operating system."""
     if isinstance(noise, torch.Generator):
         return [noise]
-    return [] if noise == "system" else entropy_generators(device)
+    if noise not in (None, "system"):
+        raise ValueError(
+            f"Expected `noise` to be None, 'system' or a torch.Generator, got {noise!r}: leave it "
+            "out for fresh entropy."
+        )
+    return entropy_generators(device) if noise is None else []

@@ -14,21 +14,20 @@ class Handover:
 
     Guarantee: parameters have gradients between `hand_over` and the next step alone, and these are
     what was released.
+
+    Attributes:
+        optimizer: the one that somebody else steps.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        """Nothing is released yet.
-
-        Args:
-            optimizer: the one that somebody else steps.
-        """
-        self._optimizer = optimizer
+        """Nothing is released yet."""
+        self.optimizer = optimizer
         self._released: list[tuple[nn.Parameter, Tensor]] = []
 
     @property
     def param_groups(self) -> Sequence[dict[str, Any]]:
         """Those of the optimizer."""
-        return self._optimizer.param_groups
+        return self.optimizer.param_groups
 
     def step(self) -> None:
         """Take what was released, instead of updating weights by it."""

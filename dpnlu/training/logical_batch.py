@@ -15,9 +15,9 @@ from dpnlu.engines.clipper import Clipper
 from dpnlu.engines.outcome import ClipOutcome, OpenUnit
 from dpnlu.engines.refusals import check_unchanged
 from dpnlu.mechanism.ledger import Ledger
-from dpnlu.mechanism.noise import fill_gaussian
+from dpnlu.mechanism.noise import add_system_gaussian, fill_gaussian
 from dpnlu.mechanism.plan import PrivacyPlan
-from dpnlu.training.adam_bc import AdamBC
+from dpnlu.training.adam_bc import tell_noise
 from dpnlu.training.buffers import Buffers
 from dpnlu.training.handover import Handover
 from dpnlu.training.processes import Counts, OneProcess, Processes
@@ -63,6 +63,12 @@ class Mechanism:
         """The clipping bound of the logical batch that is open, or comes next."""
         return self.plan.max_grad_norm if self.clipper is None else self.clipper.bound
 
+    @property
+    def draws_from_system(self) -> bool:
+        """Whether noise is added to whole sums, as it hides how these were rounded; else sums begin
+        as noise."""
+        return not self.generators
+
     def check_ready(self) -> None:
         """Whether another logical batch may begin.
 
@@ -76,6 +82,16 @@ class Mechanism:
             )
         check_unchanged(self.model, self.parameters)
         self.check_no_gradients()
+
+    def noisy_number(self, value: float, *, std: float) -> float:
+        """A number with noise added."""
+        if self.draws_from_system:
+            whole = torch.tensor([value], dtype=torch.float64)
+            add_system_gaussian([whole], std=std)
+            return float(whole)
+        noise = torch.zeros(1, device=self.parameters[0].device)
+        fill_gaussian([noise], std=std, generators=self.generators)
+        return value + float(noise)
 
     def check_no_gradients(self) -> None:
         """The optimizer must meet no gradient but what is released: it would act on it too.
@@ -124,6 +140,7 @@ class LogicalBatch:
         self._divisor = mechanism.plan.divisor
         self._state = _State.OPEN
         self._buffers: dict[nn.Parameter, Tensor] = {}
+        self._blocks: Sequence[Tensor] = ()
         self._units = self._unclipped = 0
         self.unit = OpenUnit()
         self.non_finite = 0
@@ -153,7 +170,7 @@ class LogicalBatch:
         if outcome.total is None:
             return
         try:
-            self._draw_noise()
+            self._begin_sums()
             outcome.total.add_to(self._buffers, scale=1 / self._divisor)
         except BaseException:
             self.abandon()
@@ -161,7 +178,7 @@ class LogicalBatch:
 
     def abandon(self) -> None:
         """End without a release: nothing of the batch is ever seen."""
-        self._state, self._buffers = _State.ABANDONED, {}
+        self._state, self._buffers, self._blocks = _State.ABANDONED, {}, ()
 
     def release(self, *, sampled: bool) -> None:
         """Record the release, then let the optimizer act on it. If it cannot be recorded, or
@@ -183,10 +200,13 @@ class LogicalBatch:
         try:
             self._mechanism.check_no_gradients()
             # What fails on one process alone must fail before all agree, or the others would wait.
-            self._draw_noise()
+            self._begin_sums()
             counts = processes.agree(len(ledger), self._counts(), sampled=sampled)
             _check_finite(counts)
             processes.add_up(list(self._buffers.values()))
+            if self._mechanism.draws_from_system:
+                std = self._std / self._divisor
+                processes.noisy(self._blocks, partial(add_system_gaussian, std=std))
             event = plan.event_at(len(ledger), sampled=sampled)
             bound = self._next_bound(counts)
             told = {} if bound is None else {"bound": bound}
@@ -201,8 +221,8 @@ class LogicalBatch:
         is_last = len(ledger) == plan.steps
         processes.compare(self._mechanism.parameters, releases=len(ledger), is_last=is_last)
 
-    def _draw_noise(self) -> None:
-        """Have the sums begin as noise, once.
+    def _begin_sums(self) -> None:
+        """Have the sums begin as noise, once; or as zeros, where it is added to them at last.
 
         As late as possible: only when the first clipped gradients are there are the activations of
         their forward pass gone. And into the memory that is added to: a pass less over all
@@ -211,10 +231,13 @@ class LogicalBatch:
         if self._buffers:
             return
         buffers = Buffers.like(self._mechanism.parameters)
-        ours = self._mechanism.processes.noisy_part_of(buffers.blocks)
-        std, generators = self._std / self._divisor, self._mechanism.generators
-        fill_gaussian(ours, std=std, generators=generators)
-        self._buffers = buffers.of
+        if self._mechanism.draws_from_system:
+            torch._foreach_zero_(buffers.blocks)
+        else:
+            ours = self._mechanism.processes.noisy_part_of(buffers.blocks)
+            std, generators = self._std / self._divisor, self._mechanism.generators
+            fill_gaussian(ours, std=std, generators=generators)
+        self._buffers, self._blocks = buffers.of, buffers.blocks
 
     def _counts(self) -> Counts:
         return Counts(units=self._units, non_finite=self.non_finite, unclipped=self._unclipped)
@@ -228,12 +251,11 @@ class LogicalBatch:
         clipper, plan = self._mechanism.clipper, self._mechanism.plan
         if clipper is None or clipper.adaptation is None:
             return None
-        noise = torch.zeros(1, device=self._mechanism.parameters[0].device)
-        std = plan.count_std_at(len(self._mechanism.ledger))
-        fill_gaussian([noise], std=std, generators=self._mechanism.generators)
         # Half of all units less, so that one of them moves it by a half, whichever way it counts.
-        centred = counts.unclipped - counts.units / 2 + float(noise)
-        bound = clipper.adaptation.next_bound(clipper.bound, centred / plan.divisor + 1 / 2)
+        centred = counts.unclipped - counts.units / 2
+        std = plan.count_std_at(len(self._mechanism.ledger))
+        noisy = self._mechanism.noisy_number(centred, std=std)
+        bound = clipper.adaptation.next_bound(clipper.bound, noisy / plan.divisor + 1 / 2)
         limits = plan.max_grad_norm / _FARTHEST, plan.max_grad_norm * _FARTHEST
         return self._mechanism.processes.from_first(min(max(bound, limits[0]), limits[1]))
 
@@ -244,8 +266,7 @@ class LogicalBatch:
             for parameter, total in self._buffers.items():
                 parameter.grad = total.to(parameter.dtype)
             optimizer = self._mechanism.optimizer
-            if isinstance(optimizer, AdamBC):
-                optimizer.noise_std = self._std / self._divisor
+            tell_noise(optimizer, self._std / self._divisor)
             optimizer.step()
         finally:
             for parameter in self._mechanism.parameters:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -122,11 +122,11 @@ class Randomness:
 
     Attributes:
         order: coins of Poisson sampling, or the order of ordinary batches.
-        noise: as in `privatize`, on the device of the model; None: fresh entropy.
+        noise: as in `privatize`; a generator is on the device of the model.
     """
 
     order: np.random.Generator
-    noise: torch.Generator | None = None
+    noise: torch.Generator | Literal["system"] | None = None
 
 
 def fit(

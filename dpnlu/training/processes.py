@@ -52,6 +52,9 @@ class Processes(Protocol):
     def noisy_part_of(self, sums: Sequence[Tensor]) -> Sequence[Tensor]:
         """Contiguous views of the entries whose noise this process draws; others become zero."""
 
+    def noisy(self, sums: Sequence[Tensor], add: Callable[[Sequence[Tensor]], None]) -> None:
+        """Have noise added to sums that all processes have, once, in all of them."""
+
     def agree(self, release: int, counts: Counts, *, sampled: bool) -> Counts:
         """Go on when all processes have completed their parts of a logical batch, whose counts
         are returned.
@@ -97,6 +100,9 @@ class OneProcess:
 
     def noisy_part_of(self, sums: Sequence[Tensor]) -> Sequence[Tensor]:
         return sums
+
+    def noisy(self, sums: Sequence[Tensor], add: Callable[[Sequence[Tensor]], None]) -> None:
+        add(sums)
 
     def agree(self, release: int, counts: Counts, *, sampled: bool) -> Counts:
         return counts

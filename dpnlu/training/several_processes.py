@@ -172,6 +172,12 @@ class SeveralProcesses:
         shares = equal_shares(sums, self.count if self._splits_noise else 1)
         return shares[self.rank] if self.rank < len(shares) else []
 
+    def noisy(self, sums: Sequence[Tensor], add: Callable[[Sequence[Tensor]], None]) -> None:
+        if self.rank == 0:
+            with self.reporting():
+                add(sums)
+        self.copy_first(sums)
+
     def agree(self, release: int, counts: Counts, *, sampled: bool) -> Counts:
         mine = (counts.units, counts.non_finite, counts.unclipped)
         told = self._meet(_Meeting.RELEASE, release, int(sampled), *mine)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import dpnlu
-from dpnlu.training.adam_bc import AdamBC
+from dpnlu.training.adam_bc import AdamBC, tell_noise
 from dpnlu.training.checkpoint import load_checkpoint, save_checkpoint
 from dpnlu.training.handle import privatize
 
@@ -106,6 +106,33 @@ def test_noise_that_nobody_told_of_is_no_zero():
     weight.grad = torch.ones(2)
     with pytest.raises(RuntimeError, match="to be told of the noise"):
         AdamBC([weight]).step()
+
+
+def test_a_closure_computes_the_gradients_first():
+    """As of torch's own; some trainers compute them nowhere else."""
+    weight, seen = nn.Parameter(torch.ones(2)), []
+    optimizer = AdamBC([weight], lr=0.1)
+
+    def closure():
+        loss = weight.square().sum()
+        loss.backward()
+        seen.append(optimizer.noise_std)
+        tell_noise(optimizer, 0.0)
+        return loss
+
+    assert optimizer.step(closure).item() == 2.0 and seen == [None]
+    assert weight.tolist() == pytest.approx([0.9, 0.9])
+
+
+def test_the_noise_is_told_to_whoever_needs_it():
+    class Around:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    corrected = AdamBC([nn.Parameter(torch.zeros(2))])
+    tell_noise(Around(Around(corrected)), 0.5)
+    assert corrected.noise_std == 0.5
+    tell_noise(Around(torch.optim.SGD([nn.Parameter(torch.zeros(2))])), 0.5)  # nothing happens
 
 
 @pytest.mark.parametrize("least", [0.0, 1.0, -0.1, np.nan])

@@ -33,7 +33,7 @@ FULL = [
         "--weight-decay 0.3 --characters 6 --redact-digits --patience 2 --slot-loss words "
         "--recipes 1 --clipping automatic --noise-schedule step:0.5:3 "
         "--engine opacus --physical-batch-size 5 --device cpu --seed 9 --unit user "
-        "--examples-per-user 4 --public p",
+        "--examples-per-user 4 --public p --noise system",
         TrainSettings(
             data="d",
             model="encoder:e",
@@ -61,6 +61,7 @@ FULL = [
             unit="user",
             examples_per_user=4,
             public="p",
+            noise="system",
         ),
     ),
     (
@@ -147,6 +148,15 @@ def test_a_command_line_and_code_ask_for_the_same(
     assert _parsed(settings, line) == expected
 
 
+def test_a_number_may_be_left_to_be_found() -> None:
+    line = "--data d --epsilon 3 --physical-batch-size auto"
+    expected = TrainSettings(data="d", epsilon=3.0, physical_batch_size="auto")
+    assert _parsed(TrainSettings, line) == expected
+    assert _parsed(TrainSettings, line.replace("auto", "12")).number_at_once == 12
+    with pytest.raises(ValueError, match="Expected a number for --physical-batch-size, got auto"):
+        assert expected.number_at_once
+
+
 @pytest.mark.parametrize("settings", [TrainSettings, StudySettings, AttackSettings])
 def test_the_full_lines_leave_no_setting_as_it_is_by_default(settings: type) -> None:
     asked = [expected for kind, _, expected in FULL if kind is settings]
@@ -174,6 +184,7 @@ def test_every_option_says_what_it_means_and_its_default(settings: type) -> None
         (StudySettings, "--data d --epsilons", "at least one argument"),
         (StudySettings, "--data d --epsilons 3 -1", "expected ε > 0 or inf, got -1"),
         (StudySettings, "--epsilons 3", "--data"),
+        (TrainSettings, "--data d --physical-batch-size all", "a whole number or auto, got all"),
         (AttackSettings, "--data d --seed 1.5", "--seed: invalid int value"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,8 +14,11 @@ import pytest
 import torch
 
 from dpnlu.cli.main import main
+from dpnlu.mechanism import noise
 from dpnlu.mechanism.ledger import Ledger
+from dpnlu.runs import physical_size, probing
 from dpnlu.runs.model_directory import load
+from dpnlu.training.handle import PrivateTraining
 
 ROWS = [
     {"text": f"{word} {number}", "intent": intent, "split": split}
@@ -22,6 +26,7 @@ ROWS = [
     for number in numbers
     for word, intent in (("play", "music"), ("wake me at", "alarm"))
 ]
+TRAIN = [row for row in ROWS if row["split"] == "train"]
 WORDS = ["play", "wake", "me", "at"]
 STEPS = 6
 FILES = {
@@ -108,6 +113,89 @@ def test_an_interrupted_training_is_resumed(interrupted: Training) -> None:
     interrupted.assert_refused("add --resume")
     assert interrupted("--resume") == 0
     interrupted.assert_finished()
+
+
+def test_a_training_with_the_system_s_noise_is_resumed_with_it(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    really = noise.system_gaussian
+
+    def draw(count: int) -> torch.Tensor:
+        drawn.append(count)
+        return really(count)
+
+    monkeypatch.setattr(noise, "system_gaussian", draw)
+    _interrupt(training, monkeypatch, "--noise", "system", after=4)
+    of_a_step = sum(drawn) / 4
+    training.assert_refused("Expected the settings", "--resume")
+    assert training("--resume", "--noise", "system") == 0
+    training.assert_finished()
+    weights = sum(p.numel() for p in load(training.out).classifier.model.parameters())
+    assert of_a_step == 4 * weights and sum(drawn) == STEPS * of_a_step
+
+
+AUTO = ("--physical-batch-size", "auto")
+
+
+def test_a_size_that_was_found_is_kept_recorded_and_printed(
+    training: Training, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """… and used, though another would be found when training is resumed."""
+    largest: list[int] = []
+    really = PrivateTraining.loader
+
+    def loader(private: PrivateTraining, *given: Any, **named: Any) -> Any:
+        largest.append(named["physical_batch_size"])
+        return really(private, *given, **named)
+
+    monkeypatch.setattr(PrivateTraining, "loader", loader)
+    monkeypatch.setattr(probing, "physical_batch_size", lambda *_, **__: 3)
+    _interrupt(training, monkeypatch, *AUTO, after=4)
+    assert json.loads(training.run.read_text())["physical_batch_size"] == 3
+    monkeypatch.setattr(probing, "physical_batch_size", lambda *_, **__: 5)
+    training.assert_refused("Expected the settings", "--resume", "--physical-batch-size", "3")
+    assert training("--resume", *AUTO) == 0
+    assert "physical batch size: 3\n" in capsys.readouterr().out
+    training.assert_finished()
+    assert load(training.out).metrics["physical_batch_size"] == 3
+    assert "| physical batch size | 3 |" in (training.out / "README.md").read_text()
+    assert largest == [3, 3]
+
+
+@pytest.mark.parametrize("epsilon", ["3", "inf"])
+def test_a_size_is_found_on_random_texts_and_leaves_no_trace(
+    training: Training, epsilon: str
+) -> None:
+    """No more than a logical batch has: 8 are expected; or what there is, in ordinary training."""
+    assert training("--epsilon", epsilon, *AUTO) == 0
+    found = load(training.out).metrics["physical_batch_size"]
+    assert found == (len(TRAIN) if epsilon == "inf" else 8 + math.ceil(5 * 8**0.5))
+    assert {path.name for path in training.out.rglob("*")} <= FILES
+
+
+def test_where_memory_is_unknown_a_number_is_asked_for(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(physical_size, "_available", lambda: None)
+    training.assert_refused("Expected a number for --physical-batch-size on cpu", *AUTO)
+    monkeypatch.setattr(physical_size, "_limit", lambda *_: 1.0)
+    training.assert_refused("to hold the step of one example", *AUTO)
+    monkeypatch.undo()
+    assert training() == 0, "nothing of it is left"
+
+
+@pytest.mark.parametrize("command", ["compare", "diagnose"])
+def test_a_size_is_found_by_train_alone(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--out", str(tmp_path / "c")] if command == "compare" else ["--public"]
+    given = ["--data", "synthetic:200", *AUTO, "--quiet", *more]
+    given += ["--epsilons" if command == "compare" else "--epsilon", "3"]
+    assert main([command, *given]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "got auto, which `dpnlu train` alone finds out" in line
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_torn_line_does_not_raise_epsilon_above_the_target(interrupted: Training) -> None:
@@ -253,6 +341,7 @@ BAD_SETTINGS = {
     "rate below 0": (["--learning-rate=-1"], "`learning_rate`"),
     "rate infinite": (["--learning-rate", "inf"], "`learning_rate`"),
     "rate no number": (["--learning-rate", "nan"], "`learning_rate`"),
+    "noise from nowhere": (["--noise", "dice"], "`noise`"),
 }
 
 

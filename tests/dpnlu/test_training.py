@@ -222,6 +222,52 @@ def test_the_noise_of_what_is_released_is_noise_multiplier_times_sensitivity(mak
         assert stats.kstest(draws, "norm", args=(0, wrong)).pvalue < 1e-12
 
 
+@pytest.mark.usefixtures("double", "unsampled")
+@pytest.mark.parametrize("clipping", ["flat", "quantile:0.5"])
+def test_what_is_released_with_the_system_s_noise_lies_on_a_grid(make, clipping):
+    """… sum and noise together, and the noisy count, too."""
+    model, private = make(Small(), noise="system", lr=0.0, clipping=clipping, noise_multiplier=0.7)
+    std = private.plan.noise_std_at(0) / private.plan.divisor
+    for batch in (torch.randn(5, 3), 100 * torch.randn(5, 3)):
+        bound = private.max_grad_norm
+        private.step(losses_of(model, batch))
+        grid = 2.0 ** math.floor(math.log2(std * bound) - 36)
+        places = _flat(private.steps.released.values()) / grid
+        assert torch.equal(places, places.round()) and bool((places % 2).any())
+    count_std = private.plan.count_std_at(0) if clipping != "flat" else 1.0
+    count = private.steps.mechanism.noisy_number(1.5, std=count_std)
+    assert (count / 2.0 ** (math.floor(math.log2(count_std)) - 36)).is_integer()
+
+
+@pytest.mark.parametrize("noise", ["sytem", "", 3])
+def test_noise_from_nowhere_is_refused(make_plan, noise):
+    """… and not taken for the default."""
+    model = Small()
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(ValueError, match="`noise` to be None, 'system' or"):
+        privatize(model, optimizer, make_plan(), noise=noise)
+
+
+@pytest.mark.usefixtures("unsampled")
+@pytest.mark.parametrize("noise", [None, "system"])
+def test_a_resumed_training_draws_other_noise_than_what_was_lost(make_plan, noise, tmp_path):
+    """From the same weights, on the same examples: with the same noise twice, the difference of
+    two updates would tell what the sums are."""
+    path, released = tmp_path / "ledger.jsonl", []
+    for _ in range(2):
+        ledger = Ledger.resume(path) if path.exists() else path
+        model = nn.Linear(60, 50)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        private = privatize(model, optimizer, make_plan(), noise=noise, ledger=ledger)
+        private.step(0 * model(torch.ones(2, 60)).sum(1))
+        released.append(_flat(private.gradients.values()))
+        private.close()
+    assert stats.pearsonr(released[0].numpy(), released[1].numpy()).pvalue > 1e-6
+    difference = (released[0] - released[1]).numpy() / 2**0.5
+    assert stats.kstest(difference, "norm", args=(0, 1.0)).pvalue > 1e-6
+    assert stats.kstest(difference, "norm", args=(0, 1.5)).pvalue < 1e-12
+
+
 @pytest.mark.usefixtures("unsampled")
 def test_the_noise_follows_the_schedule_of_the_releases_made(make, make_plan, tmp_path):
     """A resumed training goes on where the ledger ends, not with the first epoch's noise."""

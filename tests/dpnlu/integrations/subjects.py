@@ -1,5 +1,6 @@
 """Small models, data and trainers; texts have different lengths, and are padded."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import (
 
 from dpnlu.integrations.huggingface import privatize_trainer
 from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.training.handle import privatize
 
 WORDS, CLASSES = 30, 3
 
@@ -87,6 +89,54 @@ def plan(**changes: Any) -> PrivacyPlan:
         "num_examples": 12,
     }
     return PrivacyPlan(**fields | changes)
+
+
+def mechanisms(prefix: str = "") -> dict[str, dict[str, Any]]:
+    """What a plan may say beside the budget, for a model whose names begin like this."""
+    listed = [[f"{prefix}bert.embeddings", f"{prefix}bert.encoder"]]
+    listed += [[f"{prefix}bert.pooler", f"{prefix}classifier"]]
+    return {
+        "flat": {},
+        "automatic": {"clipping": "automatic:0.1"},
+        "per layer": {"clipping": "per_layer:size"},
+        "groups": {"clipping": "groups:3,1", "clipping_groups": listed},
+        "adaptive": {"clipping": "quantile:0.5:2"},
+        "schedule": {"noise_schedule": "list:1,0.25"},
+        "both": {"clipping": "quantile:0.7", "noise_schedule": "step:0.5:1"},
+    }
+
+
+def budget(epsilon: float, **mechanism: Any) -> dict[str, Any]:
+    """What a trainer is asked to plan by."""
+    return {
+        "target_epsilon": epsilon,
+        "target_delta": 1e-3,
+        "max_grad_norm": 0.5,
+        **mechanism,
+    }
+
+
+def planned_for(budget: dict[str, Any]) -> PrivacyPlan:
+    """The plan of the same for five steps on half of twelve examples."""
+    return PrivacyPlan.calibrate(num_examples=12, expected_batch_size=6, steps=5, **budget)
+
+
+def seeded() -> torch.Generator:
+    """Noise that can be drawn again."""
+    return torch.Generator().manual_seed(3)
+
+
+def plainly_trained(
+    trained: nn.Module, losses: Callable[[dict[str, Tensor]], Tensor], optimizer: Any, plan: Any
+) -> Tensor:
+    """Weights after the steps of a plain private loop, with the samples of `private`."""
+    trained.train()
+    rng = np.random.default_rng(0)
+    with privatize(trained, optimizer, plan, sampling_rng=rng, noise=seeded()) as made:
+        step = made.stepper(losses)
+        for batch in made.loader(examples(12), collate_fn=collate, physical_batch_size=3):
+            step(batch)
+    return weights(trained)
 
 
 def trainer(

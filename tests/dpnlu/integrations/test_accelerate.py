@@ -73,6 +73,29 @@ def test_five_steps_are_those_of_the_plain_loop(tmp_path):
     assert torch.allclose(weights(model), weights(plain), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", ["flat", "both"])
+def test_adam_with_the_noise_corrected_steps_as_in_the_plain_loop(tmp_path, name):
+    """Accelerate has the optimizer in one of its own."""
+    planned = subjects.planned_for(subjects.budget(4.0, **subjects.mechanisms()[name]))
+    plain = subjects.model()
+    optimizer = dpnlu.AdamBC(plain.parameters(), lr=0.05)
+    expected = subjects.plainly_trained(plain, _losses_of(plain), optimizer, planned)
+    accelerator, model = Accelerator(cpu=True), subjects.model().train()
+    optimizer = dpnlu.AdamBC(model.parameters(), lr=0.05)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    with privatize_accelerated(
+        accelerator,
+        model,
+        optimizer,
+        planned,
+        ledger=tmp_path / "ledger.jsonl",
+        noise=subjects.seeded(),
+        sampling_rng=np.random.default_rng(0),
+    ) as private:
+        _steps(private, model)
+    assert torch.allclose(weights(model), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.fixture
 def saved(tmp_path):
     """A state of two steps, and a third that is lost."""

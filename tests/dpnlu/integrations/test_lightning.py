@@ -137,6 +137,41 @@ def test_epochs_are_planned_as_the_trainer_counts_them(tmp_path: Path) -> None:
     assert trainer.callback_metrics["epsilon"] == pytest.approx(trainer.private.epsilon())
 
 
+MECHANISMS = subjects.mechanisms("model.")
+
+
+@pytest.mark.parametrize(
+    ("name", "epsilon"), [*((name, math.inf) for name in MECHANISMS), ("schedule", 4), ("both", 4)]
+)
+def test_every_rule_and_schedule_trains_as_in_the_plain_loop(
+    tmp_path: Path, name: str, epsilon: float
+) -> None:
+    """… without noise, or with the same one; and the plan is the one of the target."""
+    asked = subjects.budget(epsilon, **MECHANISMS[name])
+    expected, module = subjects.planned_for(asked), Subject()
+    optimizer = module.configure_optimizers()
+    found = subjects.plainly_trained(module, module._losses, optimizer, expected)
+    module = Subject()
+    trainer = _private(tmp_path, noise=subjects.seeded(), **asked)
+    trainer.fit(module, _loader())
+    assert trainer.private.plan == expected and expected.sensitivity == 0.5
+    assert torch.allclose(weights(module), found, rtol=1e-5, atol=1e-6)
+
+
+class Corrected(Subject):
+    def configure_optimizers(self) -> Any:
+        return dpnlu.AdamBC(self.parameters(), lr=0.05)
+
+
+def test_adam_with_the_noise_corrected_steps_as_in_the_plain_loop(tmp_path: Path) -> None:
+    module, asked = Corrected(), subjects.budget(4.0, noise_schedule="list:1,0.25")
+    optimizer, expected = module.configure_optimizers(), subjects.planned_for(asked)
+    found = subjects.plainly_trained(module, module._losses, optimizer, expected)
+    module = Corrected()
+    _private(tmp_path, noise=subjects.seeded(), **asked).fit(module, _loader())
+    assert torch.allclose(weights(module), found, rtol=1e-5, atol=1e-6)
+
+
 class Scheduled(Subject):
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.5)
@@ -308,6 +343,31 @@ def test_a_checkpoint_without_privacy_is_refused(tmp_path: Path) -> None:
         trainer.fit(Subject(), _loader(), ckpt_path=tmp_path / CHECKPOINT)
 
 
+def test_a_rule_is_kept_and_no_other_is_resumed(tmp_path: Path) -> None:
+    """… and the bound goes on from where it was."""
+    asked = subjects.budget(4.0, clipping="quantile:0.3:2", noise_schedule="list:1,0.5")
+    first = _private(tmp_path, named=_saving(tmp_path, also=[Interrupt(3)]), **asked)
+    with pytest.raises(Interrupted):
+        first.fit(Subject(), _loader())
+    bound = first.private.ledger.bound
+    for other in ({"clipping": "flat"}, {"noise_schedule": "constant"}):
+        with pytest.raises(LedgerError, match="plan of this training"):
+            trainer = _private(tmp_path, resume=True, **asked | other)
+            trainer.fit(Subject(), _loader(), ckpt_path=tmp_path / CHECKPOINT)
+    bounds = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            bounds.append(trainer.private.training.max_grad_norm)
+
+    trainer = _private(tmp_path, resume=True, named={"callbacks": [Watch()]}, **asked)
+    trainer.fit(Subject(), _loader(), ckpt_path=tmp_path / CHECKPOINT)
+    assert trainer.private.plan == first.private.plan
+    assert bounds[0] == bound != 0.5 and len(set(bounds)) == 2
+    saved = torch.load(tmp_path / CHECKPOINT, weights_only=False)["dpnlu"]["plan"]
+    assert saved["clipping"] == "quantile:0.3:2" and saved["noise_schedule"] == "list:1,0.5"
+
+
 def test_other_data_are_refused(interrupted: Path) -> None:
     trainer = _private(interrupted, plan=NOISY, resume=True)
     data = list(reversed(subjects.examples(12)))
@@ -317,6 +377,27 @@ def test_other_data_are_refused(interrupted: Path) -> None:
 
 
 # ---- what is refused -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"clipping": "best"}, "`clipping` to be one of"),
+        ({"clipping": "groups"}, "`clipping_groups` exactly together with"),
+        ({"clipping_groups": [["model"]]}, "`clipping_groups` exactly together with"),
+        ({"noise_schedule": "falling"}, "Expected"),
+        ({"plan": plan(), "clipping": "automatic"}, "with this `clipping`, got one with another"),
+        ({"plan": plan(), "noise_schedule": "step:0.5:1"}, "with this `noise_schedule`"),
+        ({"plan": plan(), "max_grad_norm": 2.0}, "with this `max_grad_norm`"),
+    ],
+)
+def test_a_mechanism_that_is_none_is_refused_at_once(
+    tmp_path: Path, chosen: dict[str, Any], message: str
+) -> None:
+    target = {} if "plan" in chosen else {"target_epsilon": 3.0}
+    with pytest.raises(ValueError, match=message) as raised:
+        privatize_trainer(_trainer(tmp_path), **target | chosen)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -343,9 +424,9 @@ def test_a_trainer_is_refused(tmp_path: Path, changes: dict[str, Any], message: 
 def test_a_trainer_is_made_private_once_and_by_one_plan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="one that is already"):
         privatize_trainer(_private(tmp_path), target_epsilon=1.0)
-    with pytest.raises(ValueError, match="both or neither"):
+    with pytest.raises(ValueError, match="got both"):
         privatize_trainer(_trainer(tmp_path), target_epsilon=1.0, plan=plan())
-    with pytest.raises(ValueError, match="both or neither"):
+    with pytest.raises(ValueError, match="got neither"):
         privatize_trainer(_trainer(tmp_path))
     with pytest.raises(ValueError, match="the trainer's 4 steps, got one for 5"):
         _private(tmp_path, named={"max_steps": 4}).fit(Subject(), _loader())
