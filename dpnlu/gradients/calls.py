@@ -46,12 +46,12 @@ class Calls:
 
     def __init__(self, provenance: Provenance) -> None:
         self._provenance = provenance
-        self._expected: int | None = None
         self.clear()
 
     def clear(self) -> None:
-        """Forget the calls and the batch."""
+        """Forget the calls, the batch and what was announced of it."""
         self.made: list[Call] = []
+        self._expected: int | None = None
         self.batch_size: int | None = None
         self._is_batch_given = False  # whether a module was called with the announced batch
 

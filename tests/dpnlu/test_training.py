@@ -849,6 +849,23 @@ def test_an_empty_batch_outside_the_loader_is_a_step_too(make):
         assert private.steps_taken == 1
 
 
+@pytest.mark.usefixtures("unsampled")
+@pytest.mark.parametrize("engine", ["book_keeping", "per_example"])
+def test_steps_outside_the_loader_may_be_of_any_size(make, engine):
+    """The first of them is checked, by running the model again on some of its examples."""
+    model, private = make(engine=engine, noise_multiplier=0.0, lr=0.0)
+    alike = Small()  # whose forward passes nobody records
+    alike.load_state_dict(model.state_dict())
+    for size in (3, 5, 1, 4):
+        batch, clipped = torch.randn(size, 3), torch.zeros(())
+        private.step(losses_of(model, batch))
+        for loss in losses_of(alike, batch):
+            own = _flat(torch.autograd.grad(loss, list(alike.parameters()), retain_graph=True))
+            clipped = clipped + own * min(1.0, 1.0 / float(own.norm()))
+        found = _flat(private.gradients[parameter] for parameter in model.parameters())
+        torch.testing.assert_close(found, clipped, rtol=1e-4, atol=1e-5)
+
+
 # ---- losses ----------------------------------------------------------------------------------
 
 
