@@ -166,12 +166,16 @@ def _trained(
         canaries=(canary,),
         secrets=(secret[None],),
     )
+    examples = study.examples(0)
     settings = TrainSettings(data=data, model=model, epsilon=cell.epsilon, **cell.changes)
     experiment = experiment_for(
-        settings, epsilon=cell.epsilon, labels=study.labels(corpus), vocabulary=HashedVocabulary()
+        settings,
+        epsilon=cell.epsilon,
+        labels=study.labels(corpus),
+        vocabulary=HashedVocabulary(),
+        units=len(examples),
     )
     experiment.check_validation(corpus)
-    examples = study.examples(0)
     plan = plan_for(settings, experiment.recipe, epsilon=cell.epsilon, num_examples=len(examples))
     seed = int(rng.integers(2**31))
     trained = train(

@@ -2,6 +2,7 @@
 
     python benchmarks/recipes.py --data snips:DIR --model encoder:NAME --epsilons 8 2 --out DIR
     python benchmarks/recipes.py --data snips:DIR --model encoder:NAME --rows all --out DIR
+    python benchmarks/recipes.py --data snips:DIR --texts 500 --recipes 3 --out DIR
 
 Everything but the row's change is as `dpnlu train` recommends it. A frozen encoder reads the texts
 once for all rows. What was measured is kept in the JSON file, and not measured again. Noise comes
@@ -34,7 +35,7 @@ from dpnlu.nlu.metrics import evaluate
 from dpnlu.nlu.models import EncoderClassifier
 from dpnlu.nlu.tag_chain import TagChain
 from dpnlu.runs.experiment import Experiment, experiment_for, plan_for
-from dpnlu.runs.settings import TrainSettings
+from dpnlu.runs.settings import LATEST_RECIPES, TrainSettings
 from dpnlu.runs.train import new_classifier
 from dpnlu.training.loop import Randomness, fit
 
@@ -128,6 +129,19 @@ def _experiment(corpus: Corpus, settings: TrainSettings) -> Experiment:
         epsilon=settings.epsilon,
         labels=Labels(corpus.intents, corpus.tags),
         vocabulary=HashedVocabulary(),
+        units=len(corpus.split("train")),
+    )
+
+
+def fewer(corpus: Corpus, texts: int | None) -> Corpus:
+    """The corpus with so many of its training texts, the same in every run; None: all."""
+    train = corpus.split("train")
+    if texts is None:
+        return corpus
+    kept = {train[place].id for place in np.random.default_rng(0).permutation(len(train))[:texts]}
+    return replace(
+        corpus,
+        examples=tuple(e for e in corpus.examples if e.split != "train" or e.id in kept),
     )
 
 
@@ -178,15 +192,20 @@ def main() -> None:
     parser.add_argument("--epsilons", type=float, nargs="+", default=[8.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", nargs="+", default=["recommended"], help="names, or all")
+    parser.add_argument("--texts", type=int, help="of the training split (default: all)")
+    parser.add_argument("--recipes", type=int, default=LATEST_RECIPES, help="their edition")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     kind = "encoder" if options.model.startswith("encoder:") else options.model
     rows = list(ROWS) if options.rows == ["all"] else options.rows
     if kind != "encoder":
         rows = [row for row in rows if row not in OF_ENCODERS]
-    corpus = load_corpus(options.data, seed=0)
+    corpus = fewer(load_corpus(options.data, seed=0), options.texts)
     texts = Texts(corpus)
     title = f"{datetime.date.today()}-recipes-{options.data.partition(':')[0]}-{kind}"
+    if options.texts is not None:
+        title += f"-{options.texts}-texts"
+    edition = "" if options.recipes == LATEST_RECIPES else f", edition {options.recipes}"
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{title}.json"
     content = json.loads(path.read_text()) if path.exists() else {"commands": [], "results": {}}
@@ -200,17 +219,26 @@ def main() -> None:
     for seed in options.seeds:
         for epsilon in options.epsilons:
             for row in rows:
-                if str(seed) in content["results"].get(f"{row}@{epsilon:g}", {}):
+                if str(seed) in content["results"].get(f"{row}{edition}@{epsilon:g}", {}):
                     continue
-                settings = TrainSettings(data=options.data, model=options.model, epsilon=epsilon)
+                settings = TrainSettings(
+                    data=options.data,
+                    model=options.model,
+                    epsilon=epsilon,
+                    recipes=options.recipes,
+                )
                 for name, found in measured(texts, settings, row, seed).items():
-                    content["results"].setdefault(f"{name}@{epsilon:g}", {})[str(seed)] = found
+                    content["results"].setdefault(f"{name}{edition}@{epsilon:g}", {})[str(seed)] = (
+                        found
+                    )
                     print(name, epsilon, seed, found, flush=True)
                 content["means"] = means(content["results"])
                 path.write_text(json.dumps(content, indent=1) + "\n")
     facts = ", ".join(f"{fact} {value}" for fact, value in content["machine"].items())
     commands = "\n".join(f"    {command}" for command in content["commands"])
     heading = f"# Recommended recipe, {options.data.partition(':')[0]}, {kind}"
+    if options.texts is not None:
+        heading += f", {options.texts} training texts"
     path.with_suffix(".md").write_text(
         "\n\n".join([heading, commands, facts, table(content["results"])]) + "\n"
     )

@@ -38,6 +38,7 @@ def accuracy(data: str, model: str, epsilon: float, seed: int) -> dict[str, floa
         epsilon=epsilon,
         labels=Labels(tuple(sorted(corpus.intents)), tuple(sorted(corpus.tags))),
         vocabulary=HashedVocabulary(),
+        units=len(examples),
     )
     plan = plan_for(settings, experiment.recipe, epsilon=epsilon, num_examples=len(examples))
     classifier = new_classifier(experiment, seed=seed)

@@ -49,6 +49,16 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
             "dpnlu train --data utterances.jsonl --epsilon inf --out ordinary",
         ),
     ),
+    "recipe": (
+        (
+            "How would a private BiLSTM be trained on these texts, and with how much noise?",
+            "dpnlu recipe --data utterances.jsonl --epsilon 8",
+        ),
+        (
+            "The same for heads on an encoder, where every user is protected:",
+            "dpnlu recipe --data utterances.jsonl --model encoder:MODEL --epsilon 2 --unit user",
+        ),
+    ),
     "diagnose": (
         (
             "Why is a BiLSTM at ε = 8 worse than an ordinary one? On a public corpus:",

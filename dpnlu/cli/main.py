@@ -4,6 +4,7 @@
     dpnlu train       train one model
     dpnlu attack      attack a trained model
     dpnlu predict     intents and slots of texts, by a trained model
+    dpnlu recipe      what `dpnlu train` would do with a corpus
     dpnlu diagnose    where the accuracy of a private training is lost
     dpnlu budget      which ε a mechanism has, or which noise an ε needs
     dpnlu benchmark   what private training costs on this machine
@@ -25,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from dpnlu.cli import attack, benchmark, budget, compare, diagnose, predict, train
+from dpnlu.cli import attack, benchmark, budget, compare, diagnose, predict, recipe, train
 from dpnlu.cli.examples import add_examples
 
 # Set it to see the traceback behind an error.
@@ -109,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="dpnlu COMMAND --help shows the options of a command, with defaults and examples.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (compare, train, attack, predict, diagnose, budget, benchmark):
+    for command in (compare, train, attack, predict, recipe, diagnose, budget, benchmark):
         command.add_parser(commands)
     add_examples(commands.choices)
     return parser

@@ -119,20 +119,16 @@ def _with_token_canaries(settings: StudySettings, corpus: Corpus, study: Study) 
 
 
 def _budget(settings: StudySettings, corpus: Corpus, study: Study, epsilon: float) -> Budget:
+    units = size_in_units(study.examples(0), settings.unit)
     experiment = experiment_for(
-        settings, epsilon=epsilon, labels=study.labels(corpus), vocabulary=_VOCABULARY
+        settings, epsilon=epsilon, labels=study.labels(corpus), vocabulary=_VOCABULARY, units=units
     )
     return Budget(
         name=budget_name(epsilon),
         target_epsilon=epsilon if math.isfinite(epsilon) else None,
         study=study,
         experiment=experiment,
-        plan=plan_for(
-            settings,
-            experiment.recipe,
-            epsilon=epsilon,
-            num_examples=size_in_units(study.examples(0), settings.unit),
-        ),
+        plan=plan_for(settings, experiment.recipe, epsilon=epsilon, num_examples=units),
         test=corpus.split("test"),
         seed=settings.seed,
         searches=settings.chosen_searches if "extraction" in settings.chosen_attacks else (),

@@ -152,7 +152,7 @@ def rungs(settings: DiagnosisSettings, corpus: Corpus) -> Iterator[Rung]:
     labels, words = Labels(corpus.intents, corpus.tags), HashedVocabulary()
     size = size_in_units(corpus.split("train"), settings.unit)
     ordinary, private = (
-        experiment_for(settings, epsilon=epsilon, labels=labels, vocabulary=words)
+        experiment_for(settings, epsilon=epsilon, labels=labels, vocabulary=words, units=size)
         for epsilon in (math.inf, settings.epsilon)
     )
     plan = plan_for(settings, private.recipe, epsilon=settings.epsilon, num_examples=size)

@@ -53,6 +53,7 @@ def experiment_for(
     epsilon: float,
     labels: Labels,
     vocabulary: Vocabulary,
+    units: int | None = None,
     learning_rate: float | None = None,
     engine: str | None = None,
 ) -> Experiment:
@@ -60,6 +61,7 @@ def experiment_for(
 
     Args:
         epsilon: infinity: ordinary training.
+        units: of the training set; see `size_in_units`. None: the recipe is that for many.
         learning_rate: None: as recommended.
         engine: None: what suits the plan.
 
@@ -72,6 +74,7 @@ def experiment_for(
         private=private,
         epochs=settings.epochs,
         batch_size=settings.batch_size,
+        units=units,
         weight_decay=settings.weight_decay,
         patience=settings.patience,
         edition=settings.recipes,

@@ -119,21 +119,18 @@ def prepared(settings: TrainSettings) -> Work:
     public = None
     if settings.public is not None:
         public = PublicData.load(settings.public, private=corpus, seed=settings.seed)
+    units = size_in_units(corpus.split("train"), settings.unit)
     is_sized = settings.physical_batch_size != AUTO  # else that is done when training begins
     experiment = experiment_for(
         settings if is_sized else replace(settings, physical_batch_size=None),
         epsilon=settings.epsilon,
         labels=Labels(corpus.intents, corpus.tags) if public is None else public.labels,
         vocabulary=_vocabulary(settings, corpus),
+        units=units,
         learning_rate=settings.learning_rate,
         engine=settings.engine,
     )
-    plan = plan_for(
-        settings,
-        experiment.recipe,
-        epsilon=settings.epsilon,
-        num_examples=size_in_units(corpus.split("train"), settings.unit),
-    )
+    plan = plan_for(settings, experiment.recipe, epsilon=settings.epsilon, num_examples=units)
     experiment.check_validation(corpus)
     classifier = new_classifier(experiment, seed=settings.seed)
     check_fit(classifier.model, recipe=experiment.recipe, plan=plan, compute=experiment.compute)

@@ -24,7 +24,7 @@ AUTO: Literal["auto"] = "auto"
 # Where the noise comes from.
 NOISES = ("generator", "system")
 # What is recommended has changed; what was begun goes on as it began.
-FIRST_RECIPES, LATEST_RECIPES = 1, 3
+FIRST_RECIPES, LATEST_RECIPES = 1, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,10 +209,10 @@ class RecipeSettings(DataSettings):
     )
 
     recipes: int = setting(
-        "which recommendations are taken: 3; or 1 or 2, earlier ones, with which earlier versions "
-        "began what is resumed",
+        "which recommendations are taken: 4; or 1, 2 or 3, earlier ones, with which earlier "
+        "versions began what is resumed",
         default=LATEST_RECIPES,
-        metavar="1|2|3",
+        metavar="1|2|3|4",
     )
 
     @property
@@ -294,6 +294,15 @@ class TuningSettings(TrainSettings):
         """The settings without the choice among several trainings."""
         names = [known.name for known in fields(TrainSettings)]
         return TrainSettings(**{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecommendationSettings(RecipeSettings):
+    """What `dpnlu recipe` is asked for."""
+
+    epsilon: float = setting(
+        "the privacy budget; inf: ordinary training", metavar="EPSILON", parse=parse_epsilon
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

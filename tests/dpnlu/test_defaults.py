@@ -59,8 +59,40 @@ def test_the_second_recommendations_are_kept() -> None:
         assert defaults.architecture(name, private=private, edition=2) == latest
 
 
+def test_the_third_recommendations_are_kept() -> None:
+    """… of the private BiLSTM with few texts, which alone have changed since."""
+    for name in NAMES:
+        for private in (True, False):
+            found = defaults.architecture(name, private=private, edition=3)
+            assert found == defaults.architecture(name, private=private)
+            wanted = {"private": private, "epochs": None, "batch_size": None}
+            third = defaults.recipe(name, **wanted, units=500, edition=3)
+            assert third == defaults.recipe(name, **wanted)
+            assert (defaults.recipe(name, **wanted, units=500) == third) != (
+                private and name == "lstm"
+            )
+
+
+@pytest.mark.parametrize("units", [1, 3, 20, 500, 4095, 4096, 5000, 13_084, 10**6])
+def test_few_texts_get_as_many_steps_as_many(units: int) -> None:
+    found = defaults.recipe("lstm", private=True, epochs=None, batch_size=None, units=units)
+    assert found.batch_size == max(1, min(1024, units // 4))
+    steps = found.epochs * units / found.batch_size
+    assert steps >= 383 - 1e-9 and (found.epochs == 30 or steps == pytest.approx(383))
+
+
+def test_of_few_texts_what_is_asked_for_is_taken() -> None:
+    few = {"private": True, "units": 500}
+    assert defaults.recipe("lstm", epochs=3, batch_size=None, **few).epochs == 3
+    asked = defaults.recipe("lstm", epochs=None, batch_size=400, **few)
+    assert asked.batch_size == 400 and asked.epochs == pytest.approx(383 * 400 / 500)
+    zero = {"epochs": None, "batch_size": 0} | few
+    with pytest.raises(ValueError, match="`batch_size`"):
+        defaults.recipe("lstm", **zero)
+
+
 def test_other_recommendations_are_refused() -> None:
-    with pytest.raises(ValueError, match="`recipes` to be one of 1, 2, 3, got 4"):
-        defaults.architecture("lstm", private=True, edition=4)
-    with pytest.raises(ValueError, match="`recipes` to be one of 1, 2, 3, got 0"):
+    with pytest.raises(ValueError, match="`recipes` to be one of 1, 2, 3, 4, got 5"):
+        defaults.architecture("lstm", private=True, edition=5)
+    with pytest.raises(ValueError, match="`recipes` to be one of 1, 2, 3, 4, got 0"):
         defaults.recipe("lstm", private=True, epochs=None, batch_size=None, edition=0)
