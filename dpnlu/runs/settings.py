@@ -152,7 +152,8 @@ class RecipeSettings(DataSettings):
     clipping: str = setting(
         "how gradients are clipped: flat; automatic[:G], each scaled to nearly the bound; "
         "per_layer[:uniform|size|weights], layers to shares of it; quantile:Q[:RATE[:BUDGET]], to "
-        "a bound that follows the quantile Q of their norms",
+        "a bound that follows the quantile Q of their norms; public:Q, to that of the norms of "
+        "public examples, with which `dpnlu train` has them beside",
         default="flat",
     )
     noise_schedule: str = setting(
@@ -209,10 +210,20 @@ class TrainSettings(RecipeSettings):
         default="hashed",
     )
     public: str | None = setting(
-        "a corpus, as for --data, that the model is trained on first, without noise; ε does not "
-        "cover it, and the model knows its labels, too (default: none)",
+        "a corpus, as for --data, that the model learns from without clipping and noise; ε does "
+        "not cover it, and the model knows its labels, too (default: none)",
         default=None,
         metavar="SPEC",
+    )
+    public_use: str = setting(
+        "when it is learnt from: first, before the private data; beside, in every step of private "
+        "training, whose clipped and noisy mean gradient its plain one is added to; or both",
+        default="first",
+        metavar="first|beside|both",
+    )
+    public_weight: float = setting(
+        "of the public gradient in every step, where that of the private data has 1, at least 0",
+        default=1.0,
     )
     labels: str | None = setting(
         'JSON file {"intents": [...], "slots": [...]} that declares the label sets (default: as '
@@ -279,6 +290,7 @@ _LATER = {
     *("unit", "examples_per_user", "weight_decay", "characters", "redact_digits", "patience"),
     *("noise_schedule", "clipping"),
     *("decimals", "audit_canaries", "searches", "slot_loss", "public"),
+    *("public_use", "public_weight"),
 }
 
 

@@ -51,6 +51,7 @@ class Stepping:
         check_losses(losses, None if due is None else len(due.ids))
         if due is None:
             self._steps.check_may_be_unsampled()
+            self._check_public_are_first()
         recorder, count = self._recorder, len(losses)
         calls = [] if recorder is None else recorder.calls
         with self._steps.step(due) as batch:
@@ -65,6 +66,7 @@ class Stepping:
         due = self._steps.due
         if due is None:
             self._steps.check_may_be_unsampled()
+            self._steps.prepare()
         size = None if due is None else len(due.ids)
         moment = self._moments.now()
         losses = losses_for(self._engine, losses_of, data, size)
@@ -104,6 +106,16 @@ class Stepping:
                 run = CompiledRun(clipping.losses_of, data, moment, kept, smaller)
                 self._check_independence([run], count)
         return due.closes_step
+
+    def _check_public_are_first(self) -> None:
+        """Refuse losses of a logical batch that no loader announced: public examples, whose turn
+        was before, would be computed after them."""
+        if self._steps.mechanism.public is not None:
+            raise RuntimeError(
+                "Expected batches of private.loader, or of private.stepper's function, beside "
+                "public examples, got losses that were computed before those of the public ones: "
+                "hand the function that computes them to private.stepper."
+            )
 
     def _clip(self, losses: Tensor, due: PhysicalBatch | None, batch: LogicalBatch) -> Tensor:
         """Clip the gradients of the examples that are due, and add them to the logical batch.

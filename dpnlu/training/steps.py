@@ -70,6 +70,12 @@ class Steps:
         """The sums of the last logical batch, until the next one begins; see `LogicalBatch`."""
         return {} if self._batch is None else self._batch.released
 
+    def prepare(self) -> None:
+        """Compute what public examples say of the next logical batch, before any private example of
+        it is computed."""
+        if self.mechanism.public is not None and (self._batch is None or not self._batch.is_open):
+            self.mechanism.public.prepare()
+
     # ---- for the loader ----------------------------------------------------------------------
 
     def begin_loop(self) -> object:
@@ -87,6 +93,7 @@ class Steps:
         """A physical batch is about to be computed from its data."""
         if self._batch is not None and not self._batch.is_open:
             self._batch = None  # its memory is for the activations
+        self.prepare()
         self.due, self.smaller = batch, smaller
         if self._recorder is not None:
             self._recorder.expect(len(batch.ids), data)
@@ -193,6 +200,7 @@ class Steps:
         if self._is_closed:
             raise RuntimeError("Expected an open training, got a closed one: call privatize anew.")
         if self._batch is None or not self._batch.is_open:
+            self.prepare()
             self._batch = LogicalBatch(self.mechanism)
         return self._batch
 

@@ -33,7 +33,7 @@ FULL = [
         "--weight-decay 0.3 --characters 6 --redact-digits --patience 2 --slot-loss words "
         "--recipes 1 --clipping automatic --noise-schedule step:0.5:3 "
         "--engine opacus --physical-batch-size 5 --device cpu --seed 9 --unit user "
-        "--examples-per-user 4 --public p",
+        "--examples-per-user 4 --public p --public-use both --public-weight 0.3",
         TrainSettings(
             data="d",
             model="encoder:e",
@@ -61,6 +61,8 @@ FULL = [
             unit="user",
             examples_per_user=4,
             public="p",
+            public_use="both",
+            public_weight=0.3,
         ),
     ),
     (
