@@ -90,6 +90,7 @@ class PublicGradients:
     Attributes:
         mean: parameter -> weight times the mean gradient, at the present weights; nothing before
             `prepare`, and nothing where the weight is 0.
+        is_prepared: whether they were computed at the present weights.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class PublicGradients:
         """
         self._public, self._engine, self._parameters = public, engine, list(parameters)
         self.mean: Mapping[nn.Parameter, Tensor] = {}
-        self._is_prepared = False
+        self.is_prepared = False
 
     @classmethod
     def of(
@@ -119,7 +120,7 @@ class PublicGradients:
         Raises:
             PublicGradientError: they are not finite.
         """
-        if self._is_prepared:
+        if self.is_prepared:
             return
         quantile = self._engine.clipper.public_quantile
         sums: list[Tensor] = []
@@ -140,11 +141,11 @@ class PublicGradients:
         if quantile is not None:
             bound = float(torch.quantile(found.double(), quantile))
             self._engine.clipper.bound = self._engine.clipper.within_limits(bound)
-        self._is_prepared = True
+        self.is_prepared = True
 
     def weights_changed(self) -> None:
         """Weights are not what they were: these gradients were those of others."""
-        self.mean, self._is_prepared = {}, False
+        self.mean, self.is_prepared = {}, False
 
     def _added(self, sums: list[Tensor], share: Tensor, *, keep_graph: bool) -> list[Tensor]:
         with nothing_accumulated(self._parameters):

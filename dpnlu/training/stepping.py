@@ -51,7 +51,7 @@ class Stepping:
         check_losses(losses, None if due is None else len(due.ids))
         if due is None:
             self._steps.check_may_be_unsampled()
-            self._check_public_are_first()
+        self._steps.check_prepared()
         recorder, count = self._recorder, len(losses)
         calls = [] if recorder is None else recorder.calls
         with self._steps.step(due) as batch:
@@ -66,7 +66,7 @@ class Stepping:
         due = self._steps.due
         if due is None:
             self._steps.check_may_be_unsampled()
-            self._steps.prepare()
+        self._steps.prepare()
         size = None if due is None else len(due.ids)
         moment = self._moments.now()
         losses = losses_for(self._engine, losses_of, data, size)
@@ -97,6 +97,7 @@ class Stepping:
                 "Expected one compiled step for each batch of private.loader, got another: "
                 "call it inside the loop, with the loop's batch."
             )
+        self._steps.prepare()
         count, kept = len(due.ids), len(due.ids) - due.fillers
         moment = self._moments.now()
         with self._steps.step(due) as batch:
@@ -106,16 +107,6 @@ class Stepping:
                 run = CompiledRun(clipping.losses_of, data, moment, kept, smaller)
                 self._check_independence([run], count)
         return due.closes_step
-
-    def _check_public_are_first(self) -> None:
-        """Refuse losses of a logical batch that no loader announced: public examples, whose turn
-        was before, would be computed after them."""
-        if self._steps.mechanism.public is not None:
-            raise RuntimeError(
-                "Expected batches of private.loader, or of private.stepper's function, beside "
-                "public examples, got losses that were computed before those of the public ones: "
-                "hand the function that computes them to private.stepper."
-            )
 
     def _clip(self, losses: Tensor, due: PhysicalBatch | None, batch: LogicalBatch) -> Tensor:
         """Clip the gradients of the examples that are due, and add them to the logical batch.

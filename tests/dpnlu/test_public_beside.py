@@ -10,8 +10,9 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from dpnlu import AdamBC, PublicExamples
+from dpnlu import AdamBC, PublicExamples, physical_batch_size
 from dpnlu.engines import ENGINES
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.training.agreement import check_public
@@ -397,6 +398,72 @@ def test_losses_that_were_computed_before_those_of_public_examples_are_refused(m
     for batch in private.loader(_of_norms(*range(BATCH))):
         private.step(model(batch))
     assert len(private.ledger) == 1
+
+
+def test_losses_of_weights_that_have_changed_since_are_refused(make):
+    """The stepper computes what public examples say of them, before its own losses."""
+    model = Given()
+    watched = Watched(model)
+    private = make(model, _of_norms(3.0), losses_of=watched, steps=2, max_grad_norm=1e-9)
+    step = private.stepper(model)
+    for batch in private.loader(_of_norms(*range(BATCH))):
+        watched.factor = 2.0
+        private.weights_changed()
+        step(batch)
+        break
+    torch.testing.assert_close(model.weights.detach(), -2 * _of_norms(3.0)[0])
+    with pytest.raises(RuntimeError, match="computed before those of the public"):
+        for batch in private.loader(_of_norms(*range(BATCH))):
+            losses = model(batch)
+            private.weights_changed()
+            private.step(losses)
+    assert len(private.ledger) == 1
+
+
+def test_a_loader_of_logical_batches_has_them_beside(make):
+    model = Given()
+    private = make(model, _of_norms(3.0), clipping="public:0.5", steps=2, lr=1.0)
+    step = private.stepper(model)
+    for _ in range(2):
+        for drawn in private.logical_loader(_of_norms(*[9.0] * BATCH), physical_batch_size=4):
+            for batch in drawn:
+                step(batch)
+    torch.testing.assert_close(model.weights.detach(), -2 * _of_norms(3.0 + 3.0)[0])
+
+
+class Checkpointed(nn.Module):
+    """Word ids (B, T) -> losses (B,); activations are computed again in backward passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(9, 4)
+        self.inner = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        states = checkpoint(self.inner, self.words(ids), use_reentrant=False)
+        return (states @ self.words.weight.T).square().sum((1, 2))
+
+
+@pytest.mark.usefixtures("double")
+def test_activations_may_be_computed_again_and_weights_be_used_twice(make):
+    model, before = Checkpointed(), Checkpointed()
+    before.load_state_dict(model.state_dict())
+    private_ones, public_ones = _texts(BATCH, 1), _texts(5, 2)
+    private = make(model, public_ones, clipping="public:0.4", lr=0.1)
+    private.stepper(model)(private_ones)
+    rows, beside = _rows(before, private_ones), _rows(before, public_ones)
+    bound = float(beside.norm(dim=1).quantile(0.4))
+    clipped = rows * (bound / rows.norm(dim=1)).clamp(max=1)[:, None]
+    moved = _flat(before.parameters()) - _flat(model.parameters())
+    expected = clipped.sum(0) / BATCH + beside.mean(0)
+    torch.testing.assert_close(moved / 0.1, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_the_physical_batch_size_of_such_a_plan_is_found(make_plan):
+    model = Given()
+    plan = make_plan(clipping="public:0.5")
+    found = physical_batch_size(model, plan, model, lambda size: torch.ones(size, 3))
+    assert found >= 1
 
 
 def test_public_examples_are_refused_where_they_are_none():
