@@ -13,6 +13,7 @@ import argparse
 import datetime
 import json
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -149,7 +150,7 @@ def main() -> None:
     title = f"{datetime.date.today()}-public-beside-{options.data.partition(':')[0]}"
     path = options.out / f"{title}.json"
     content = json.loads(path.read_text()) if path.exists() else {"commands": [], "results": {}}
-    content["commands"].append(" ".join(["python", *sys.argv]))
+    content["commands"].append(shlex.join(["python", *sys.argv]))
     content["machine"] = {
         "processor": processor(),
         "threads": torch.get_num_threads(),
