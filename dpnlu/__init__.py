@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dpnlu.training.loop import ComputeConfig as ComputeConfig
     from dpnlu.training.loop import Recipe as Recipe
     from dpnlu.training.loop import fit as fit
+    from dpnlu.training.public import PublicExamples as PublicExamples
 
 _HOMES = {
     "AdamBC": "training.adam_bc",
@@ -30,6 +31,7 @@ _HOMES = {
     "Prediction": "nlu.prediction",
     "PrivacyPlan": "mechanism.plan",
     "PrivateTraining": "training.handle",
+    "PublicExamples": "training.public",
     "Recipe": "training.loop",
     "Slot": "nlu.prediction",
     "UnsupportedLayerError": "gradients.errors",

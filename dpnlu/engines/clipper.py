@@ -17,6 +17,8 @@ T = TypeVar("T")
 
 # A coefficient of one, as a quotient of equal numbers may be rounded.
 _ONE = 1 - 1e-6
+# How far a bound that changes may go from where it began.
+_FARTHEST = 1e6
 
 
 class Clipper:
@@ -27,8 +29,9 @@ class Clipper:
 
     Attributes:
         groups: the parameters of each; every trained parameter is in one.
-        bound: C; only an adaptive rule has it change, between logical batches.
-        adaptation: how; None: it does not.
+        bound: C; an adaptive rule, or public examples, change it between logical batches.
+        adaptation: how it follows what is released; None: it does not.
+        public_quantile: of the norms of public examples, which it becomes; None: it does not.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], plan: PrivacyPlan) -> None:
@@ -42,6 +45,8 @@ class Clipper:
         self.groups = [[parameters[name] for name in group.names] for group in groups]
         self.bound = plan.max_grad_norm
         self.adaptation = rule.adaptation
+        self.public_quantile = rule.public_quantile
+        self._limits = plan.max_grad_norm / _FARTHEST, plan.max_grad_norm * _FARTHEST
         self._coefficients = rule.coefficients
         self._shares = [group.share for group in groups]
 
@@ -55,6 +60,11 @@ class Clipper:
     def is_divided(self) -> bool:
         """Whether there are several groups."""
         return len(self.groups) > 1
+
+    def within_limits(self, bound: float) -> float:
+        """The bound, no farther than may be from the one of the plan."""
+        lowest, highest = self._limits
+        return min(max(bound, lowest), highest)
 
     @property
     def bounds(self) -> list[float]:

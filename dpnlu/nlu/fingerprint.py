@@ -5,11 +5,11 @@ from __future__ import annotations
 import hmac
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dpnlu.nlu.data import Corpus
+from dpnlu.nlu.data import Corpus, Example
 from dpnlu.nlu.encoding import Encoding, SubwordEncoding, WordEncoding
 
 
@@ -30,29 +30,35 @@ class Fingerprint:
     digest: str
 
     @classmethod
-    def take(cls, corpus: Corpus, encoding: Encoding) -> Fingerprint:
-        """The fingerprint of what is about to be trained on, with a new key."""
+    def take(
+        cls, corpus: Corpus, encoding: Encoding, beside: Sequence[Example] = ()
+    ) -> Fingerprint:
+        """The fingerprint of what is about to be trained on, with a new key.
+
+        Args:
+            beside: other examples that every step learns from.
+        """
         key = secrets.token_hex(32)
-        return cls(key, _digest(key, corpus, encoding))
+        return cls(key, _digest(key, corpus, encoding, beside))
 
-    def matches(self, corpus: Corpus, encoding: Encoding) -> bool:
+    def matches(self, corpus: Corpus, encoding: Encoding, beside: Sequence[Example] = ()) -> bool:
         """Whether these are the data it was taken of."""
-        return hmac.compare_digest(self.digest, _digest(self.key, corpus, encoding))
+        return hmac.compare_digest(self.digest, _digest(self.key, corpus, encoding, beside))
 
 
-def _digest(key: str, corpus: Corpus, encoding: Encoding) -> str:
+def _digest(key: str, corpus: Corpus, encoding: Encoding, beside: Sequence[Example]) -> str:
     found = hmac.new(bytes.fromhex(key), digestmod="sha256")
-    for part in _parts(corpus, encoding):
+    for part in _parts(corpus, encoding, beside):
         found.update(json.dumps(part, sort_keys=True).encode() + b"\n")
     return found.hexdigest()
 
 
-def _parts(corpus: Corpus, encoding: Encoding) -> Iterator[Any]:
+def _parts(corpus: Corpus, encoding: Encoding, beside: Sequence[Example]) -> Iterator[Any]:
     """All that decides what the model is trained and measured on, as JSON."""
     yield asdict(encoding.labels)
     if isinstance(encoding, WordEncoding):
         yield encoding.vocabulary.to_dict()
     elif isinstance(encoding, SubwordEncoding):
         yield encoding.tokenizer.get_vocab()
-    for example in corpus.examples:
+    for example in (*corpus.examples, *beside):
         yield asdict(example)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
+from dpnlu.mechanism.clipping import clipping_rule
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.mechanism.selection import Selection
@@ -82,6 +83,8 @@ def _bound(plan: PrivacyPlan, ledger: Ledger) -> str:
     """The clipping bound, and where it adapts what became of it."""
     if ledger.bound is None:
         return f"{plan.max_grad_norm:g}"
+    if clipping_rule(plan.clipping).public_quantile is not None:
+        return f"what public examples told before each step, at last {ledger.bound:.4g},"
     return f"{plan.max_grad_norm:g} at first and {ledger.bound:.4g} at last"
 
 

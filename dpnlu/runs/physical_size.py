@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpnlu.mechanism.clipping import clipping_rule
 from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.mechanism.ranges import check_positive
 from dpnlu.runs.resources import Memory, memory_of
@@ -123,6 +124,8 @@ def _peak_of_step(
     """MiB at the peak of a step that ends in nothing; infinity where there is no more."""
     examples = {"unit": "example", "clipping_unit": "example", "examples_per_user": None}
     changes: dict[str, Any] = examples if plan.unit == "user" else {}
+    if clipping_rule(plan.clipping).public_quantile is not None:  # by examples that are not here
+        changes = changes | {"clipping": "flat"}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     nowhere = Handover(torch.optim.SGD(trained, lr=0.0))
     memory.reset_peak()

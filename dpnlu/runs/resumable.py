@@ -19,6 +19,7 @@ from dpnlu.mechanism.ranges import check_choice
 from dpnlu.nlu.classifier import Classifier
 from dpnlu.nlu.data import (
     Corpus,
+    Example,
     HashedVocabulary,
     Vocabulary,
     fitted_vocabulary,
@@ -107,6 +108,19 @@ class Work:
         compute = replace(self.experiment.compute, physical_batch_size=physical_batch_size)
         return replace(self, experiment=replace(self.experiment, compute=compute))
 
+    def fingerprint(self) -> Fingerprint:
+        """Of the data, with a new key."""
+        return Fingerprint.take(self.corpus, self.classifier.encoding, self._beside)
+
+    def matches(self, fingerprint: Fingerprint) -> bool:
+        """Whether the data are those that a fingerprint was taken of."""
+        return fingerprint.matches(self.corpus, self.classifier.encoding, self._beside)
+
+    @property
+    def _beside(self) -> Sequence[Example]:
+        """The public examples that every step learns from."""
+        return self.public.examples if self.public is not None and self.public.is_beside else ()
+
 
 def prepared(settings: TrainSettings) -> Work:
     """Check the settings, as far as that is possible before training, and make what they ask for.
@@ -116,9 +130,7 @@ def prepared(settings: TrainSettings) -> Work:
     """
     check_choice("noise", settings.noise, NOISES)
     corpus = _with_labels(load_corpus(settings.data, seed=settings.seed), settings.labels)
-    public = None
-    if settings.public is not None:
-        public = PublicData.load(settings.public, private=corpus, seed=settings.seed)
+    public = PublicData.asked_for(settings, private=corpus)
     units = size_in_units(corpus.split("train"), settings.unit)
     is_sized = settings.physical_batch_size != AUTO  # else that is done when training begins
     experiment = experiment_for(
@@ -133,7 +145,13 @@ def prepared(settings: TrainSettings) -> Work:
     plan = plan_for(settings, experiment.recipe, epsilon=settings.epsilon, num_examples=units)
     experiment.check_validation(corpus)
     classifier = new_classifier(experiment, seed=settings.seed)
-    check_fit(classifier.model, recipe=experiment.recipe, plan=plan, compute=experiment.compute)
+    check_fit(
+        classifier.model,
+        recipe=experiment.recipe,
+        plan=plan,
+        compute=experiment.compute,
+        public=public.beside(classifier, experiment.compute) if public is not None else None,
+    )
     return Work(
         settings=settings,
         corpus=corpus,
@@ -170,7 +188,7 @@ def _check_same(run: Run, work: Work, directory: Path) -> None:
             f"Expected the settings with which the training in {directory} was started, got "
             "others: repeat those of its run.json, or choose another folder."
         )
-    if run.fingerprint and not run.fingerprint.matches(work.corpus, work.classifier.encoding):
+    if run.fingerprint and not work.matches(run.fingerprint):
         raise ValueError(
             f"Expected the data with which the training in {directory} was started, got other "
             "texts, labels or words, or another order: restore them, or choose another folder."
@@ -181,10 +199,9 @@ def _trained(work: Work, directory: Path, run: Run | None, on_progress: OnProgre
     """Train, from the start if there is no `run` to resume, and complete the directory."""
     is_new = run is None
     if run is None:
-        fingerprint = Fingerprint.take(work.corpus, work.classifier.encoding)
         run = Run(
             settings=work.settings.to_dict(),
-            fingerprint=fingerprint,
+            fingerprint=work.fingerprint(),
             physical_batch_size=_found_size(work),
         )
         record_run(directory, run)
@@ -237,18 +254,19 @@ def _fitted(
     work: Work, directory: Path, run: Run, ledger: Ledger | None, on_progress: OnProgress
 ) -> Trained:
     plan, recipe, examples = work.plan, work.experiment.recipe, work.corpus.split("train")
-    if work.public is not None and not (directory / CHECKPOINT).exists():
-        work.public.teach(
+    public, compute = work.public, work.experiment.compute
+    if public is not None and public.is_first and not (directory / CHECKPOINT).exists():
+        public.teach(
             work.classifier,
             work.settings,
-            work.experiment.compute,
+            compute,
             on_progress=lambda done, total: on_progress("public data", done, total),
         )
     return train(
         work.classifier,
         examples,
         recipe=recipe,
-        compute=work.experiment.compute,
+        compute=compute,
         plan=plan,
         seed=work.settings.seed,
         system_noise=work.settings.noise == "system",
@@ -260,6 +278,7 @@ def _fitted(
         ),
         on_progress=lambda done, total: on_progress("training", done, total),
         validation=work.corpus.split("valid") if recipe.patience is not None else (),
+        public=public.beside(work.classifier, compute) if public is not None else None,
     )
 
 
@@ -281,5 +300,5 @@ def not_covered(work: Work) -> Sequence[str]:
     if not work.experiment.vocabulary.is_public:
         found.append("The vocabulary was read from the training texts.")
     if work.public is not None:
-        found.append(f"The public data, {work.public.spec}, on which the model was trained first.")
+        found.append(work.public.statement())
     return [*found, OTHER_CHOICES]

@@ -187,7 +187,8 @@ class RecipeSettings(DataSettings):
     clipping: str = setting(
         "how gradients are clipped: flat; automatic[:G], each scaled to nearly the bound; "
         "per_layer[:uniform|size|weights], layers to shares of it; quantile:Q[:RATE[:BUDGET]], to "
-        "a bound that follows the quantile Q of their norms",
+        "a bound that follows the quantile Q of their norms; public:Q, to that of the norms of "
+        "public examples, with which `dpnlu train` has them beside",
         default="flat",
     )
     noise_schedule: str = setting(
@@ -244,8 +245,8 @@ class TrainSettings(RecipeSettings):
         default="hashed",
     )
     public: str | None = setting(
-        "a corpus, as for --data, that the model is trained on first, without noise; ε does not "
-        "cover it, and the model knows its labels, too (default: none)",
+        "a corpus, as for --data, that the model learns from without clipping and noise; ε does "
+        "not cover it, and the model knows its labels, too (default: none)",
         default=None,
         metavar="SPEC",
     )
@@ -255,6 +256,16 @@ class TrainSettings(RecipeSettings):
         "away, and slower",
         default=NOISES[0],
         metavar="|".join(NOISES),
+    )
+    public_use: str = setting(
+        "when it is learnt from: first, before the private data; beside, in every step of private "
+        "training, whose clipped and noisy mean gradient its plain one is added to; or both",
+        default="first",
+        metavar="first|beside|both",
+    )
+    public_weight: float = setting(
+        "of the public gradient in every step, where that of the private data has 1, at least 0",
+        default=1.0,
     )
     labels: str | None = setting(
         'JSON file {"intents": [...], "slots": [...]} that declares the label sets (default: as '
@@ -331,6 +342,7 @@ _LATER = {
     *("noise_schedule", "clipping"),
     *("decimals", "audit_canaries", "searches", "slot_loss", "public"),
     "noise",
+    *("public_use", "public_weight"),
 }
 
 

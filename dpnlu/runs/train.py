@@ -14,7 +14,7 @@ from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.nlu.classifier import Classifier, build
 from dpnlu.nlu.data import Example
-from dpnlu.nlu.encoding import encode_all
+from dpnlu.nlu.encoding import Encoded, encode_all
 from dpnlu.nlu.feature_cache import read_once
 from dpnlu.nlu.metrics import Metrics, evaluate, mean_loss
 from dpnlu.nlu.models import EncoderClassifier
@@ -22,6 +22,7 @@ from dpnlu.runs.experiment import Experiment, users_of
 from dpnlu.runs.resources import memory_of
 from dpnlu.training.checkpoint import Checkpoints
 from dpnlu.training.loop import ComputeConfig, FitResult, Progress, Randomness, Recipe, fit
+from dpnlu.training.public import PublicExamples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,7 @@ def train(
     checkpoints: Checkpoints | None = None,
     on_progress: Progress | None = None,
     validation: Sequence[Example] = (),
+    public: PublicExamples | None = None,
 ) -> Trained:
     """Train a classifier.
 
@@ -75,6 +77,7 @@ def train(
         ledger, checkpoints: see `privatize` and `Checkpoints`.
         on_progress: called after every step.
         validation: what early stopping looks at, where the recipe has patience.
+        public: `Example`s that are learnt from beside the private ones, and how.
 
     Raises:
         ValueError: as `fit`, for example patience without validation examples.
@@ -82,9 +85,13 @@ def train(
     # Private physical batches are of neighbours; those of like length need little padding.
     examples = sorted(examples, key=lambda example: len(example.tokens))
     encoded = encode_all(classifier.encoding, examples)
-    started, model = time.perf_counter(), classifier.model.to(compute.device)
-    if isinstance(model, EncoderClassifier) and classifier.architecture.freeze_encoder:
-        encoded = read_once(model, classifier.encoding, encoded)
+    if public is not None:
+        public = _encoded(public, classifier, seed=seed, repeatable=repeatable_noise)
+    started = time.perf_counter()
+    classifier.model.to(compute.device)
+    encoded = _read(classifier, encoded)
+    if public is not None:
+        public = replace(public, examples=_read(classifier, public.listed()))
     prepared = time.perf_counter() - started
     memory = memory_of(compute.device)
     memory.reset_peak()
@@ -109,6 +116,7 @@ def train(
             checkpoints=checkpoints,
             progress=on_progress,
             validation_loss=_loss_on(classifier, validation) if validation else None,
+            public=public,
         )
     result = replace(result, seconds=prepared + result.seconds)
     return Trained(classifier=classifier, result=result, peak_memory_mib=memory.peak())
@@ -120,13 +128,31 @@ def measure(classifier: Classifier, examples: Sequence[Example]) -> Metrics:
     return evaluate(classifier.model, classifier.encoding, encoded, examples)
 
 
+def _encoded(
+    public: PublicExamples, classifier: Classifier, *, seed: int, repeatable: bool
+) -> PublicExamples:
+    """The tensors of public examples, drawn from the seed where that is asked for."""
+    public = replace(public, examples=encode_all(classifier.encoding, public.listed()))
+    if not repeatable:
+        return public
+    return replace(public, rng=np.random.default_rng(_entropy(seed, _PUBLIC)))
+
+
+def _read(classifier: Classifier, encoded: list[Encoded]) -> list[Encoded]:
+    """Examples as the model reads them: what a frozen encoder makes of them is computed once."""
+    model = classifier.model
+    if isinstance(model, EncoderClassifier) and classifier.architecture.freeze_encoder:
+        return read_once(model, classifier.encoding, encoded)
+    return encoded
+
+
 def _loss_on(classifier: Classifier, examples: Sequence[Example]) -> Callable[[], float]:
     encoded = encode_all(classifier.encoding, examples)
     return lambda: mean_loss(classifier.model, classifier.encoding, encoded)
 
 
 # Uses of a seed, kept apart.
-_WEIGHTS, _DROPOUT, _ORDER, _NOISE = range(4)
+_WEIGHTS, _DROPOUT, _ORDER, _NOISE, _PUBLIC = range(5)
 
 
 def _entropy(seed: int, use: int) -> int:

@@ -50,6 +50,7 @@ from dpnlu.runs.resumable import (
 from dpnlu.runs.settings import TrainSettings, TuningSettings, as_begun
 from dpnlu.runs.train import measure
 from dpnlu.training.logical_batch import NonFiniteBatchError
+from dpnlu.training.public import PublicGradientError
 
 SEARCHED = (
     "learning_rate",
@@ -200,7 +201,7 @@ def _check_same(
             f"Expected the settings with which the trainings in {directory} were started, got "
             f"others: repeat those of its {TRIALS}, or choose another folder."
         )
-    if not procedure.fingerprint.matches(work.corpus, work.classifier.encoding):
+    if not work.matches(procedure.fingerprint):
         raise ValueError(
             f"Expected the data with which the trainings in {directory} were started, got other "
             "texts, labels or words, or another order: restore them, or choose another folder."
@@ -240,7 +241,7 @@ def _drawn(
     numbers = _numbers(selection, count, len(combinations), rng)
     return _Procedure(
         settings=settings.to_dict(),
-        fingerprint=Fingerprint.take(work.corpus, work.classifier.encoding),
+        fingerprint=work.fingerprint(),
         epsilon=plan.epsilon() * (1 - _ROUNDING),
         selection=selection,
         drawn=[combinations[number] for number in numbers],
@@ -274,7 +275,7 @@ def _trained(
         make_directory(place)
         name = f"training {number + 1} of {len(procedure.drawn)}"
         score: float | None = None
-        with suppress(DivergedError, NonFiniteBatchError):
+        with suppress(DivergedError, NonFiniteBatchError, PublicGradientError):
             if not is_model(place):
                 train_model(one, place, resume=True, on_progress=_called(name, on_progress))
             score = _score(measure(load(place).classifier, work.corpus.split("valid")))

@@ -1,12 +1,14 @@
-"""Whether an engine, a ledger and processes fit the plan."""
+"""Whether an engine, a ledger, processes and public examples fit the plan."""
 
 from __future__ import annotations
 
 import warnings
 
 from dpnlu.engines import ENGINES
+from dpnlu.mechanism.clipping import clipping_rule
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.plan import PrivacyPlan
+from dpnlu.training.public import PublicExamples
 
 
 def check_processes(count: int, plan: PrivacyPlan) -> None:
@@ -47,4 +49,40 @@ def check_ledger(ledger: Ledger, plan: PrivacyPlan) -> None:
         raise ValueError(
             f"Expected a ledger of this plan, got one of a plan with other {', '.join(other)}: go "
             "on with the plan that it names, ledger.plan."
+        )
+
+
+def check_public(
+    public: PublicExamples | None, plan: PrivacyPlan, *, engine: str, processes: int
+) -> None:
+    """Raise ValueError unless there are public examples where the plan needs them, and they can be
+    learnt from beside the private ones."""
+    tells_bound = clipping_rule(plan.clipping).public_quantile is not None
+    if public is None:
+        if tells_bound:
+            raise ValueError(
+                f"Expected public examples for clipping={plan.clipping!r}, got none: hand them to "
+                "privatize(public=...), or to `dpnlu train` by --public SPEC --public-use beside."
+            )
+        return
+    if processes > 1:
+        raise ValueError(
+            f"Expected one process with public examples beside the private, got {processes}: each "
+            "would draw others; start one."
+        )
+    if engine == "opacus":
+        raise ValueError(
+            "Expected engine='book_keeping', 'per_example' or 'microbatch' with public examples "
+            "beside the private, got 'opacus', which counts forward passes: choose another."
+        )
+    if tells_bound and plan.clipping_unit != "example":
+        raise ValueError(
+            f"Expected a plan that clips examples for clipping={plan.clipping!r}, got one that "
+            f"clips a {plan.clipping_unit}: public norms are those of examples; choose another "
+            "clipping rule."
+        )
+    if not (public.weight or tells_bound):
+        raise ValueError(
+            "Expected public examples with a weight > 0, or clipping='public:Q', got weight 0: "
+            "nothing would be learnt from them; leave them out."
         )

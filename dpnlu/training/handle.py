@@ -29,7 +29,7 @@ from dpnlu.engines.refusals import check_trainable
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.noise import entropy_generators
 from dpnlu.mechanism.plan import PrivacyPlan
-from dpnlu.training.agreement import check_engine, check_ledger, check_processes
+from dpnlu.training.agreement import check_engine, check_ledger, check_processes, check_public
 from dpnlu.training.cutting import WhoseExamples
 from dpnlu.training.handover import Handover
 from dpnlu.training.loader import PrivateLoader
@@ -37,6 +37,7 @@ from dpnlu.training.logical_batch import Mechanism
 from dpnlu.training.logical_batch import NonFiniteBatchError as NonFiniteBatchError
 from dpnlu.training.logical_loader import LogicalLoader
 from dpnlu.training.processes import OneProcess, Processes
+from dpnlu.training.public import PublicExamples, PublicGradients
 from dpnlu.training.stepping import Stepping
 from dpnlu.training.steps import Steps
 
@@ -52,6 +53,7 @@ def privatize(
     sampling_rng: np.random.Generator | None = None,
     verify: bool = True,
     processes: Processes | None = None,
+    public: PublicExamples | None = None,
 ) -> PrivateTraining:
     """Make the training of `model` by `optimizer` follow `plan`.
 
@@ -79,6 +81,8 @@ def privatize(
             of plain automatic differentiation: the first of every batch, the others as often as
             `dpnlu.engines.checks` says.
         processes: what `dpnlu.integrations.distributed` hands over; None: this one trains alone.
+        public: examples whose mean gradient the optimizer gets beside the released one, unclipped
+            and without noise, and which tell the bound where the plan says clipping="public:Q".
 
     Raises:
         UnsupportedLayerError: the model has a layer that mixes examples or modifies weights by
@@ -91,6 +95,7 @@ def privatize(
     check_processes(processes.count, plan)
     name = engine or ("microbatch" if plan.clipping_unit == "microbatch" else "book_keeping")
     check_engine(name, plan)
+    check_public(public, plan, engine=name, processes=processes.count)
     if isinstance(ledger, Ledger):
         check_ledger(ledger, plan)
     parameters = check_trainable(model, optimizer)
@@ -110,6 +115,7 @@ def privatize(
             generators=generators,
             processes=processes,
             clipper=made.clipper,
+            public=PublicGradients.of(public, engine=made, parameters=parameters),
         )
         if ledger.bound is not None:
             made.clipper.bound = ledger.bound
@@ -127,7 +133,8 @@ class PrivateTraining:
 
     Guarantee: the model's parameters change only by the optimizer acting on released sums: the
     clipped gradients of one logical batch plus noise as planned, recorded in the ledger before the
-    optimizer sees them, divided by a public number.
+    optimizer sees them, divided by a public number; plus gradients of public examples, if there are
+    any, which were computed at released weights.
     """
 
     def __init__(
@@ -146,7 +153,8 @@ class PrivateTraining:
         checks = verify and self.plan.clipping_unit != "microbatch"
         independence = Independence(mechanism.model) if checks else None
         recorder = engine if isinstance(engine, BookKeeping) else None
-        derived = [one for one in (recorder, independence) if one is not None]
+        holders = (recorder, independence, mechanism.public)
+        derived = [one for one in holders if one is not None]
         self.steps = Steps(mechanism, recorder=recorder, derived=derived)
         self._stepping = Stepping(engine, self.steps, independence=independence)
 
@@ -173,7 +181,8 @@ class PrivateTraining:
     @property
     def max_grad_norm(self) -> float:
         """The clipping bound of the logical batch that is open, or comes next: the plan's, unless
-        it adapts; then it was computed from what was released, and the ledger holds it."""
+        it adapts; then it was computed from what was released, and the ledger holds it. Where
+        public examples tell it, the last one, until they have told the next."""
         return self.steps.mechanism.bound
 
     def epsilon(self, *, accountant: str = "pld") -> float:
@@ -182,7 +191,8 @@ class PrivateTraining:
 
     @property
     def gradients(self) -> Mapping[nn.Parameter, Tensor]:
-        """Parameter -> the released sum of the last logical batch: clipped, noised, not divided.
+        """Parameter -> the released sum of the last logical batch: clipped, noised, not divided;
+        without what public examples add.
 
         Empty from the moment the next one begins.
 

@@ -21,9 +21,7 @@ from dpnlu.training.adam_bc import tell_noise
 from dpnlu.training.buffers import Buffers
 from dpnlu.training.handover import Handover
 from dpnlu.training.processes import Counts, OneProcess, Processes
-
-# How far an adaptive bound may go from where it began.
-_FARTHEST = 1e6
+from dpnlu.training.public import PublicGradients
 
 
 class NonFiniteBatchError(RuntimeError):
@@ -42,11 +40,13 @@ class Mechanism:
         plan: how much noise, and what a sum is divided by.
         ledger: where every release is recorded.
         model: whose trainable parameters are `parameters`.
-        optimizer: acts on what is released, and on nothing else.
+        optimizer: acts on what is released and on gradients of public examples, and on nothing
+            else.
         generators: where the noise comes from; none at all stands for the operating system.
         processes: that train together, each with a mechanism of its own.
-        clipper: of the engine, whose bound follows the releases where the plan says so; None: the
-            bound is the plan's.
+        clipper: of the engine, whose bound follows the releases or public examples where the plan
+            says so; None: the bound is the plan's.
+        public: gradients of public examples, which the optimizer gets beside; None: there are none.
     """
 
     plan: PrivacyPlan
@@ -57,6 +57,7 @@ class Mechanism:
     generators: Sequence[torch.Generator]
     processes: Processes = field(default_factory=OneProcess)
     clipper: Clipper | None = None
+    public: PublicGradients | None = None
 
     @property
     def bound(self) -> float:
@@ -243,28 +244,32 @@ class LogicalBatch:
         return Counts(units=self._units, non_finite=self.non_finite, unclipped=self._unclipped)
 
     def _next_bound(self, counts: Counts) -> float | None:
-        """The clipping bound after this release, from a noisy count; None: it does not change.
+        """The clipping bound after this release, from a noisy count, or, where the next one is that
+        of public examples, as it was; None: it does not change.
 
         Args:
             counts: of all processes.
         """
         clipper, plan = self._mechanism.clipper, self._mechanism.plan
         if clipper is None or clipper.adaptation is None:
-            return None
+            is_public = clipper is not None and clipper.public_quantile is not None
+            return self._mechanism.bound if is_public else None
         # Half of all units less, so that one of them moves it by a half, whichever way it counts.
         centred = counts.unclipped - counts.units / 2
         std = plan.count_std_at(len(self._mechanism.ledger))
         noisy = self._mechanism.noisy_number(centred, std=std)
         bound = clipper.adaptation.next_bound(clipper.bound, noisy / plan.divisor + 1 / 2)
-        limits = plan.max_grad_norm / _FARTHEST, plan.max_grad_norm * _FARTHEST
-        return self._mechanism.processes.from_first(min(max(bound, limits[0]), limits[1]))
+        return self._mechanism.processes.from_first(clipper.within_limits(bound))
 
     def _step(self) -> None:
-        """Let the optimizer act on the sums, which it finds as gradients for as long as that
-        takes."""
+        """Let the optimizer act on the sums, with public gradients added, which it finds as
+        gradients for as long as that takes."""
+        public = self._mechanism.public
+        beside: Mapping[nn.Parameter, Tensor] = {} if public is None else public.mean
         try:
             for parameter, total in self._buffers.items():
-                parameter.grad = total.to(parameter.dtype)
+                whole = total + beside[parameter] if parameter in beside else total
+                parameter.grad = whole.to(parameter.dtype)
             optimizer = self._mechanism.optimizer
             tell_noise(optimizer, self._std / self._divisor)
             optimizer.step()

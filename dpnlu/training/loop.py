@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from dpnlu.training.checkpoint import CheckpointError, Checkpoints, load_checkpo
 from dpnlu.training.cutting import WhoseExamples
 from dpnlu.training.device import resolved_device, synchronize
 from dpnlu.training.handle import privatize
+from dpnlu.training.public import PublicExamples
 from dpnlu.training.stopping import EarlyStopping
 
 # Called after each step with the number of steps taken and of all steps.
@@ -144,6 +145,7 @@ def fit(
     checkpoints: Checkpoints | None = None,
     progress: Progress | None = None,
     validation_loss: Callable[[], float] | None = None,
+    public: PublicExamples | None = None,
 ) -> FitResult:
     """Train `model` on `examples`; it goes to the device of `compute`, and stays there.
 
@@ -157,11 +159,13 @@ def fit(
         progress: told of every step.
         validation_loss: of the model as it is, which it may put into evaluation mode; needed where
             the recipe has patience.
+        public: learnt from beside the private examples; see `privatize`.
 
     Raises:
         UnsupportedLayerError, ValueError: as `privatize` and `PrivateTraining.step`.
         CheckpointError: the checkpoint does not belong to this training, or to this ledger.
     """
+    _check_private(public, plan)
     model.to(compute.device).train()
     optimizer = _optimizer(model, recipe)
     # The weights of the lowest validation loss are in no checkpoint: such a training begins anew.
@@ -175,21 +179,35 @@ def fit(
         synchronize(compute.device)
         return FitResult(steps=steps, seconds=time.perf_counter() - started, epsilon=None)
     return _fit_privately(
-        state, examples, loss, collate, plan, compute, randomness, users, ledger, started
+        state, examples, loss, collate, plan, compute, randomness, users, ledger, public, started
     )
 
 
 def check_fit(
-    model: nn.Module, *, recipe: Recipe, plan: PrivacyPlan | None, compute: ComputeConfig
+    model: nn.Module,
+    *,
+    recipe: Recipe,
+    plan: PrivacyPlan | None,
+    compute: ComputeConfig,
+    public: PublicExamples | None = None,
 ) -> None:
     """Whether `fit` could begin; nothing is trained and nothing written.
 
     Raises:
         UnsupportedLayerError, ValueError: as `privatize`.
     """
+    _check_private(public, plan)
     optimizer = _optimizer(model.to(compute.device), recipe)
     if plan is not None:
-        privatize(model, optimizer, plan, engine=compute.engine).close()
+        privatize(model, optimizer, plan, engine=compute.engine, public=public).close()
+
+
+def _check_private(public: PublicExamples | None, plan: PrivacyPlan | None) -> None:
+    if public is not None and plan is None:
+        raise ValueError(
+            "Expected a privacy plan, that is a finite ε, with public examples beside the private, "
+            "got ordinary training: train on all of them alike."
+        )
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
@@ -280,6 +298,7 @@ def _fit_privately(
     randomness: Randomness,
     users: WhoseExamples | None,
     ledger: Ledger | Path | None,
+    public: PublicExamples | None,
     started: float,
 ) -> FitResult:
     with privatize(
@@ -290,10 +309,11 @@ def _fit_privately(
         ledger=ledger,
         noise=randomness.noise,
         sampling_rng=randomness.order,
+        public=public and replace(public, losses_of=_on_device(public.losses_of, compute)),
     ) as private:
         made, total = len(private.ledger), len(private.ledger) + private.remaining_steps
         state.check_restored(made, total)
-        step = private.stepper(lambda batch: loss(_moved(batch, compute.device)))
+        step = private.stepper(_on_device(loss, compute))
         for batch in private.loader(
             examples,
             collate_fn=collate,
@@ -356,6 +376,11 @@ def _shuffled(size: int, batch: int, randomness: Randomness) -> Iterator[list[in
         order = randomness.order.permutation(size)
         for start in range(0, size - batch + 1, batch):
             yield order[start : start + batch].tolist()
+
+
+def _on_device(loss: Callable[[Any], Tensor], compute: ComputeConfig) -> Callable[[Any], Tensor]:
+    """The loss of batches that are moved to where the model is."""
+    return lambda batch: loss(_moved(batch, compute.device))
 
 
 def _moved(batch: Any, device: str) -> Any:

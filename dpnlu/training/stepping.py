@@ -51,6 +51,7 @@ class Stepping:
         check_losses(losses, None if due is None else len(due.ids))
         if due is None:
             self._steps.check_may_be_unsampled()
+        self._steps.check_prepared()
         recorder, count = self._recorder, len(losses)
         calls = [] if recorder is None else recorder.calls
         with self._steps.step(due) as batch:
@@ -65,6 +66,7 @@ class Stepping:
         due = self._steps.due
         if due is None:
             self._steps.check_may_be_unsampled()
+        self._steps.prepare()
         size = None if due is None else len(due.ids)
         moment = self._moments.now()
         losses = losses_for(self._engine, losses_of, data, size)
@@ -95,6 +97,7 @@ class Stepping:
                 "Expected one compiled step for each batch of private.loader, got another: "
                 "call it inside the loop, with the loop's batch."
             )
+        self._steps.prepare()
         count, kept = len(due.ids), len(due.ids) - due.fillers
         moment = self._moments.now()
         with self._steps.step(due) as batch:

@@ -70,6 +70,13 @@ class Steps:
         """The sums of the last logical batch, until the next one begins; see `LogicalBatch`."""
         return {} if self._batch is None else self._batch.released
 
+    def prepare(self) -> None:
+        """Compute what public examples say of the next logical batch, before any private example of
+        it is computed."""
+        if self._lacks_public:
+            assert self.mechanism.public is not None
+            self.mechanism.public.prepare()
+
     # ---- for the loader ----------------------------------------------------------------------
 
     def begin_loop(self) -> object:
@@ -87,6 +94,7 @@ class Steps:
         """A physical batch is about to be computed from its data."""
         if self._batch is not None and not self._batch.is_open:
             self._batch = None  # its memory is for the activations
+        self.prepare()
         self.due, self.smaller = batch, smaller
         if self._recorder is not None:
             self._recorder.expect(len(batch.ids), data)
@@ -140,6 +148,15 @@ class Steps:
             )
             self._has_warned = True
 
+    def check_prepared(self) -> None:
+        """Losses are there: whether those of public examples, whose turn is before, were, too."""
+        if self._lacks_public:
+            raise RuntimeError(
+                "Expected losses of a batch of private.loader beside public examples, got some "
+                "that were computed before those of the public ones: hand the function that "
+                "computes them to private.stepper."
+            )
+
     @contextmanager
     def step(self, due: PhysicalBatch | None) -> Iterator[LogicalBatch]:
         """In here the physical batch that is due is added to its logical batch, and checked. At the
@@ -188,11 +205,19 @@ class Steps:
 
     # ------------------------------------------------------------------------------------------
 
+    @property
+    def _lacks_public(self) -> bool:
+        """Whether a logical batch cannot begin before public examples are computed."""
+        public = self.mechanism.public
+        is_open = self._batch is not None and self._batch.is_open
+        return public is not None and not is_open and not public.is_prepared
+
     def _opened(self) -> LogicalBatch:
         """The logical batch that is open, or a new one."""
         if self._is_closed:
             raise RuntimeError("Expected an open training, got a closed one: call privatize anew.")
         if self._batch is None or not self._batch.is_open:
+            self.prepare()
             self._batch = LogicalBatch(self.mechanism)
         return self._batch
 

@@ -23,6 +23,7 @@ SPECS = [
     *("flat", "automatic", "automatic:1e-3", "quantile:0.5", "quantile:0.9:1:0.1"),
     *("per_layer", "per_layer:size", "per_layer:weights"),
     *("groups", "groups:size", "groups:weights", "groups:3,0.1"),
+    *("public:0.1", "public:0.9"),
 ]
 every_rule = pytest.mark.parametrize("spec", SPECS)
 few = settings(max_examples=30, deadline=None)
@@ -204,6 +205,7 @@ BAD_SPECS = [
     *("quantile", "quantile:0", "quantile:1", "quantile:1.5", "quantile:-0.1", "quantile:nan"),
     *("quantile:0.5:0", "quantile:0.5:nan", "quantile:0.5:0.2:0", "quantile:0.5:0.2:1"),
     *("quantile:half", "quantile:0.5:0.2:0.1:1"),
+    *("public", "public:", "public:0", "public:1", "public:nan", "public:half", "public:0.5:1"),
 ]
 
 

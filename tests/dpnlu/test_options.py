@@ -33,7 +33,8 @@ FULL = [
         "--weight-decay 0.3 --characters 6 --redact-digits --patience 2 --slot-loss words "
         "--recipes 1 --clipping automatic --noise-schedule step:0.5:3 "
         "--engine opacus --physical-batch-size 5 --device cpu --seed 9 --unit user "
-        "--examples-per-user 4 --public p --noise system",
+        "--examples-per-user 4 --public p --public-use both --public-weight 0.3 "
+        "--noise system",
         TrainSettings(
             data="d",
             model="encoder:e",
@@ -62,6 +63,8 @@ FULL = [
             examples_per_user=4,
             public="p",
             noise="system",
+            public_use="both",
+            public_weight=0.3,
         ),
     ),
     (

@@ -1,6 +1,7 @@
-"""Public data beside private ones: learnt first, without noise, and covered by no budget."""
+"""Public data and private ones: learnt first, beside, or both, and covered by no budget."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import dpnlu
 from dpnlu.cli.main import main
 from dpnlu.mechanism.ledger import Ledger
-from dpnlu.runs import public_data
+from dpnlu.runs import public_data, resumable
 from dpnlu.runs.model_directory import load
 from dpnlu.runs.train import train
 
@@ -45,9 +46,10 @@ class Training:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (self.folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
-    def __call__(self, *more: str) -> int:
+    def __call__(self, *more: str, public: bool = True) -> int:
         given = ["--data", str(self.folder / "private.jsonl"), "--out", str(self.out), "--quiet"]
-        given += ["--public", str(self.folder / "public.jsonl"), "--delta", "1e-3"]
+        given += ["--public", str(self.folder / "public.jsonl")] if public else []
+        given += ["--delta", "1e-3"]
         given += ["--epsilon", "3", "--batch-size", "8", "--epochs", "1"]
         return main(["train", *given, *more])
 
@@ -75,24 +77,31 @@ def test_the_budget_counts_the_private_data_alone(training: Training) -> None:
     assert len(ledger) == saved.plan.steps and ledger.epsilon() <= 3
 
 
+def _interrupted(training: Training, monkeypatch: pytest.MonkeyPatch, *more: str) -> None:
+    """Begin a training, and end it after its fourth release."""
+    really = Ledger.append
+
+    def append(ledger: Ledger, release: Any, **told: Any) -> None:
+        really(ledger, release, **told)
+        if len(ledger) == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Ledger, "append", append)
+        assert training(*more) == 1
+
+
 def test_an_interrupted_training_does_not_learn_the_public_data_again(
     training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    really, learnt = Ledger.append, []
-
-    def append(ledger: Ledger, release: Any) -> None:
-        really(ledger, release)
-        if len(ledger) == 4:
-            raise KeyboardInterrupt
+    learnt = []
 
     def counted(*given: Any, **named: Any) -> Any:
         learnt.append(len(given[1]))
         return train(*given, **named)
 
     monkeypatch.setattr(public_data, "train", counted)
-    with monkeypatch.context() as patched:
-        patched.setattr(Ledger, "append", append)
-        assert training() == 1
+    _interrupted(training, monkeypatch)
     assert training("--resume") == 0
     assert learnt == [40]
 
@@ -122,3 +131,110 @@ def test_public_data_that_are_not_there_are_refused(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("dpnlu: error: ") and "public.jsonl" in line
     assert not training.out.exists()
+
+
+# ---- beside ----------------------------------------------------------------------------------
+
+# Under so much noise nothing is learnt of the private data, but for what stands out from it.
+DROWNED = ("--epsilon", "0.05", "--max-grad-norm", "1e-6", "--epochs", "4")
+
+
+def test_what_every_step_has_beside_is_learnt_and_the_card_says_so(training: Training) -> None:
+    assert training(*DROWNED, "--public-use", "beside", "--public-weight", "0.5") == 0
+    answers = dpnlu.load(training.out).predict(["rain or sun 3", "put on 4"])
+    assert [answer.intent for answer in answers] == ["weather", "music"]
+    card = (training.out / "README.md").read_text(encoding="utf-8")
+    assert "not clipped and without noise, was added at every step with weight 0.5" in card
+    assert "trained first" not in card
+    saved, ledger = load(training.out), Ledger.read(training.out / "ledger.jsonl")
+    assert saved.plan is not None and saved.plan.num_examples == 40
+    assert len(ledger) == saved.plan.steps and ledger.epsilon() <= 0.05
+
+
+def test_the_bound_may_be_what_public_data_tell(training: Training) -> None:
+    assert training("--public-use", "beside", "--clipping", "public:0.5") == 0
+    ledger = Ledger.read(training.out / "ledger.jsonl")
+    assert ledger.bound is not None and 0 < ledger.bound < math.inf
+    card = (training.out / "README.md").read_text(encoding="utf-8")
+    told = f"norm at most what public examples told before each step, at last {ledger.bound:.4g},"
+    assert f"{told} per example (public:0.5 clipping)" in card
+
+
+@pytest.mark.parametrize(("use", "first"), [("beside", []), ("both", [40])])
+def test_an_interrupted_training_goes_on_with_public_data_beside(
+    training: Training, monkeypatch: pytest.MonkeyPatch, use: str, first: list[int]
+) -> None:
+    ordinary, beside = [], []
+
+    def taught(*given: Any, **named: Any) -> Any:
+        ordinary.append(len(given[1]))
+        return train(*given, **named)
+
+    def told(*given: Any, **named: Any) -> Any:
+        beside.append(named["public"].count)
+        return train(*given, **named)
+
+    monkeypatch.setattr(public_data, "train", taught)
+    monkeypatch.setattr(resumable, "train", told)
+    asked = ("--public-use", use, "--clipping", "public:0.5")
+    _interrupted(training, monkeypatch, *asked)
+    before = Ledger.read(training.out / "ledger.jsonl")
+    assert len(before) == 4
+    assert training("--resume", *asked) == 0
+    assert ordinary == first and beside == [40, 40]
+    ledger = Ledger.read(training.out / "ledger.jsonl")
+    assert len(ledger) == ledger.plan.steps and ledger.epsilon() <= 3
+    assert ledger.identity == before.identity
+
+
+@pytest.mark.parametrize(
+    "other", [("--public-use", "first"), ("--public-use", "beside", "--public-weight", "0.5")]
+)
+def test_an_interrupted_training_goes_on_as_it_began(
+    training: Training,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    other: tuple[str, ...],
+) -> None:
+    _interrupted(training, monkeypatch, "--public-use", "beside")
+    assert training("--resume", *other) == 2
+    assert "settings with which the training" in capsys.readouterr().err
+    training.write("public", _rows(PUBLIC | {"music": "louder"}))
+    assert training("--resume", "--public-use", "beside") == 2
+    assert "data with which the training" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "public", "message"),
+    [
+        (["--public-use", "beside"], False, "--public with --public-use beside"),
+        (["--public-use", "later"], True, "`public_use` to be one of first, beside, both"),
+        (["--public-weight", "0.5"], True, "--public-weight with --public-use"),
+        (["--public-weight", "-1", "--public-use", "both"], True, "`public_weight`"),
+        (["--public-weight", "0", "--public-use", "both"], True, "weight > 0"),
+        (["--public-use", "beside", "--epsilon", "inf"], True, "a finite ε, with public"),
+        (["--clipping", "public:0.5"], True, "--public SPEC --public-use beside"),
+        (["--clipping", "public:0.5"], False, "--public SPEC --public-use beside"),
+        (["--public-use", "beside", "--engine", "opacus"], True, "'opacus'"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_in_one_line(
+    training: Training,
+    capsys: pytest.CaptureFixture[str],
+    given: list[str],
+    public: bool,
+    message: str,
+) -> None:
+    assert training(*given, public=public) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dpnlu: error: ") and message in line
+    assert not training.out.exists()
+
+
+def test_a_study_has_no_public_data_to_tell_the_bound(
+    training: Training, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--data", str(training.folder / "private.jsonl"), "--out", str(training.out)]
+    given += ["--epsilons", "3", "--delta", "1e-3", "--clipping", "public:0.5", "--quiet"]
+    assert main(["compare", *given]) == 2
+    assert "Expected public examples" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-from dpnlu.mechanism.clipping import automatic, flat, groups, per_layer, quantile
+from dpnlu.mechanism.clipping import automatic, flat, groups, per_layer, public, quantile
 from dpnlu.mechanism.clipping.rule import ClippingRule
 
 CLIPPING_RULES: dict[str, Callable[[Sequence[str]], ClippingRule]] = {
@@ -14,12 +14,13 @@ CLIPPING_RULES: dict[str, Callable[[Sequence[str]], ClippingRule]] = {
     "per_layer": per_layer.make,
     "groups": groups.make,
     "quantile": quantile.make,
+    "public": public.make,
 }
 
 # One spec of each rule, and what can be said in it.
 _FORMS = (
-    "flat, automatic[:γ], per_layer[:uniform|size|weights], groups[:uniform|size|weights|A,B,...] "
-    "or quantile:Q[:RATE[:BUDGET]] with Q and BUDGET in (0, 1)"
+    "flat, automatic[:γ], per_layer[:uniform|size|weights], groups[:uniform|size|weights|A,B,...], "
+    "quantile:Q[:RATE[:BUDGET]] or public:Q with Q and BUDGET in (0, 1)"
 )
 
 

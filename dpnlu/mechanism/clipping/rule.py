@@ -93,13 +93,16 @@ class ClippingRule:
     Attributes:
         coefficients: for norms and bounds.
         divide: parameters into groups.
-        adaptation: of the bound; None: it stays.
+        adaptation: of the bound, by what is released; None: it stays, or public examples tell it.
+        public_quantile: of the norms of public examples' gradients, which is the bound of the next
+            step; None: public examples do not tell it.
         takes_groups: whether the plan lists the groups.
     """
 
     coefficients: Coefficients
     divide: Division = undivided
     adaptation: Adaptation | None = None
+    public_quantile: float | None = None
     takes_groups: bool = False
 
 
