@@ -207,7 +207,8 @@ class Product:
         rows = arrived.reshape(len(arrived), -1, self.weight.shape[0])
         if isinstance(rows, FakeTensor):  # of a step that is compiled for all values
             return torch.arange(rows.shape[1], device=rows.device), rows
-        used = rows.any(0).any(1).nonzero()[:, 0]
+        is_used = (rows.amax(2) != 0) | (rows.amin(2) != 0)  # on a CPU much faster than any()
+        used = is_used.any(0).nonzero()[:, 0]
         return used, rows[:, used]
 
     def gradients(self, used: Tensor, arrived: Tensor) -> Iterator[tuple[Tensor, Gradients]]:
