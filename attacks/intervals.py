@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from attacks._validate import Floats, floats, open_unit
+from attacks._validate import Floats, any_array, bools, floats, open_unit
 
 
 def lower_limit(successes: ArrayLike, trials: ArrayLike, *, error: float) -> Floats:
@@ -77,12 +77,16 @@ def paired_interval(
         ValueError: for arrays of other shapes or a confidence out of range.
     """
     confidence = open_unit("confidence", confidence)
-    first, second = np.asarray(before, bool), np.asarray(after, bool)
-    if first.ndim != 1 or first.shape != second.shape or not first.size:
+    shapes = any_array("before", before).shape, any_array("after", after).shape
+    if shapes[0] != shapes[1] or len(shapes[0]) != 1 or not shapes[0][0]:
         raise ValueError(
             "Expected outcomes of the same trials, at least one, got shapes "
-            f"{first.shape} and {second.shape}: give one before and one after for each."
+            f"{shapes[0]} and {shapes[1]}: give one before and one after for each."
         )
+    first, second = (
+        bools(name, values, shape=shapes[0])
+        for name, values in (("before", before), ("after", after))
+    )
     n, old, new = len(first), float(first.mean()), float(second.mean())
     (low_old, high_old), (low_new, high_new) = (
         _score_interval(share, n, confidence) for share in (old, new)
@@ -97,6 +101,8 @@ def paired_interval(
 def _score_interval(share: float, n: int, confidence: float) -> tuple[float, float]:
     """Wilson's interval around a share of n trials; 0 and 1 are their own limits."""
     z = float(special.ndtri((1 + confidence) / 2))
+    if np.isinf(z):  # of a confidence next to 1
+        return 0.0, 1.0
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
     return float(min(middle - half, share)), float(max(middle + half, share))

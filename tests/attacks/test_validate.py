@@ -139,6 +139,9 @@ CALLS = {
         intervals.upper_limit, {"successes": [1, 2], "trials": [3, 3], "error": 0.1}
     ),
     "binomial_interval": Call(intervals.binomial_interval, {"successes": 1, "trials": 3} | SURE),
+    "paired_interval": Call(
+        intervals.paired_interval, {"before": MEMBERS, "after": ~MEMBERS} | SURE
+    ),
     "roc": Call(metrics.roc, JUDGED),
     "roc_band": Call(metrics.roc_band, JUDGED | SURE),
     "auc": Call(metrics.auc, JUDGED),

@@ -134,6 +134,7 @@ def test_it_is_the_clipped_private_mean_plus_the_weighted_public_mean(
 ):
     """By a loop over examples, at the weights of every step, at which the loop also finds the
     bound."""
+    torch.manual_seed(0)
     model, private_ones, public_ones = Tagger(), _texts(BATCH, 1), _texts(20, 2)
     watched = Watched(model)
     private = make(
@@ -143,6 +144,7 @@ def test_it_is_the_clipped_private_mean_plus_the_weighted_public_mean(
         batch_size=5,
         physical_batch_size=physical,
         weight=0.7,
+        rng=np.random.default_rng(0),
         engine=engine,
         clipping=clipping,
         lr=0.05,
