@@ -48,15 +48,15 @@ class Computations:
         if not last:
             yield from self._by_autograd(arrived, self.products)
             return
-        before: dict[int, tuple[GradientEdge, Tensor]] = {}  # by the id of the products' input
+        before: dict[GradientEdge, Tensor] = {}  # what comes to the products' inputs
         for product, gradient in _found(last, _each_back(arrived, [use.edge for use in last])):
             used = product.used_rows(gradient)
             yield from product.gradients(*used)
             if product.origin is not None:
-                _, others = before.get(id(product.left), (None, None))
-                before[id(product.left)] = product.origin, product.back(*used, others)
+                others = before.get(product.origin)
+                before[product.origin] = product.back(*used, others)
         rest = [product for product in self.products if product not in last]
-        yield from self._by_autograd(list(before.values()), rest)
+        yield from self._by_autograd(list(before.items()), rest)
 
     def _last_products(self, arrived: Arrived) -> list[Product]:
         """The products through whose outputs all ways lead from where gradients arrived to

@@ -86,7 +86,9 @@ class Recommendation:
 
     def lines(self) -> list[str]:
         """For a terminal."""
-        recipe, steps = self.recipe, math.ceil(self.recipe.epochs * self.units / self._batch)
+        recipe = self.recipe
+        ordinary = max(1, round(recipe.epochs * self.units / recipe.batch_size))
+        steps = ordinary if self.plan is None else self.plan.steps
         lines = [
             f"data           {self.units} training {self.settings.unit}s, {self.intents} intents, "
             f"{self.slots} slot types",

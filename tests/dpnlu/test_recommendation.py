@@ -11,6 +11,7 @@ from dpnlu.cli.main import main
 from dpnlu.runs.recommendation import MEASURED, recommend
 from dpnlu.runs.resumable import prepared
 from dpnlu.runs.settings import RecommendationSettings, TrainSettings
+from dpnlu.runs.train import train
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 KINDS = {"lstm": True, "encoder": False}
@@ -29,6 +30,26 @@ def test_what_is_said_is_what_a_training_does(data: str, epsilon: float) -> None
     lines = "\n".join(said.lines())
     assert f"batches        {work.plan.steps} of {said.units // 4} on average" in lines
     assert f"ε = {work.plan.epsilon():.4g} at δ = 1e-05, for one example" in lines
+
+
+@pytest.mark.parametrize("epsilon", [8.0, math.inf])
+def test_as_many_steps_are_said_as_are_taken(epsilon: float) -> None:
+    asked = {"data": "synthetic:300", "epsilon": epsilon, "epochs": 0.6}
+    work = prepared(TrainSettings(**asked))
+    trained = train(
+        work.classifier,
+        work.corpus.split("train"),
+        recipe=work.experiment.recipe,
+        compute=work.experiment.compute,
+        plan=work.plan,
+        seed=0,
+    )
+    (line,) = (
+        line
+        for line in recommend(RecommendationSettings(**asked)).lines()
+        if line.startswith("batches")
+    )
+    assert line.split()[1] == str(trained.result.steps)
 
 
 def test_only_the_measurements_of_such_a_model_near_the_budget_are_named() -> None:
