@@ -20,6 +20,7 @@ from dpnlu.compare.settings import (
 )
 from dpnlu.compare.study import Study
 from dpnlu.compare.token_canaries import draw_token_canaries
+from dpnlu.mechanism.clipping import clipping_rule
 from dpnlu.mechanism.users import Users
 from dpnlu.nlu.data import (
     Corpus,
@@ -181,10 +182,21 @@ def prepare_attack(saved: SavedModel, settings: AttackSettings, *, name: str) ->
     )
     budget.experiment.check_validation(corpus)
     if settings.references > 0:
+        _check_trainable_alike(saved)
         new_classifier(budget.experiment, seed=settings.seed)
     return Prepared(
         settings=settings_of_study, corpus=corpus, repeats=repeats, study=study, budgets=(budget,)
     )
+
+
+def _check_trainable_alike(saved: SavedModel) -> None:
+    """Raise ValueError if references cannot be trained by the plan of the model."""
+    plan = saved.plan
+    if plan is not None and clipping_rule(plan.clipping).public_quantile is not None:
+        raise ValueError(
+            "Expected a model that is trained without public examples for attacks with references, "
+            f"got one clipped by {plan.clipping}: set --references 0."
+        )
 
 
 def _study_of_splits(corpus: Corpus, settings: AttackSettings, *, by_user: bool) -> Study:

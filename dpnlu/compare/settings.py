@@ -22,6 +22,7 @@ from dpnlu.runs.settings import (
     as_begun,
     begun,
     check_clipping,
+    check_needs_no_public,
     parse_epsilon,
     setting,
     without_later,
@@ -269,6 +270,7 @@ def _check_recipe(settings: RecipeSettings) -> None:
     check_choice("unit", settings.unit, UNITS)
     schedule(settings.noise_schedule)
     check_clipping(settings.clipping)
+    check_needs_no_public(settings.clipping)
 
 
 def _check_measurement(settings: MeasurementSettings) -> None:

@@ -20,7 +20,7 @@ from dpnlu.nlu.metrics import Metrics
 from dpnlu.nlu.models import BiLSTMClassifier
 from dpnlu.runs.experiment import Experiment, experiment_for, plan_for, size_in_units
 from dpnlu.runs.progress import OnProgress, silent
-from dpnlu.runs.settings import DiagnosisSettings
+from dpnlu.runs.settings import DiagnosisSettings, check_needs_no_public
 from dpnlu.runs.train import measure, new_classifier, train
 
 # A bound so many times as large clips nothing, with noise in proportion less.
@@ -149,6 +149,7 @@ def rungs(settings: DiagnosisSettings, corpus: Corpus) -> Iterator[Rung]:
     """
     if settings.epsilon == math.inf:
         raise ValueError("Expected a finite ε to be diagnosed, got inf: give that of the training.")
+    check_needs_no_public(settings.clipping)
     labels, words = Labels(corpus.intents, corpus.tags), HashedVocabulary()
     size = size_in_units(corpus.split("train"), settings.unit)
     ordinary, private = (

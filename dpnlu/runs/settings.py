@@ -92,6 +92,15 @@ def check_clipping(spec: str) -> None:
         )
 
 
+def check_needs_no_public(spec: str) -> None:
+    """Raise ValueError if a clipping rule needs public examples, which only `dpnlu train` takes."""
+    if clipping_rule(spec).public_quantile is not None:
+        raise ValueError(
+            f"Expected a clipping rule without public examples, got {spec}, which `dpnlu train` "
+            "alone takes, with --public SPEC --public-use beside: choose another."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
     """What all work on data is asked for; part of other settings, never used alone."""

@@ -231,10 +231,28 @@ def test_what_does_not_go_together_is_refused_in_one_line(
     assert not training.out.exists()
 
 
-def test_a_study_has_no_public_data_to_tell_the_bound(
-    training: Training, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("command", ["compare --epsilons 8", "diagnose --epsilon 8 --public"])
+def test_what_takes_no_public_data_refuses_their_bound_before_it_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    given = ["--data", str(training.folder / "private.jsonl"), "--out", str(training.out)]
-    given += ["--epsilons", "3", "--delta", "1e-3", "--clipping", "public:0.5", "--quiet"]
-    assert main(["compare", *given]) == 2
-    assert "Expected public examples" in capsys.readouterr().err
+    out = ["--out", str(tmp_path / "there")] if command.startswith("compare") else []
+    asked = [*command.split(), "--data", "synthetic:200", "--clipping", "public:0.5", "--quiet"]
+    assert main([*asked, *out]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "got public:0.5, which `dpnlu train` alone takes" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_references_of_a_model_clipped_by_public_norms_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = str(tmp_path / "model"), tmp_path / "report"
+    beside = "--public synthetic:80 --public-use beside --clipping public:0.5 --epochs 0.5"
+    trained = ["train", "--data", "synthetic:60", "--epsilon", "8", *beside.split()]
+    assert main([*trained, "--quiet", "--out", model]) == 0
+    capsys.readouterr()
+    attack = ["attack", model, "--data", "synthetic:60", "--audit-examples", "20", "--quiet"]
+    assert main([*attack, "--attacks", "lira", "--references", "2", "--out", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "got one clipped by public:0.5: set --references 0" in line and not out.exists()
+    assert main([*attack, "--attacks", "loss", "--references", "0", "--out", str(out)]) == 0
