@@ -9,8 +9,10 @@ Each step is that of one whole logical batch: forward and backward pass, for pri
 noise and (dpnlu alone) the ledger on disk, and AdamW. "ordinary" computes recurrent layers by
 cuDNN, as torch does unless told otherwise, in TF32; "no cuDNN" by torch's own kernels. All other
 products are in float32 where it says so, torch's default. bfloat16 is autocast of the forward pass.
-Compiled steps are by torch.compile, for models without recurrent layers. Memory is what torch holds
-at its peak, beyond what it held before.
+Replayed steps begin all kernels up to the optimizer's by one call (dpnlu: two), as CUDA graphs;
+forward and backward pass of ordinary ones are traced and replayed in the same way. Compiled steps
+are by torch.compile, for models without recurrent layers. Memory is what torch holds at its peak,
+beyond what it held before.
 """
 
 from __future__ import annotations
@@ -37,14 +39,17 @@ from peers import PEERS, GivenPositions, Peer
 from torch import Tensor, nn
 
 from dpnlu.benchmark.cases import Case, RecurrentClassifier, bert
-from dpnlu.benchmark.steps import Step, ordinary, private
+from dpnlu.benchmark.steps import Step, optimizer_of, ordinary, private
 from dpnlu.cli.benchmark import device_facts, processor
+from dpnlu.engines.replay import Replay
+from dpnlu.engines.tracing import traced
 from dpnlu.runs.resources import memory_of
 from dpnlu.training.device import resolved_device, synchronize
 
 PRECISIONS = ("float32", "bfloat16")
 WORDS = 30_522
 COMPILED = ("ordinary compiled", "dpnlu compiled")
+REPLAYED = ("ordinary replayed", "dpnlu replayed")
 _NO_MEMORY, _NO_TIME = "out of memory", "no time was left"
 
 
@@ -201,6 +206,32 @@ def _ordinary(
 
 
 @contextmanager
+def _ordinary_replayed(case: Case, model: nn.Module, device: str) -> Iterator[Step]:
+    """Of the gradients of the whole logical batch, which is one physical batch here."""
+    optimizer, parameters = optimizer_of(model.to(device)), list(model.parameters())
+
+    @torch.enable_grad()
+    def gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(case.losses_of(model, inputs).sum() / case.logical, parameters)
+
+    inputs = [tensor.to(device) for tensor in next(iter(case.inputs()))]
+    # cuDNN's operations are captured as they stand; an encoder looks at its mask, unless traced.
+    is_recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    program = gradients if is_recurrent else traced(gradients, inputs, model=model)
+    replay = Replay(program, pool=torch.cuda.graph_pool_handle())
+
+    def step() -> None:
+        with torch.no_grad():
+            found = replay(*inputs)
+        for parameter, gradient in zip(parameters, found, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        synchronize(device)
+
+    yield step
+
+
+@contextmanager
 def _no_cudnn(case: Case, model: nn.Module, device: str) -> Iterator[Step]:
     with torch.backends.cudnn.flags(enabled=False), ordinary(case, model, device=device) as step:
         yield step
@@ -208,9 +239,10 @@ def _no_cudnn(case: Case, model: nn.Module, device: str) -> Iterator[Step]:
 
 @contextmanager
 def _private(
-    case: Case, model: nn.Module, device: str, *, compiles: bool = False
+    case: Case, model: nn.Module, device: str, *, backend: str | None = None
 ) -> Iterator[Step]:
-    with private(case, model, compiles=compiles, device=device) as step:
+    compiles = backend is not None
+    with private(case, model, compiles=compiles, backend=backend, device=device) as step:
         yield step
 
 
@@ -230,7 +262,9 @@ KINDS = {
     "no cuDNN": _no_cudnn,
     "dpnlu": _private,
     "ordinary compiled": partial(_ordinary, compiles=True),
-    "dpnlu compiled": partial(_private, compiles=True),
+    "dpnlu compiled": partial(_private, backend="inductor"),
+    "ordinary replayed": _ordinary_replayed,
+    "dpnlu replayed": partial(_private, backend="cudagraphs"),
     **{name: partial(_by_peer, peer) for name, peer in PEERS.items()},
 }
 
@@ -244,6 +278,8 @@ def kinds_of(case: Case, device: str) -> list[str]:
         left_out |= {"no cuDNN"}
     if is_recurrent or not has_cuda:
         left_out |= set(COMPILED)
+    if not has_cuda:
+        left_out |= set(REPLAYED)
     return [kind for kind in KINDS if kind not in left_out]
 
 

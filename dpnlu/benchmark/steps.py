@@ -28,7 +28,7 @@ def ordinary(
     case: Case, model: nn.Module, *, compiles: bool = False, device: str = "cpu"
 ) -> Iterator[Step]:
     """Backward pass per physical batch, then the optimizer; the model goes to the device."""
-    optimizer = _optimizer(model.to(device))
+    optimizer = optimizer_of(model.to(device))
     same = [_moved(inputs, device) for inputs in case.inputs()]
     logical_batches = _shuffled(case, device) if case.sampled else itertools.repeat(same)
     losses_of: Callable[[Inputs], Tensor] = partial(case.losses_of, model)
@@ -52,9 +52,14 @@ def private(
     *,
     engine: str = "book_keeping",
     compiles: bool = False,
+    backend: str | None = None,
     device: str = "cpu",
 ) -> Iterator[Step]:
-    """The same with clipping, noise, and a ledger on disk."""
+    """The same with clipping, noise, and a ledger on disk.
+
+    Args:
+        backend: of compiled steps; None: what is usual on the device.
+    """
     plan = PrivacyPlan(
         noise_multiplier=1.0,
         max_grad_norm=1.0,
@@ -66,9 +71,13 @@ def private(
     model.to(device)
     with tempfile.TemporaryDirectory(prefix="dpnlu-benchmark-") as folder:
         ledger = Path(folder) / "ledger"
-        with privatize(model, _optimizer(model), plan, engine=engine, ledger=ledger) as handle:
+        with privatize(model, optimizer_of(model), plan, engine=engine, ledger=ledger) as handle:
             losses_of = partial(case.losses_of, model)
-            step_on = handle.compile(losses_of) if compiles else handle.stepper(losses_of)
+            step_on = (
+                handle.compile(losses_of, backend=backend)
+                if compiles
+                else handle.stepper(losses_of)
+            )
 
             if case.sampled:
                 yield _through_loader(case, handle, step_on, device)
@@ -133,6 +142,7 @@ def _ids(inputs: Inputs) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     return np.arange(len(inputs[0]))
 
 
-def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    """The one of every benchmark: AdamW, all parameters in one operation."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(trainable, lr=1e-4, fused=True)

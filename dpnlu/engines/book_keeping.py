@@ -18,7 +18,7 @@ from dpnlu.engines.clipper import Clipper
 from dpnlu.engines.coverage import check_seen
 from dpnlu.engines.free_memory import hand_back
 from dpnlu.engines.inspection import Comparison, Sketch, all_pieces, compare, sketch
-from dpnlu.engines.outcome import ClipOutcome, OpenUnit
+from dpnlu.engines.outcome import ClipOutcome, ClippedSum, OpenUnit
 from dpnlu.engines.plain import nothing_accumulated
 from dpnlu.engines.refusals import check_batch_size, check_losses, check_visible
 from dpnlu.engines.separation import Separated, do_rows_agree, layouts_of, separate
@@ -163,9 +163,17 @@ class BookKeeping:
         parts, losses = of_users(found, users), user_sums(losses.detach(), users)
         return self.clip_found(parts, None, losses).first(kept)
 
-    def clip_found(self, parts: Parts, norms: SquaredNorms | None, losses: Tensor) -> ClipOutcome:
-        """`clip`, of gradients and, unless they are not known, norms that were found before."""
-        return clip_gradients(parts, norms, losses, self.clipper)
+    def clip_found(
+        self,
+        parts: Parts,
+        norms: SquaredNorms | None,
+        losses: Tensor,
+        *,
+        sums: Callable[[Tensor], ClippedSum] | None = None,
+    ) -> ClipOutcome:
+        """`clip`, of gradients and, unless they are not known, norms that were found before; see
+        `clip_gradients`."""
+        return clip_gradients(parts, norms, losses, self.clipper, sums=sums)
 
     def weights_changed(self) -> None:
         """Weights are not what they were: forget what was derived from them."""

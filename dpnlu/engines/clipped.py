@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -37,7 +37,12 @@ def weighted_sum(uses: Sequence[Gradients], weights: Tensor, like: Tensor) -> Te
 
 
 def clip_gradients(
-    parts: Parts, norms: SquaredNorms | None, losses: Tensor, clipper: Clipper
+    parts: Parts,
+    norms: SquaredNorms | None,
+    losses: Tensor,
+    clipper: Clipper,
+    *,
+    sums: Callable[[Tensor], ClippedSum] | None = None,
 ) -> ClipOutcome:
     """Clip each example's gradient, that of each group of parameters as a whole.
 
@@ -48,6 +53,8 @@ def clip_gradients(
     Args:
         norms: (B,) of these gradients, all parameters together; None: they are not known. They
             are taken anew where there are several groups.
+        sums: (G, B) coefficients -> Σ coefficient · gradient of these gradients; asked where all
+            are finite. None: it is made of `parts`.
     """
     with full_precision(losses.device):
         divided = clipper.divided(parts)
@@ -56,14 +63,21 @@ def clip_gradients(
         else:
             found = [norms]
         finite, coefficients = _decided(divided, found, losses, clipper)
-        kept = None if bool(finite.all()) else finite.to(losses.device)
-        sums: list[ClippedSum] = [
-            WeightedGradients(_finite_rows(some, kept), of_group.to(norms.values))
-            for some, norms, of_group in zip(divided, found, coefficients, strict=True)
-        ]
         lengths = torch.stack([one.values for one in found]).sum(0).sqrt()
-    total = sums[0] if len(sums) == 1 else Together(sums)
-    return ClipOutcome(lengths, finite, total, clipper.unclipped(coefficients))
+        unclipped = clipper.unclipped(coefficients)
+        kept = None if bool(finite.all()) else finite.to(losses.device)
+        of_groups = coefficients.to(lengths)
+        total: ClippedSum = (
+            sums(of_groups)
+            if sums is not None and kept is None
+            else Together(
+                [
+                    WeightedGradients(_finite_rows(some, kept), of_group)
+                    for some, of_group in zip(divided, of_groups, strict=True)
+                ]
+            )
+        )
+    return ClipOutcome(lengths, finite, total, unclipped)
 
 
 def _finite_rows(parts: Parts, kept: Tensor | None) -> Parts:

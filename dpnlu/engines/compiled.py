@@ -1,13 +1,15 @@
-"""Compiled steps: forward pass, backward pass and norms as one program for torch.compile.
+"""Compiled steps: forward pass, backward pass and norms as one program.
 
 Inside a compiled model the tape sees nothing. But it can be traced together with the model: where
 an ordinary step runs the model, asks automatic differentiation for the gradients of what was
 recorded, and takes their norms, here all of that runs once on tensors without values while every
 operation it comes to is noted down. What results is a program without modules, gradients or Python,
-which torch compiles as it stands. It holds for one shape of the batch; each shape gets its own.
+which torch compiles, or a GPU replays (`dpnlu.engines.replay`), as it stands. It holds for one
+shape of the batch; each shape gets its own.
 
 The sums are not part of it. They are large products that a compiler does not make faster, and they
-begin as noise, whose memory is not there while the forward pass needs its own.
+begin as noise, whose memory is not there while the forward pass needs its own. Where programs are
+replayed the sums are another one, which is not used for a batch with an infinite gradient.
 
 Guarantee: that of the engine, as far as torch's compiler keeps what programs mean. The operations
 of each program, before they are compiled, are compared with plain automatic differentiation, as the
@@ -22,6 +24,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,8 +34,9 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from dpnlu.engines.book_keeping import BookKeeping
 from dpnlu.engines.checks import own_generator
 from dpnlu.engines.clipped import Parts
-from dpnlu.engines.outcome import ClipOutcome
+from dpnlu.engines.outcome import ClipOutcome, ClippedSum, WeightedGradients, buffer_like
 from dpnlu.engines.refusals import check_losses
+from dpnlu.engines.replay import Pool, Replay
 from dpnlu.engines.separation import draw_weights
 from dpnlu.engines.tracing import traced
 from dpnlu.engines.verification import Evidence
@@ -41,6 +45,8 @@ from dpnlu.gradients.forms import SquaredNorms
 from dpnlu.gradients.rounding import full_precision
 from dpnlu.gradients.signature import Signature
 
+# The backend that is not one of `torch.compile`: a GPU replays programs.
+REPLAY = "cudagraphs"
 # That many programs are compiled without a word.
 _PROGRAMS = 8
 
@@ -57,12 +63,15 @@ class _Programs:
         forms: of these gradients.
         check: weights, draws, tensors of the batch, number -> whether examples keep apart, and the
             fields of `Evidence`; None: nothing is checked.
+        sums: (G, B) clip coefficients -> the sum of the gradients that were found last, so clipped;
+            None: it is made as ever.
         is_new: not run yet.
     """
 
     find: Program
     forms: _Forms
     check: Program | None
+    sums: Callable[[Tensor], ClippedSum] | None = None
     is_new: bool = True
 
     def run(
@@ -92,22 +101,24 @@ class CompiledClipping:
 
         Args:
             losses_of: batch -> (B,) losses of the model that the engine watches.
-            backend: of `torch.compile`.
+            backend: of `torch.compile`, or "cudagraphs".
 
         Raises:
-            UnsupportedLayerError: the model is recurrent.
+            UnsupportedLayerError: the model is recurrent, and would be compiled.
+            ValueError: programs are to be replayed, and the model is not on a GPU.
         """
-        for name, module in engine.model.named_modules():
-            if isinstance(module, nn.RNNBase):
-                raise UnsupportedLayerError(
-                    f"Expected a model without recurrent layers, got {type(module).__name__} at "
-                    f"{name or 'the top'}: unrolled over time it takes minutes to compile and "
-                    "gains nothing; use private.stepper."
-                )
         self.losses_of = losses_of
         self._engine, self._backend = engine, backend
         self._generator = own_generator()
         self._programs: dict[Any, _Programs] = {}
+        self._pool: Pool | None = None
+        if backend == REPLAY:
+            _check_on_gpu(engine.model)
+            self._pool = torch.cuda.graph_pool_handle()
+        else:
+            _check_not_recurrent(engine.model)
+        #: What sums are replayed into, of all programs.
+        self._totals: list[Tensor] = []
 
     def clip(self, batch: Any, *, count: int, kept: int) -> ClipOutcome:
         """Compute the losses of a batch and clip their gradients.
@@ -137,8 +148,10 @@ class CompiledClipping:
             if programs.check is not None:
                 self._check(programs.check, key, inputs)
             parts, norms, losses = programs.run(inputs, device)
+        if programs.is_new and self._pool is not None:
+            programs.sums = self._replayed_sums(parts, norms.values, self._pool)
         programs.is_new = False
-        return self._engine.clip_found(parts, norms, losses).first(kept)
+        return self._engine.clip_found(parts, norms, losses, sums=programs.sums).first(kept)
 
     def _run_once(self, batch: Any, device: torch.device) -> None:
         """Have the model compute what it computes once and keeps while tensors have values."""
@@ -173,8 +186,11 @@ class CompiledClipping:
         """What else decides about the program: autocast, and all that modules keep beside the
         values of tensors."""
         casts = (torch.is_autocast_enabled(kind) for kind in ("cpu", device))
-        states = (state for m in self._engine.model.modules() for state in _state(m))
-        return (*casts, torch.get_autocast_dtype(device), *states)
+        modules = list(self._engine.model.modules())
+        states = (state for module in modules for state in _state(module))
+        # What a GPU replays reads parameters where they were.
+        places = [] if self._pool is None else [t.data_ptr() for m in modules for t in _tensors(m)]
+        return (*casts, torch.get_autocast_dtype(device), *states, *places)
 
     @contextmanager
     def _unchanged(self, tensors: list[Tensor]) -> Iterator[None]:
@@ -215,11 +231,48 @@ class CompiledClipping:
         finding = traced(tracing.find, inputs, model=model)
         tracing.check_signatures()
         assert tracing.forms is not None
-        return _Programs(
-            find=torch.compile(finding, backend=self._backend, fullgraph=True, dynamic=False),
-            forms=tracing.forms,
-            check=checking,
+        return _Programs(find=self._compiled(finding), forms=tracing.forms, check=checking)
+
+    def _compiled(self, finding: Program) -> Program:
+        if self._pool is not None:
+            return Replay(finding, pool=self._pool)
+        compiled: Program = torch.compile(
+            finding, backend=self._backend, fullgraph=True, dynamic=False
         )
+        return compiled
+
+    def _replayed_sums(
+        self, parts: Parts, norms: Tensor, pool: Pool
+    ) -> Callable[[Tensor], ClippedSum] | None:
+        """See `_Programs.sums`.
+
+        Args:
+            parts: the gradients, where they will always be found.
+            norms: (B,), of the type that coefficients have.
+        """
+        clipper, parameters, forms = (
+            self._engine.clipper,
+            list(self._engine.names),
+            _Forms.of(parts),
+        )
+        self._totals = self._totals or [buffer_like(parameter) for parameter in parameters]
+        held = (*forms.tensors(), *self._totals)
+
+        def sums(coefficients: Tensor, *held: Tensor) -> list[Tensor]:
+            found, totals = held[: -len(parameters)], list(held[-len(parameters) :])
+            torch._foreach_zero_(totals)
+            into = dict(zip(parameters, totals, strict=True))
+            divided = clipper.divided(forms.filled(list(found)))
+            for some, of_group in zip(divided, coefficients.unbind(0), strict=True):
+                WeightedGradients(some, of_group).add_to(into, scale=1.0)
+            return totals
+
+        coefficients = norms.new_empty(len(clipper.divided(parts)), len(norms))
+        try:
+            program = traced(sums, (coefficients, *held), model=self._engine.model)
+        except UnsupportedLayerError:  # which sums of some gradients look at
+            return None
+        return partial(_ReplayedSum, Replay(program, held=held, pool=pool), parameters)
 
 
 class _Tracing:
@@ -321,15 +374,62 @@ class _Forms:
         }
 
 
+@dataclass(frozen=True)
+class _ReplayedSum:
+    """The sum of clipped gradients, by a program.
+
+    Attributes:
+        program: coefficients (G, B) -> sums of the parameters.
+        coefficients: the clip coefficients.
+    """
+
+    program: Program
+    parameters: Sequence[Tensor]
+    coefficients: Tensor
+
+    def add_to(self, buffers: Mapping[Any, Tensor], *, scale: float) -> None:
+        totals = self.program(scale * self.coefficients)
+        torch._foreach_add_([buffers[parameter] for parameter in self.parameters], list(totals))
+
+
+def usual_backend(model: nn.Module) -> str:
+    """Of `CompiledClipping`, for the device that the model is on."""
+    return REPLAY if next(model.parameters()).device.type == "cuda" else "inductor"
+
+
+def _check_on_gpu(model: nn.Module) -> None:
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        raise ValueError(
+            f"Expected a model on a GPU for the backend 'cudagraphs', got one on {device}: move it "
+            "there, or leave the backend out."
+        )
+
+
+def _check_not_recurrent(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.RNNBase):
+            raise UnsupportedLayerError(
+                f"Expected a model without recurrent layers, got {type(module).__name__} at "
+                f"{name or 'the top'}: unrolled over time it takes minutes to compile and "
+                "gains nothing; use private.stepper."
+            )
+
+
 def _state(module: nn.Module) -> tuple[Any, ...]:
     """What a module does depends on, beside the values of its tensors."""
-    tensors = (*module._parameters.values(), *module._buffers.values())
     return (
         *(value for value in vars(module).values() if isinstance(value, _PLAIN)),
-        *((id(tensor), tensor is not None and tensor.requires_grad) for tensor in tensors),
+        *((id(tensor), tensor.requires_grad) for tensor in _tensors(module)),
         len(module._forward_hooks),
         len(module._forward_pre_hooks),
     )
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    """A module's own parameters and buffers."""
+    every = (*module._parameters.values(), *module._buffers.values())
+    return [tensor for tensor in every if tensor is not None]
 
 
 _PLAIN = (bool, int, float, str)

@@ -13,7 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
@@ -28,14 +32,17 @@ def traced(function: Function, inputs: Sequence[Tensor], *, model: nn.Module) ->
 
     Args:
         function: of tensors alone, run once on such as have no values.
-        inputs: shapes, types and devices; values are not used.
+        inputs: shapes, strides, types and devices; values are not used.
         model: whose parameters and buffers the function may use beside its inputs.
 
     Raises:
         UnsupportedLayerError: it looks at values, or would keep what may change.
     """
-    # Inputs that share memory now need not share it the next time.
-    apart = [torch.empty_like(tensor) for tensor in inputs]
+    # Inputs that share memory now need not share it the next time; and these take none.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        apart = [
+            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in inputs
+        ]
     trace = make_fx(_watched(function), tracing_mode="fake", _allow_non_fake_inputs=True)
     before = _random_states()
     try:

@@ -37,11 +37,14 @@ class Memory:
     def prepared(self, weights: tuple[Tensor, ...], make: Callable[[], T], *key: Any) -> T:
         """The result of `make`, which is called again only if the numbers in the weights changed.
 
-        They are compared with copies: an assignment to `.data` leaves no other trace.
+        They are compared with copies: an assignment to `.data` leaves no other trace. In a program
+        that is traced nothing is kept: it computes what it needs each time that it is run.
 
         Args:
             weights, key: as in `remembered`.
         """
+        if any(isinstance(weight.detach(), FakeTensor) for weight in weights):
+            return make()
         whole = (*key, *(id(weight) for weight in weights))
         held = self._prepared.get(whole)
         if held is None or not held.is_of(weights):
@@ -73,9 +76,7 @@ class _Prepared:
     @classmethod
     def of(cls, weights: tuple[Tensor, ...], made: Any) -> _Prepared:
         # On other devices the comparison would make the CPU wait, and preparing is cheap.
-        is_comparable = all(
-            weight.device.type == "cpu" and not isinstance(weight, FakeTensor) for weight in weights
-        )
+        is_comparable = all(weight.device.type == "cpu" for weight in weights)
         copies = tuple(weight.detach().clone() for weight in weights) if is_comparable else None
         return cls(made, weights, copies)
 

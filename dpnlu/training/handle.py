@@ -317,32 +317,36 @@ class PrivateTraining:
             return self._stepping.by_losses(losses)
 
     def compile(
-        self, losses_of: Callable[[Any], Tensor], *, backend: str = "inductor"
+        self, losses_of: Callable[[Any], Tensor], *, backend: str | None = None
     ) -> Callable[[Any], bool]:
-        """Compile steps, from the batch to the norms of its gradients, with `torch.compile`.
+        """Compile steps, from the batch to the norms of its gradients.
 
         step = private.compile(per_example_loss)
         for batch in private.loader(dataset, physical_batch_size=64, fixed_size=True):
             step(batch)
 
         Forward pass, backward pass and norms become one program for each shape of the batch, so
-        that few shapes should occur. The model itself must not be compiled.
+        that few shapes should occur. On a GPU the program, and a second one for the sums, are
+        replayed as CUDA graphs, whose memory is held while the training lives; elsewhere
+        `torch.compile` compiles it. The model itself must not be compiled.
 
         Args:
             losses_of: batch -> (B,), the loss of each example. The batch holds tensors, numbers and
                 strings in dictionaries, lists and tuples, and is read through this argument alone.
                 Which operations are done must not depend on values. Other numbers that the function
                 uses stay what they were when a shape first came.
-            backend: of `torch.compile`; "inductor" needs a C++ compiler.
+            backend: "cudagraphs", which is the default on a GPU; or one of `torch.compile`, where
+                the default is "inductor", which needs a C++ compiler.
 
         Returns:
             What is called with each batch of the loader in place of `step(losses)`, and answers
             alike.
 
         Raises:
-            ValueError: another engine than book_keeping, or a plan that clips users.
-            UnsupportedLayerError: a recurrent layer; or, from the step, a forward pass that cannot
-                be traced.
+            ValueError: another engine than book_keeping, a plan that clips users, or CUDA graphs
+                for a model that is not on a GPU.
+            UnsupportedLayerError: a recurrent layer, unless CUDA graphs replay it; or, from the
+                step, a forward pass that cannot be traced.
         """
         if not isinstance(self._engine, BookKeeping):
             raise ValueError("Expected engine='book_keeping', the one whose steps can be compiled.")
@@ -351,8 +355,9 @@ class PrivateTraining:
                 "Expected a plan that clips examples for compiled steps, got one that clips users, "
                 "who have unlike numbers of them: use private.stepper."
             )
-        from dpnlu.engines.compiled import CompiledClipping  # loads torch's compiler
+        from dpnlu.engines.compiled import CompiledClipping, usual_backend  # loads torch's compiler
 
+        backend = backend or usual_backend(self._engine.model)
         clipping = CompiledClipping(self._engine, losses_of, backend=backend)
 
         def step(batch: Any) -> bool:

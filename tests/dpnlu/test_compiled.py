@@ -30,6 +30,41 @@ def interpreted(monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda program, **_: program)
 
 
+class Replay:
+    """What `dpnlu.engines.replay.Replay` does, by the CPU: results are always in the same place."""
+
+    def __init__(self, program, *, held=(), pool) -> None:
+        self.program, self.held, self.inputs, self.outputs = program, held, None, None
+
+    def __call__(self, *inputs):
+        if self.outputs is None:
+            self.inputs = [tensor.clone() for tensor in inputs]
+            self.outputs = self.program(*self.inputs, *self.held)
+            return self.outputs
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            assert mine.shape == given.shape and mine.device == given.device
+            mine.copy_(given)
+        results = self.program(*self.inputs, *self.held)
+        for mine, found in zip(self.outputs, results, strict=True):
+            mine.copy_(found)
+        return self.outputs
+
+
+@pytest.fixture
+def replayed(monkeypatch) -> list[Replay]:
+    """Have programs replayed by the CPU; all that are made."""
+    made = []
+
+    def keep(*args, **options):
+        made.append(Replay(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(compiled, "Replay", keep)
+    monkeypatch.setattr(compiled, "_check_on_gpu", lambda model: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    return made
+
+
 class Texts(nn.Module):
     """Word ids (B, T) -> (B, 3): padding, positions shared by all, a free vector, attention."""
 
@@ -186,6 +221,70 @@ def test_compiled_steps_release_what_the_per_example_loop_does(released, data, m
     found, _ = released(model, data, backend="eager", fixed_size=fixed_size)
     assert len(found) == 4 and expected.norm(dim=1).min() > 0.1
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+class Read(nn.Module):
+    """Two bidirectional LSTM layers over the words, and a GRU over what they say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(WORDS, 4)
+        self.lstm = nn.LSTM(4, 3, num_layers=2, bidirectional=True, batch_first=True)
+        self.gru = nn.GRU(6, 3, batch_first=True)
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.gru(self.lstm(self.words(ids))[0])[0]).mean(1)
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("clipping", ["flat", "per_layer:size", "quantile:0.2:1"])
+@pytest.mark.parametrize(
+    ("make", "fixed_size"), [(Texts, True), (Tied, True), (Tied, False), (bert, True), (Read, True)]
+)
+def test_replayed_steps_do_so_too(released, data, replayed, make, fixed_size, clipping):
+    model = make()
+    expected, _ = released(_twin(model, make), data, engine="per_example", clipping=clipping)
+    found, _ = released(model, data, backend="cudagraphs", fixed_size=fixed_size, clipping=clipping)
+    assert len(replayed) % 2 == 0 and replayed, "sums are replayed, too"
+    assert len(found) == 4 and expected.norm(dim=1).min() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.usefixtures("double")
+def test_a_replayed_batch_with_an_infinite_example_is_summed_without_it(released, data, replayed):
+    data = _with_one_infinite(data)
+    model = Texts()
+    options = {"losses_of": infinite_for_the_first_word}
+    expected, left_out = released(_twin(model, Texts), data, **options)
+    found, also_left_out = released(model, data, backend="cudagraphs", **options)
+    assert also_left_out == left_out > 0
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.usefixtures("replayed")
+def test_what_is_replayed_is_captured_anew_where_weights_moved_in_memory(make_plan, data, replayed):
+    model = Tied()
+    plan = make_plan(sample_rate=1.0, steps=4)
+    with privatize(model, torch.optim.SGD(model.parameters(), lr=0.1), plan) as private:
+        step = private.compile(lambda batch: losses_of(model, batch), backend="cudagraphs")
+        captured = []
+        for batch in private.loader(data, collate_fn=collate):
+            step(batch)
+            captured.append(len(replayed))
+            if len(captured) == 2:
+                for parameter in model.parameters():
+                    parameter.data = parameter.data.clone()
+    assert captured == [2, 2, 4, 4]
+
+
+def test_graphs_are_for_models_on_a_gpu(make_plan):
+    model = Texts()
+    with (
+        privatize(model, torch.optim.SGD(model.parameters(), lr=0.1), make_plan()) as private,
+        pytest.raises(ValueError, match=r"model on a GPU .*cudagraphs.*got one on cpu"),
+    ):
+        private.compile(lambda batch: batch, backend="cudagraphs")
 
 
 @pytest.mark.usefixtures("double")
