@@ -241,8 +241,8 @@ def _no_cudnn(case: Case, model: nn.Module, device: str) -> Iterator[Step]:
 def _private(
     case: Case, model: nn.Module, device: str, *, backend: str | None = None
 ) -> Iterator[Step]:
-    compiles = backend is not None
-    with private(case, model, compiles=compiles, backend=backend, device=device) as step:
+    options = {} if backend is None else {"compiles": True, "backend": backend}
+    with private(case, model, device=device, **options) as step:
         yield step
 
 

@@ -52,13 +52,13 @@ def private(
     *,
     engine: str = "book_keeping",
     compiles: bool = False,
-    backend: str | None = None,
+    backend: str = "inductor",
     device: str = "cpu",
 ) -> Iterator[Step]:
     """The same with clipping, noise, and a ledger on disk.
 
     Args:
-        backend: of compiled steps; None: what is usual on the device.
+        backend: of compiled steps.
     """
     plan = PrivacyPlan(
         noise_multiplier=1.0,

@@ -64,20 +64,22 @@ def clip_gradients(
             found = [norms]
         finite, coefficients = _decided(divided, found, losses, clipper)
         lengths = torch.stack([one.values for one in found]).sum(0).sqrt()
-        unclipped = clipper.unclipped(coefficients)
-        kept = None if bool(finite.all()) else finite.to(losses.device)
         of_groups = coefficients.to(lengths)
-        total: ClippedSum = (
-            sums(of_groups)
-            if sums is not None and kept is None
-            else Together(
-                [
-                    WeightedGradients(_finite_rows(some, kept), of_group)
-                    for some, of_group in zip(divided, of_groups, strict=True)
-                ]
-            )
-        )
-    return ClipOutcome(lengths, finite, total, unclipped)
+        if sums is not None and bool(finite.all()):
+            total = sums(of_groups)
+        else:
+            total = _summed(divided, of_groups, finite)
+    return ClipOutcome(lengths, finite, total, clipper.unclipped(coefficients))
+
+
+def _summed(divided: Sequence[Parts], coefficients: Tensor, finite: Tensor) -> ClippedSum:
+    """The sum of the finite gradients, (B,) on the CPU, times their coefficients (G, B)."""
+    kept = None if bool(finite.all()) else finite.to(coefficients.device)
+    sums = [
+        WeightedGradients(_finite_rows(some, kept), of_group)
+        for some, of_group in zip(divided, coefficients, strict=True)
+    ]
+    return sums[0] if len(sums) == 1 else Together(sums)
 
 
 def _finite_rows(parts: Parts, kept: Tensor | None) -> Parts:

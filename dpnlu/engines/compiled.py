@@ -29,21 +29,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten
 
 from dpnlu.engines.book_keeping import BookKeeping
 from dpnlu.engines.checks import own_generator
 from dpnlu.engines.clipped import Parts
 from dpnlu.engines.outcome import ClipOutcome, ClippedSum, WeightedGradients, buffer_like
-from dpnlu.engines.refusals import check_losses
 from dpnlu.engines.replay import Pool, Replay
 from dpnlu.engines.separation import draw_weights
+from dpnlu.engines.step_functions import Forms, Tracing
 from dpnlu.engines.tracing import traced
 from dpnlu.engines.verification import Evidence
 from dpnlu.gradients.errors import UnsupportedLayerError
 from dpnlu.gradients.forms import SquaredNorms
 from dpnlu.gradients.rounding import full_precision
-from dpnlu.gradients.signature import Signature
 
 # The backend that is not one of `torch.compile`: a GPU replays programs.
 REPLAY = "cudagraphs"
@@ -69,7 +68,7 @@ class _Programs:
     """
 
     find: Program
-    forms: _Forms
+    forms: Forms
     check: Program | None
     sums: Callable[[Tensor], ClippedSum] | None = None
     is_new: bool = True
@@ -223,7 +222,7 @@ class CompiledClipping:
     ) -> _Programs:
         """Trace and compile; `inputs` show the shapes."""
         engine, model = self._engine, self._engine.model
-        tracing = _Tracing(engine, self.losses_of, leaves, nesting, count)
+        tracing = Tracing(engine, self.losses_of, leaves, nesting, count)
         checking = None
         if engine.checks is not None:
             drawn = [torch.ones(count, device=inputs[-1].device)] * 2
@@ -250,11 +249,8 @@ class CompiledClipping:
             parts: the gradients, where they will always be found.
             norms: (B,), of the type that coefficients have.
         """
-        clipper, parameters, forms = (
-            self._engine.clipper,
-            list(self._engine.names),
-            _Forms.of(parts),
-        )
+        clipper, parameters = self._engine.clipper, list(self._engine.names)
+        forms = Forms.of(parts)
         self._totals = self._totals or [buffer_like(parameter) for parameter in parameters]
         held = (*forms.tensors(), *self._totals)
 
@@ -275,105 +271,6 @@ class CompiledClipping:
         return partial(_ReplayedSum, Replay(program, held=held, pool=pool), parameters)
 
 
-class _Tracing:
-    """The functions that are traced for one shape of the batch.
-
-    Attributes:
-        forms: of the gradients that `find` found last.
-    """
-
-    def __init__(
-        self,
-        engine: BookKeeping,
-        losses_of: Callable[[Any], Tensor],
-        leaves: list[Any],
-        nesting: TreeSpec,
-        count: int,
-    ) -> None:
-        self._engine, self._losses_of = engine, losses_of
-        self._leaves, self._nesting, self._count = leaves, nesting, count
-        self._signatures: list[Signature] = []
-        self.forms: _Forms | None = None
-
-    def find(self, *tensors: Tensor) -> list[Tensor]:
-        """See `_Programs`."""
-        losses = self._losses(tensors)
-        parts, norms = self._engine.found_unchecked(losses)
-        self._engine.expect(None)
-        self.forms = _Forms.of(parts)
-        return [losses.detach(), norms.values, norms.slack, *self.forms.tensors()]
-
-    def check(self, weights: Tensor, draws: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """See `_Programs`."""
-        losses = self._losses(tensors)
-        agree, evidence = self._engine.evidence(losses, weights, draws)
-        self._engine.expect(None)
-        return agree, *vars(evidence).values()
-
-    def check_signatures(self) -> None:
-        """Whether all that was traced did the same, whatever the values.
-
-        Raises:
-            UnsupportedLayerError: it did not.
-        """
-        first = self._signatures[0]
-        is_doubtful = all(signature.is_doubtful for signature in self._signatures)
-        if is_doubtful or any(s != first or s.chooses_rows for s in self._signatures):
-            raise UnsupportedLayerError(
-                "Expected a forward pass that does the same operations every time and takes the "
-                "examples as they come, got one that changes or picks rows by their values: use "
-                "private.stepper."
-            )
-
-    def _losses(self, tensors: tuple[Tensor, ...]) -> Tensor:
-        """(B,) of a batch; those that do not count are constants."""
-        *values, kept = tensors
-        batch = tree_unflatten(_with_tensors(self._leaves, iter(values)), self._nesting)
-        with self._engine.recording(batch, self._count):
-            found = self._losses_of(batch)
-        check_losses(found, self._count)
-        if self._engine.is_checkpointed:
-            raise UnsupportedLayerError(
-                "Expected every module to run once, but activation checkpointing runs some again, "
-                "with other units dropped if a program is traced: switch it off, or use "
-                "private.stepper."
-            )
-        self._signatures.append(self._engine.signature_of(found))
-        return torch.where(torch.arange(self._count, device=found.device) < kept, found, 0.0)
-
-
-@dataclass(frozen=True)
-class _Forms:
-    """Per-example gradients of all parameters, whose tensors can be exchanged for others.
-
-    Attributes:
-        kinds: the classes of each parameter's uses.
-        leaves: all that the uses hold.
-        nesting: how.
-    """
-
-    kinds: Mapping[Tensor, Sequence[type[Any]]]
-    leaves: list[Any]
-    nesting: TreeSpec
-
-    @classmethod
-    def of(cls, parts: Parts) -> _Forms:
-        kinds = {parameter: [type(use) for use in uses] for parameter, uses in parts.items()}
-        held = [[tuple(vars(use).values()) for use in uses] for uses in parts.values()]
-        return cls(kinds, *tree_flatten(held))
-
-    def tensors(self) -> list[Tensor]:
-        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
-
-    def filled(self, tensors: list[Tensor]) -> Parts:
-        """The gradients with these tensors in place of their own."""
-        held = tree_unflatten(_with_tensors(self.leaves, iter(tensors)), self.nesting)
-        return {
-            parameter: [kind(*values) for kind, values in zip(kinds, uses, strict=True)]
-            for (parameter, kinds), uses in zip(self.kinds.items(), held, strict=True)
-        }
-
-
 @dataclass(frozen=True)
 class _ReplayedSum:
     """The sum of clipped gradients, by a program.
@@ -390,11 +287,6 @@ class _ReplayedSum:
     def add_to(self, buffers: Mapping[Any, Tensor], *, scale: float) -> None:
         totals = self.program(scale * self.coefficients)
         torch._foreach_add_([buffers[parameter] for parameter in self.parameters], list(totals))
-
-
-def usual_backend(model: nn.Module) -> str:
-    """Of `CompiledClipping`, for the device that the model is on."""
-    return REPLAY if next(model.parameters()).device.type == "cuda" else "inductor"
 
 
 def _check_on_gpu(model: nn.Module) -> None:
@@ -445,8 +337,3 @@ def _described(leaf: Any) -> tuple[Any, ...]:
         "Expected a batch of tensors, numbers and strings in dictionaries, lists and tuples, got "
         f"{type(leaf).__name__}: convert it, for example by dict(batch)."
     )
-
-
-def _with_tensors(leaves: list[Any], tensors: Iterator[Tensor]) -> list[Any]:
-    """The leaves with these tensors in place of their own."""
-    return [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in leaves]

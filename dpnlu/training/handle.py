@@ -317,7 +317,7 @@ class PrivateTraining:
             return self._stepping.by_losses(losses)
 
     def compile(
-        self, losses_of: Callable[[Any], Tensor], *, backend: str | None = None
+        self, losses_of: Callable[[Any], Tensor], *, backend: str = "inductor"
     ) -> Callable[[Any], bool]:
         """Compile steps, from the batch to the norms of its gradients.
 
@@ -326,17 +326,16 @@ class PrivateTraining:
             step(batch)
 
         Forward pass, backward pass and norms become one program for each shape of the batch, so
-        that few shapes should occur. On a GPU the program, and a second one for the sums, are
-        replayed as CUDA graphs, whose memory is held while the training lives; elsewhere
-        `torch.compile` compiles it. The model itself must not be compiled.
+        that few shapes should occur. `torch.compile` compiles it, or a GPU replays it, and another
+        for the sums, as CUDA graphs that hold memory. The model itself must not be compiled.
 
         Args:
             losses_of: batch -> (B,), the loss of each example. The batch holds tensors, numbers and
                 strings in dictionaries, lists and tuples, and is read through this argument alone.
                 Which operations are done must not depend on values. Other numbers that the function
                 uses stay what they were when a shape first came.
-            backend: "cudagraphs", which is the default on a GPU; or one of `torch.compile`, where
-                the default is "inductor", which needs a C++ compiler.
+            backend: of `torch.compile`; "inductor" needs a C++ compiler. Or "cudagraphs", for a
+                model on a GPU.
 
         Returns:
             What is called with each batch of the loader in place of `step(losses)`, and answers
@@ -355,9 +354,8 @@ class PrivateTraining:
                 "Expected a plan that clips examples for compiled steps, got one that clips users, "
                 "who have unlike numbers of them: use private.stepper."
             )
-        from dpnlu.engines.compiled import CompiledClipping, usual_backend  # loads torch's compiler
+        from dpnlu.engines.compiled import CompiledClipping  # loads torch's compiler
 
-        backend = backend or usual_backend(self._engine.model)
         clipping = CompiledClipping(self._engine, losses_of, backend=backend)
 
         def step(batch: Any) -> bool:

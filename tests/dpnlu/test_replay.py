@@ -130,7 +130,11 @@ def released(
             with torch.autocast("cuda", dtype=precision, enabled=precision is not None):
                 return losses_of(model, batch).float() if precision else losses_of(model, batch)
 
-        step = private.compile(of_batch) if replays else private.stepper(of_batch)
+        step = (
+            private.compile(of_batch, backend="cudagraphs")
+            if replays
+            else private.stepper(of_batch)
+        )
         for batch in private.loader(
             data, collate_fn=collate, physical_batch_size=5, fixed_size=True
         ):
