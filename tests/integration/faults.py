@@ -24,6 +24,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,14 @@ class Training:
 def _state(out: Path) -> dict[str, Any]:
     """What is there."""
     found: dict[str, Any] = {"files": sorted(str(path.relative_to(out)) for path in out.rglob("*"))}
+    found["trials"] = {
+        path.parent.name: {"releases": len(ledger), "epsilon": ledger.epsilon()}
+        for path in out.glob("trials/*/ledger.jsonl")
+        if (ledger := _ledger_at(path)) is not None
+    }
+    for name in ("trials.json", "selection.json", "metrics.json"):
+        with suppress(OSError, ValueError):
+            found[name] = json.loads((out / name).read_text(encoding="utf-8"))
     for name, look in (("model", load), ("ledger", lambda out: Ledger.read(out / "ledger.jsonl"))):
         try:
             seen = look(out)
@@ -181,6 +190,14 @@ def _state(out: Path) -> dict[str, Any]:
         if isinstance(seen, Ledger):
             found |= {"releases": len(seen), "epsilon": seen.epsilon()}
     return found
+
+
+def _ledger_at(path: Path) -> Ledger | None:
+    """None: its first line was not written yet, so that nothing was released."""
+    try:
+        return Ledger.read(path)
+    except ValueError:
+        return None
 
 
 def _anew(request: dict[str, Any]) -> tuple[Path, list[str]]:

@@ -9,7 +9,7 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,12 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         yield Path(made)
 
 
-def _faults(folder: Path, *arguments: str, **request: Any) -> list[dict[str, Any]]:
+def _faults(
+    folder: Path, *arguments: str, rows: Sequence[Mapping[str, str]] = ROWS, **request: Any
+) -> list[dict[str, Any]]:
     """What `faults.py` answers, of a small private training unless `arguments` say otherwise."""
     data, words = folder / "data.jsonl", folder / "words.txt"
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     words.write_text("play\nwake\nme\nat\n", encoding="utf-8")
     train = ["train", "--data", str(data), "--vocabulary", str(words), "--quiet"]
     train += ["--epsilon", str(TARGET), "--delta", "1e-3", "--batch-size", "8", "--epochs", "1"]
@@ -156,3 +158,56 @@ def test_what_a_single_step_learnt_may_be_lost_but_is_not_made_up(folder: Path) 
         else:
             _assert_resumed(found)
     assert lost
+
+
+# ---- the best of several trainings -------------------------------------------------------------
+
+WITH_VALIDATION = [row | {"split": "valid"} if i % 8 == 7 else row for i, row in enumerate(ROWS)]
+TRIALS = ("--trials", "2", "--search", "learning_rate=0.01,0.02")
+
+
+def _assert_best_is_kept(found: dict[str, Any]) -> None:
+    """What was drawn stays drawn, and no training spends more than the whole was planned with."""
+    first, left, (heir,), end = found["first"], found["left"], found["heirs"], found["end"]
+    _assert_ended_well(first)
+    _assert_ended_well(heir)
+    begun = left.get("trials.json")
+    was_finished = left["model"] == "loads" and begun is None
+    assert heir["status"] == (2 if was_finished else 0), found
+    assert end["model"] == "loads", found
+    assert set(end["files"]) == FILES | PRIVATE | {"selection.json"}, found
+    assert 0 < end["metrics.json"]["epsilon"] <= TARGET, found
+    if begun is None:
+        assert was_finished or first["applied"] == 0, "nothing is trained before it is recorded"
+        return
+    chosen = {key: end["selection.json"][key] for key in begun["selection"]}
+    assert chosen == begun["selection"], found
+    for ledger in left["trials"].values():
+        assert ledger["epsilon"] <= begun["epsilon"] * (1 + 1e-9), found
+    if left["model"] != "loads":
+        assert sum(ledger["releases"] for ledger in left["trials"].values()) >= first["applied"]
+    finished = len(begun["scores"])
+    per_training = end["releases"]
+    most = (len(begun["drawn"]) - finished) * per_training
+    assert heir["applied"] <= most, "what has ended is not trained again"
+
+
+def test_the_best_of_several_trainings_is_found_after_a_kill(folder: Path) -> None:
+    """… at the delicate points: where a score is recorded, and where the best becomes the model."""
+    faults = [
+        ("kill", "replace trials.json:1"),
+        ("kill", "write selection.json"),
+        ("kill", "unlink trials.json"),
+    ]
+    for found in _faults(folder, *TRIALS, rows=WITH_VALIDATION, faults=faults):
+        _assert_best_is_kept(found)
+
+
+@pytest.mark.slow
+def test_several_trainings_may_be_killed_at_any_moment(folder: Path) -> None:
+    chance = random.Random(0)
+    moments = [chance.uniform(0, 1.5) for _ in range(200)]
+    found = _faults(folder, *TRIALS, rows=WITH_VALIDATION, moments=moments)
+    for one in found:
+        _assert_best_is_kept(one)
+    assert len({one["first"]["applied"] for one in found}) > 3, "the moments tell apart"
