@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dpnlu.engines.moment import Moments
+from dpnlu.mechanism.clipping import clipping_rule
 from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.training.handle import privatize
 from dpnlu.training.handover import Handover
@@ -63,7 +64,8 @@ def assert_private_step(
     Args:
         losses_of: batch -> (B,), as for `PrivateTraining.stepper`; of this model.
         batch: a small one, as the loader makes it: as many steps are taken as it has examples.
-        plan: clips examples. Its sampling is not looked at.
+        plan: clips examples, to a bound that public examples have no part in. Its sampling is not
+            looked at.
         optimizer: that trains the model; must have exactly the trainable parameters.
         select: (batch, numbers of examples) -> a batch of these alone. None: the rows of all
             tensors in dictionaries, lists and tuples that have B of them.
@@ -77,6 +79,11 @@ def assert_private_step(
     if plan.clipping_unit != "example":
         raise ValueError(
             f"Expected a plan that clips examples, got one that clips a {plan.clipping_unit}."
+        )
+    if clipping_rule(plan.clipping).public_quantile is not None:
+        raise ValueError(
+            f"Expected a plan with a clipping bound of its own, got clipping={plan.clipping!r}, "
+            "whose bound public examples tell: replace it by 'flat' in the plan that is tested."
         )
     with _unchanged(model):
         losses = losses_of(batch).detach()

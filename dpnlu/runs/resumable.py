@@ -50,7 +50,7 @@ from dpnlu.runs.probing import found_size
 from dpnlu.runs.progress import OnProgress, silent
 from dpnlu.runs.public_data import PublicData
 from dpnlu.runs.results import Results, results_of, save_trained
-from dpnlu.runs.settings import AUTO, NOISES, TrainSettings, as_begun
+from dpnlu.runs.settings import AUTO, NOISES, SYSTEM_NOISE, TrainSettings, as_begun
 from dpnlu.runs.train import Trained, new_classifier, train
 from dpnlu.training.checkpoint import Checkpoints
 from dpnlu.training.loop import check_fit
@@ -269,7 +269,7 @@ def _fitted(
         compute=compute,
         plan=plan,
         seed=work.settings.seed,
-        system_noise=work.settings.noise == "system",
+        system_noise=work.settings.noise == SYSTEM_NOISE,
         ledger=ledger,
         checkpoints=Checkpoints(
             path=directory / CHECKPOINT,
@@ -299,6 +299,11 @@ def not_covered(work: Work) -> Sequence[str]:
         found.append("The label set was read from the data, not declared.")
     if not work.experiment.vocabulary.is_public:
         found.append("The vocabulary was read from the training texts.")
+    if work.settings.noise != SYSTEM_NOISE:
+        found.append(
+            "What the floating-point numbers that a generator draws as noise give away of the sums "
+            "that they are added to (Mironov 2012), against which there is --noise system."
+        )
     if work.public is not None:
         found.append(work.public.statement())
     return [*found, OTHER_CHOICES]

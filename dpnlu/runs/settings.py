@@ -22,7 +22,8 @@ PHYSICAL_BATCH_SIZE, PHYSICAL_BATCH_SIZE_OF_HEADS = 64, 512
 # As many as the memory holds.
 AUTO: Literal["auto"] = "auto"
 # Where the noise comes from.
-NOISES = ("generator", "system")
+SYSTEM_NOISE = "system"
+NOISES = ("generator", SYSTEM_NOISE)
 # What is recommended has changed; what was begun goes on as it began.
 FIRST_RECIPES, LATEST_RECIPES = 1, 4
 

@@ -309,15 +309,17 @@ def test_train_writes_a_model_directory(data: Path, tmp_path: Path) -> None:
     for said in ("ε = ", "δ = 0.001", "presence of one training example", "Poisson", "one example"):
         assert said in card
     assert "label set was read from the data" in card
+    assert "(Mironov 2012), against which there is --noise system." in card
 
 
 def test_declared_labels_are_not_flagged(data: Path, tmp_path: Path) -> None:
     labels = tmp_path / "labels.json"
     labels.write_text('{"intents": ["music", "alarm", "other"]}', encoding="utf-8")
     more = ("--epsilon", "3", "--delta", "1e-3", "--batch-size", "8", "--labels", str(labels))
-    assert _train(data, tmp_path / "m", *more) == 0
+    assert _train(data, tmp_path / "m", *more, "--noise", "system") == 0
     card = (tmp_path / "m" / "README.md").read_text(encoding="utf-8")
     assert "label set was read from the data" not in card
+    assert "--noise system" not in card
 
 
 def test_the_card_of_an_ordinary_model_claims_nothing(data: Path, tmp_path: Path) -> None:

@@ -134,6 +134,12 @@ def test_micro_batches_are_refused(make_plan, batch):
         assert_private_step(model, _losses_of(model), batch, plan)
 
 
+def test_bounds_that_public_examples_tell_are_refused(plan, batch):
+    model, plan = Words(), replace(plan, clipping="public:0.5")
+    with pytest.raises(ValueError, match=r"got clipping='public:0.5'.* replace it by 'flat'"):
+        assert_private_step(model, _losses_of(model), batch, plan)
+
+
 # ---- what is seen ----------------------------------------------------------------------------
 
 
