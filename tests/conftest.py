@@ -16,6 +16,14 @@ settings.register_profile("reproducible", deadline=None, derandomize=True, datab
 settings.load_profile("reproducible")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_encoder_is_installed() -> Iterator[None]:
+    """What `dpnlu train` trains unless told otherwise is a BiLSTM, whatever is installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dpnlu.runs.settings.installed_encoder", lambda: None)
+        yield
+
+
 @pytest.fixture
 def hangup_ends() -> Iterator[None]:
     """SIGHUP ends a process, though the tests themselves may run under nohup."""

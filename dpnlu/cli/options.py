@@ -9,7 +9,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from dpnlu.runs.settings import Option
+from dpnlu.runs.setting import Option
 
 _Settings = TypeVar("_Settings")
 
@@ -24,10 +24,9 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
     values, and a Boolean, False unless the option is given, takes none.
     """
     hints = get_type_hints(settings)
-    for field in sorted(fields(settings), key=lambda field: field.default is not MISSING):
+    for field in sorted(fields(settings), key=lambda field: not _is_required(field)):
         option: Option = field.metadata["option"]
         kind, takes_several = _value_type(hints[field.name])
-        required = field.default is MISSING
         if kind is bool:
             parser.add_argument(_flag(field), action="store_true", help=option.help)
             continue
@@ -35,8 +34,8 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
             _flag(field),
             type=kind if option.parse is None else _with_its_words(option.parse),
             nargs="+" if takes_several else None,
-            required=required,
-            default=None if required else field.default,
+            required=_is_required(field),
+            default=_default(field),
             metavar=option.metavar or _NUMBERS.get(kind),
             help=_help(option, field),
         )
@@ -56,6 +55,17 @@ def add_output(parser: argparse.ArgumentParser, *, holds: str) -> None:
     """Add the options of a command that works for long and fills a directory."""
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=holds)
     parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def _is_required(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def _default(field: Field[Any]) -> Any:
+    """What stands where the option is not given; None where it must be."""
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return None if field.default is MISSING else field.default
 
 
 def _flag(field: Field[Any]) -> str:
@@ -84,9 +94,9 @@ def _with_its_words(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 def _help(option: Option, field: Field[Any]) -> str:
     """The help of the field and, unless it says so itself, its default."""
     text = option.help.replace("%", "%%")
-    if field.default is MISSING or field.default in (None, ()):
+    default = _default(field)
+    if default in (None, ()):
         return text
-    several = isinstance(field.default, tuple)
-    values: Sequence[Any] = field.default if several else (field.default,)
+    values: Sequence[Any] = default if isinstance(default, tuple) else (default,)
     shown = " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
     return f"{text} (default: {shown})"

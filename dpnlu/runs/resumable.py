@@ -50,7 +50,8 @@ from dpnlu.runs.probing import found_size
 from dpnlu.runs.progress import OnProgress, silent
 from dpnlu.runs.public_data import PublicData
 from dpnlu.runs.results import Results, results_of, save_trained
-from dpnlu.runs.settings import AUTO, NOISES, SYSTEM_NOISE, TrainSettings, as_begun
+from dpnlu.runs.setting import AUTO
+from dpnlu.runs.settings import NOISES, SYSTEM_NOISE, TrainSettings, as_begun
 from dpnlu.runs.train import Trained, new_classifier, train
 from dpnlu.training.checkpoint import Checkpoints
 from dpnlu.training.loop import check_fit

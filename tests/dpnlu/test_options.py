@@ -11,7 +11,8 @@ import pytest
 
 from dpnlu.cli.options import add_options, settings_from
 from dpnlu.compare.settings import AttackSettings, StudySettings
-from dpnlu.runs.settings import TrainSettings, setting
+from dpnlu.runs.setting import setting
+from dpnlu.runs.settings import TrainSettings
 
 
 def _parsed(settings: type, line: str) -> Any:
@@ -21,7 +22,11 @@ def _parsed(settings: type, line: str) -> Any:
 
 
 MINIMAL = [
-    (TrainSettings, "--data d --epsilon inf", TrainSettings(data="d", epsilon=math.inf)),
+    (
+        TrainSettings,
+        "--data d --epsilon inf",
+        TrainSettings(data="d", model="lstm", epsilon=math.inf),
+    ),
     (StudySettings, "--data d", StudySettings(data="d")),
     (AttackSettings, "--data d", AttackSettings(data="d")),
 ]

@@ -47,7 +47,7 @@ def _faults(
     data, words = folder / "data.jsonl", folder / "words.txt"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     words.write_text("play\nwake\nme\nat\n", encoding="utf-8")
-    train = ["train", "--data", str(data), "--vocabulary", str(words), "--quiet"]
+    train = ["train", "--data", str(data), "--model", "lstm", "--vocabulary", str(words), "--quiet"]
     train += ["--epsilon", str(TARGET), "--delta", "1e-3", "--batch-size", "8", "--epochs", "1"]
     run = subprocess.run(
         [sys.executable, Path(__file__).with_name("faults.py")],
