@@ -16,7 +16,7 @@ from torch import nn
 from dpnlu.mechanism.ledger import Ledger
 from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.mechanism.ranges import check_choice
-from dpnlu.nlu.classifier import Classifier
+from dpnlu.nlu.classifier import LSTM, Classifier
 from dpnlu.nlu.data import (
     Corpus,
     Example,
@@ -174,6 +174,11 @@ def _with_labels(corpus: Corpus, path: str | None) -> Corpus:
 def _vocabulary(settings: TrainSettings, corpus: Corpus) -> Vocabulary:
     if settings.vocabulary == "hashed":
         return HashedVocabulary()
+    if settings.model != LSTM:
+        raise ValueError(
+            f"Expected --vocabulary with --model lstm, got it with {settings.model}, which brings "
+            "a tokenizer of its own: leave one of the two out."
+        )
     if settings.vocabulary != "fitted":
         return read_word_list(Path(settings.vocabulary))
     examples = corpus.split("train")

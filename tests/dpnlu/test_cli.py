@@ -440,6 +440,10 @@ BAD_OPTIONS = {
     "unknown engine": (["--epsilon", "1", "--batch-size", "4", "--engine", "warp"], "book_keeping"),
     "no such labels": (["--labels", "/nowhere"], "/nowhere"),
     "no such words": (["--vocabulary", "/nowhere"], "/nowhere"),
+    "words of an encoder": (
+        ["--model", "encoder:e", "--vocabulary", "fitted"],
+        "--vocabulary with --model lstm, got it with encoder:e",
+    ),
     "dropout 1": (["--dropout", "1"], "dropout in [0, 1)"),
     "unknown option": (["--speed", "9"], "--speed"),
 }
