@@ -3,8 +3,10 @@
     python benchmarks/recipes.py --data snips:DIR --model encoder:NAME --epsilons 8 2 --out DIR
     python benchmarks/recipes.py --data snips:DIR --model encoder:NAME --rows all --out DIR
     python benchmarks/recipes.py --data snips:DIR --texts 500 --recipes 3 --out DIR
+    python benchmarks/recipes.py --data hwu64:DIR --model encoder:NAME --rows grid --out DIR
 
-Everything but the row's change is as `dpnlu train` recommends it. A frozen encoder reads the texts
+Everything but the row's change is as `dpnlu train` recommends it; `grid` are those rows that change
+learning rate, batch and epochs. A frozen encoder reads the texts
 once for all rows. What was measured is kept in the JSON file, and not measured again. Noise comes
 from the seed: no model here is to be published.
 """
@@ -50,6 +52,16 @@ ROWS: dict[str, dict[str, Any]] = {
     "and the last layer alone": {"reads_text": False, "neighbours": 0, "word_layers": (1.0,)},
     "each word's tag by itself": {"slot_loss": "words"},
 }
+# What is changed of the recommended training: settings, and by which factor.
+GRID: dict[str, dict[str, float]] = {
+    "half the rate": {"learning_rate": 0.5},
+    "twice the rate": {"learning_rate": 2.0},
+    "half the batch": {"batch_size": 0.5},
+    "half the batch, half the rate": {"batch_size": 0.5, "learning_rate": 0.5},
+    "half the batch, twice the rate": {"batch_size": 0.5, "learning_rate": 2.0},
+    "twice the epochs": {"epochs": 2.0},
+    "twice the epochs, half the rate": {"epochs": 2.0, "learning_rate": 0.5},
+}
 # The same weights, predicting under the constraints of IOB2 what was trained word by word.
 VITERBI = "each word's tag by itself, Viterbi"
 OF_ENCODERS = {"words alone, not the text", "and no neighbours", "and the last layer alone"}
@@ -84,7 +96,15 @@ def measured(
 ) -> dict[str, dict[str, Any]]:
     """Train once, and measure on both splits; of some rows in two ways."""
     recommended = _experiment(texts.corpus, settings)
-    architecture = replace(recommended.architecture, **ROWS[row])
+    if row in GRID:
+        usual, kinds = recommended.recipe, {"batch_size": round}
+        changed = {
+            name: kinds.get(name, float)(factor * getattr(usual, name))
+            for name, factor in GRID[row].items()
+        }
+        settings = replace(settings, **changed)
+        recommended = _experiment(texts.corpus, settings)
+    architecture = replace(recommended.architecture, **ROWS.get(row, {}))
     experiment = replace(recommended, architecture=architecture)
     classifier = new_classifier(experiment, seed=seed)
     widest = new_classifier(recommended, seed=seed)
@@ -130,6 +150,7 @@ def _experiment(corpus: Corpus, settings: TrainSettings) -> Experiment:
         labels=Labels(corpus.intents, corpus.tags),
         vocabulary=HashedVocabulary(),
         units=len(corpus.split("train")),
+        learning_rate=settings.learning_rate,
     )
 
 
@@ -191,13 +212,14 @@ def main() -> None:
     parser.add_argument("--model", default="lstm")
     parser.add_argument("--epsilons", type=float, nargs="+", default=[8.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--rows", nargs="+", default=["recommended"], help="names, or all")
+    parser.add_argument("--rows", nargs="+", default=["recommended"], help="names, all, or grid")
     parser.add_argument("--texts", type=int, help="of the training split (default: all)")
     parser.add_argument("--recipes", type=int, default=LATEST_RECIPES, help="their edition")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     kind = "encoder" if options.model.startswith("encoder:") else options.model
-    rows = list(ROWS) if options.rows == ["all"] else options.rows
+    sets = {"all": list(ROWS), "grid": ["recommended", *GRID]}
+    rows = [row for name in options.rows for row in sets.get(name, [name])]
     if kind != "encoder":
         rows = [row for row in rows if row not in OF_ENCODERS]
     corpus = fewer(load_corpus(options.data, seed=0), options.texts)

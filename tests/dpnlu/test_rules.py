@@ -1,5 +1,6 @@
 """Every rule against the loop over single examples: layers, in all their configurations."""
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from dpnlu.gradients.errors import UnsupportedLayerError
+from dpnlu.gradients.rules.convolution import _windows
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -738,3 +740,26 @@ def test_a_layer_of_torch_without_a_rule_is_exact_and_says_so(assert_taped_exact
     inputs = torch.randn(3, 5, 3)
     with pytest.warns(UserWarning, match="No rule for .*one by one"):
         assert_taped_exactly(model, lambda model: model(inputs))
+
+
+def test_the_windows_of_a_convolution_are_those_of_torch() -> None:
+    chance, compared = random.Random(0), 0
+    for _ in range(300):
+        kernel, stride, dilation = ([chance.randint(1, 4) for _ in range(2)] for _ in range(3))
+        padding = [(chance.randint(0, 3), chance.randint(0, 3)) for _ in range(2)]
+        values = torch.randn(chance.randint(0, 3), 2, chance.randint(1, 12), chance.randint(1, 12))
+        padded = F.pad(values, [*padding[1], *padding[0]])
+        reached = [gap * (size - 1) for gap, size in zip(dilation, kernel, strict=True)]
+        if any(length <= reach for length, reach in zip(padded.shape[2:], reached, strict=True)):
+            continue
+        found = _windows(
+            values,
+            kernel=tuple(kernel),
+            stride=tuple(stride),
+            padding=tuple(padding),
+            dilation=tuple(dilation),
+        )
+        expected = F.unfold(padded, kernel, dilation=dilation, stride=stride).mT
+        assert torch.equal(found, expected)
+        compared += 1
+    assert compared > 200

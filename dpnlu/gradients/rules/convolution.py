@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -67,17 +68,26 @@ def _windows(
     padding: tuple[tuple[int, int], ...],
     dilation: tuple[int, ...],
 ) -> Tensor:
-    """(N, channels, …) -> (N, positions, channels · kernel): the inputs of each output position."""
-    flat_padding = [side for sides in reversed(padding) for side in sides]
-    padded = F.pad(values, flat_padding)
-    if len(kernel) == 1:
-        padded, kernel, stride, dilation = (
-            padded[:, :, None],
-            (1, *kernel),
-            (1, *stride),
-            (1, *dilation),
-        )
-    return F.unfold(padded, kernel, dilation=dilation, stride=stride).mT
+    """(N, channels, …) -> (N, positions, channels · kernel): the inputs of each output position.
+
+    What `F.unfold` does, of one dimension as of two; several times as fast on a CPU.
+    """
+    padded = F.pad(values, [side for sides in reversed(padding) for side in sides])
+    reaches = [gap * (size - 1) for gap, size in zip(dilation, kernel, strict=True)]
+    outputs = [
+        (length - reach - 1) // step + 1
+        for length, reach, step in zip(padded.shape[2:], reaches, stride, strict=True)
+    ]
+    windows = padded.new_empty(*padded.shape[:2], *kernel, *outputs)
+    for place in itertools.product(*(range(size) for size in kernel)):
+        into, read = windows, padded
+        for dim, at in enumerate(place):
+            start, reach = dilation[dim] * at, stride[dim] * (outputs[dim] - 1) + 1
+            into = into.select(2, at)
+            read = read.narrow(2 + dim, start, reach).movedim(2 + dim, 0)[:: stride[dim]]
+            read = read.movedim(0, 2 + dim)
+        into.copy_(read)
+    return windows.flatten(1, 1 + len(kernel)).flatten(2).mT
 
 
 def _sizes(value: Sizes, dims: int) -> tuple[int, ...]:
