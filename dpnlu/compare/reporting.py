@@ -189,10 +189,15 @@ def _accuracy_interval(accuracy: float, examples: int, *, confidence: float) -> 
 
 
 def _disclosures(prepared: Prepared, run: TrainedBudget) -> list[str]:
-    """What ε does not cover."""
-    if run.budget.plan is None:
-        return []
+    """What ε does not cover, and what attacks do not see."""
     found = []
+    if run.references and run.results.public_use is not None:
+        found.append(
+            "The model learnt from public data, too, and its reference models did not: attacks "
+            "with references are weaker than they could be."
+        )
+    if run.budget.plan is None:
+        return found
     if run.budget.selection is not None:
         found.append("The model is the best of several trainings; ε is that of the choice.")
     if not prepared.corpus.labels_are_public:

@@ -27,6 +27,7 @@ class Results:
         peak_memory_mib: peak memory during training; see `Trained`.
         epsilon, delta: what the ledger says was spent; None: ordinary training.
         physical_batch_size: that was found to fit into memory; None: it was not asked for.
+        public_use: when public data were learnt from; see `TrainSettings`. None: there were none.
     """
 
     intent_accuracy: float | None = None
@@ -39,6 +40,7 @@ class Results:
     epsilon: float | None = None
     delta: float | None = None
     physical_batch_size: int | None = None
+    public_use: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The content of metrics.json."""

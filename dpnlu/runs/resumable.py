@@ -220,7 +220,11 @@ def _trained(work: Work, directory: Path, run: Run | None, on_progress: OnProgre
     if ledger is not None:
         check_unchanged(directory, ledger)
     results = results_of(trained, work.corpus.split("test"), plan=work.plan)
-    results = replace(results, physical_batch_size=run.physical_batch_size)
+    results = replace(
+        results,
+        physical_batch_size=run.physical_batch_size,
+        public_use=None if work.public is None else work.settings.public_use,
+    )
     save_trained(
         trained,
         directory,

@@ -256,3 +256,15 @@ def test_references_of_a_model_clipped_by_public_norms_are_refused(
     (line,) = capsys.readouterr().err.splitlines()
     assert "got one clipped by public:0.5: set --references 0" in line and not out.exists()
     assert main([*attack, "--attacks", "loss", "--references", "0", "--out", str(out)]) == 0
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_a_report_says_that_references_lack_the_public_data(tmp_path: Path, public: bool) -> None:
+    model, out = str(tmp_path / "model"), tmp_path / "report"
+    train = ["train", "--data", "synthetic:60", "--epsilon", "8", "--epochs", "0.5", "--quiet"]
+    assert main([*train, *["--public", "synthetic:80"][: 2 * public], "--out", model]) == 0
+    attack = ["attack", model, "--data", "synthetic:60", "--audit-examples", "20", "--quiet"]
+    assert main([*attack, "--attacks", "lira", "--references", "2", "--out", str(out)]) == 0
+    (run,) = json.loads((out / "report.json").read_text(encoding="utf-8"))["runs"]
+    said = [warning for warning in run["warnings"] if "its reference models did not" in warning]
+    assert len(said) == public
