@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from attacks.report import wording as write
@@ -54,6 +54,7 @@ def changes(report: Mapping[str, Any]) -> Changes | None:
     )
     tables = (
         *(_classes(found, kind) for kind in KINDS),
+        _groups(found),
         _rarest(found),
         _calibrations(found),
         _flips(found),
@@ -113,6 +114,19 @@ def _losses_said(found: Compared, where: Mapping[str, str]) -> Iterator[str]:
             f"rarest word is in {rare['name']} of the training texts, and by {_change(common)} "
             f"where it is in {common['name']} of them."
         )
+    if "change" in run.get("group_gap", {}):
+        yield _gap_said(run["group_gap"], where[run["name"]])
+
+
+def _gap_said(gap: Mapping[str, Any], where: str) -> str:
+    """How far groups lie apart, and what privacy changed about it."""
+    chance = gap.get("gap_by_chance")
+    doubt = "" if chance is None else f" ({write.percent(chance)} by chance)"
+    return (
+        f"{_capital(where)} accuracy is highest in the group {shortened(gap['highest'], 40)} and "
+        f"lowest in the group {shortened(gap['lowest'], 40)}, {write.percent(gap['gap'])} points "
+        f"apart{doubt}; the gap between the best and the worst group changes by {_change(gap)}."
+    )
 
 
 def _change(row: Mapping[str, Any]) -> str:
@@ -158,6 +172,7 @@ def _reading(found: Compared) -> str:
         if has_control
         else ""
     )
+    gaps = any("group_gap" in run for _, run in found.everyone)
     return (
         "All numbers are of the test texts, the same for every model. A text is right if its "
         "intent is, or without intents every slot; a slot is right if it was found with its span "
@@ -165,8 +180,20 @@ def _reading(found: Compared) -> str:
         "with intervals for paired shares (Newcombe, 1998). Intervals cover the chance in the "
         "texts, not that in training, and the worst of many classes look worse than they are, as "
         "they were chosen by their result. Runs may differ in their recipes as well as in privacy."
+        + (_GAPS if gaps else "")
         + again
     )
+
+
+_GAPS = (
+    f" The gap of a run lies between its best and its worst group of at least {LEAST_IN_TEST} test "
+    "texts; both are chosen anew for each run, by their result, so the more groups there are, the "
+    "further the extremes lie apart by chance, which is said beside it. The interval of its change "
+    "is of the bootstrap over texts within groups (Efron and Tibshirani, 1993; percentiles; with "
+    "half a text added to each cell, as Agresti and Min, 2005), which draws the same texts for "
+    "both runs and chooses the groups anew in every draw. Accuracy by group is about the test "
+    "texts alone; it says nothing about how private a group is."
+)
 
 
 # ---- tables ----------------------------------------------------------------------------------
@@ -177,7 +204,7 @@ def _classes(found: Compared, kind: str) -> Details | None:
     strict = classes(found.strictest[1], kind)
     if not strict:
         return None
-    order = sorted(strict, key=lambda name: strict[name].get("change", strict[name]["right"]))
+    order = _worst_first(strict)
     few = len(found.strictest[1]["breakdown"][kind]) - len(order)
     hidden = f", of {len(order)}" if len(order) > MOST_CLASSES else ""
     rare = f"; {few} more occur fewer than {LEAST_IN_TEST} times in the test" if few else ""
@@ -187,6 +214,45 @@ def _classes(found: Compared, kind: str) -> Details | None:
         KINDS[kind],
         _by_class(found, kind, order[:MOST_CLASSES]),
     )
+
+
+def _worst_first(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return sorted(rows, key=lambda name: rows[name].get("change", rows[name]["right"]))
+
+
+def _groups(found: Compared) -> Details | None:
+    """Groups of people by what privacy lost, and how far the best and the worst lie apart."""
+    run = found.strictest[1]
+    order = _worst_first(classes(run, "groups"))
+    if not order:
+        return None
+    every = classes(run, "groups", least=0).values()
+    few, known = len(every) - len(order), sum(row["test"] for row in every)
+    without = max(run["flips"]["texts"] - known, 0)
+    title = (
+        "Texts by group, the worst first"
+        + (f", of {len(order)}" if len(order) > MOST_CLASSES else "")
+        + (f"; {few} more have fewer than {LEAST_IN_TEST} test texts" if few else "")
+        + (f"; {without} test texts have no group" if without else "")
+    )
+    table = _by_class(found, "groups", order[:MOST_CLASSES])
+    return Details(title, "group", replace(table, rows=(*table.rows, *_gap_rows(found))))
+
+
+def _gap_rows(found: Compared) -> Iterator[Row]:
+    gaps = [run.get("group_gap", {}) for _, run in found.everyone]
+    if any(gaps):
+        yield Row("highest − lowest (points)", (Cell(), Cell(), *map(_gap, gaps)))
+    if any("gap_by_chance" in gap for gap in gaps):
+        yield Row("the same by chance (points)", (Cell(), Cell(), *map(_gap_by_chance, gaps)))
+
+
+def _gap(gap: Mapping[str, Any]) -> Cell:
+    return _right({**gap, "right": gap["gap"]}) if gap else Cell()
+
+
+def _gap_by_chance(gap: Mapping[str, Any]) -> Cell:
+    return Cell(write.percent(gap["gap_by_chance"])) if "gap_by_chance" in gap else Cell()
 
 
 def _rarest(found: Compared) -> Details | None:

@@ -53,7 +53,7 @@ def classes(run: Run, kind: str, *, least: int = LEAST_IN_TEST) -> dict[str, Map
     """The classes of a breakdown by name, in its order.
 
     Args:
-        kind: intents, slots or rarest_word.
+        kind: intents, slots, groups or rarest_word.
         least: in the test, of each class.
     """
     rows: Sequence[Mapping[str, Any]] = run.get("breakdown", {}).get(kind, ())

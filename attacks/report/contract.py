@@ -158,6 +158,22 @@ def version(value: Any, path: str) -> None:
         refuse(path, f"= {SCHEMA}", repr(value), "use the version of attacks that wrote the file")
 
 
+def _gap_of_groups(run: Any, path: str) -> None:
+    """Rule: the gap lies between two groups of the breakdown."""
+    if "group_gap" not in run:
+        return
+    found, place = run["group_gap"], f"{path}.group_gap"
+    right = {row["name"]: row["right"] for row in run.get("breakdown", {}).get("groups", ())}
+    for key in ("highest", "lowest"):
+        if found[key] not in right:
+            allowed = "as the name of a group in `breakdown`"
+            refuse(f"{place}.{key}", allowed, repr(found[key]), "write it as there")
+    between = right[found["highest"]] - right[found["lowest"]]
+    if abs(found["gap"] - between) > ROUNDING:
+        allowed = f"= {between!r}, as far as the two groups lie apart"
+        refuse(f"{place}.gap", allowed, repr(found["gap"]), "compute it from `breakdown`")
+
+
 SHARE = number(0, 1)
 SHARES = interval(SHARE)
 ANY = number(-math.inf, ends="()")
@@ -259,6 +275,12 @@ CLASS = record(
     around("change", "change_interval"),
 )
 
+GROUP_GAP = record(
+    {"highest": text, "lowest": text, "gap": SHARE},
+    {"gap_by_chance": SHARE, "change": CHANGE, "change_interval": interval(CHANGE)},
+    around("change", "change_interval"),
+)
+
 CALIBRATION = record(
     {"texts": count, **numbers(("accuracy", "mean_confidence", "ece"), SHARE)},
     {
@@ -318,7 +340,10 @@ RUN = record(
         "canaries": list_of(CANARY),
         "recovered": list_of(EXAMPLE),
         "audit": AUDIT,
-        "breakdown": record({}, numbers(("intents", "slots", "rarest_word"), list_of(CLASS))),
+        "breakdown": record(
+            {}, numbers(("intents", "slots", "groups", "rarest_word"), list_of(CLASS))
+        ),
+        "group_gap": GROUP_GAP,
         "calibration": CALIBRATION,
         "flips": FLIPS,
         "retrainings": list_of(FLIPS),
@@ -327,6 +352,7 @@ RUN = record(
     _guarantee,
     together("second_epsilon", "second_accountant"),
     around("intent_accuracy", "intent_accuracy_interval"),
+    _gap_of_groups,
 )
 
 BLIND = record(

@@ -1,4 +1,5 @@
-"""Accuracy by class, from arrays alone: which intents, slots or rare words privacy costs most.
+"""Accuracy by class, from arrays alone: on which intents, slots, rare words or groups privacy costs
+most.
 
 Privacy weighs most on what few examples teach: Bagdasaryan, Poursaeed and Shmatikov (2019),
 Differential privacy has disparate impact on model accuracy.
@@ -23,7 +24,8 @@ class Breakdown:
     Attributes:
         names: of the C classes.
         training: (C,) how often each occurs in training; None: a class is a range of frequencies.
-        classes: (N,) the class of each thing that is asked, as an index of names.
+        classes: (N,) the class of each thing that is asked, as an index of names; -1: it is in
+            none.
     """
 
     names: tuple[str, ...]
@@ -46,7 +48,7 @@ class Breakdown:
         """
         return [
             self._row(index, right, ordinary, confidence)
-            for index in np.unique(self.classes).tolist()
+            for index in np.unique(self.classes[self.classes >= 0]).tolist()
         ]
 
     def _row(

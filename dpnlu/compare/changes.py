@@ -1,7 +1,7 @@
 """What privacy changed in the answers to the test texts, as entries of the report.
 
 Every model is asked the same texts, so what changed is counted text by text: by class, by how sure
-the model is, and by which texts went from right to wrong.
+the model is, by which texts went from right to wrong, and by how far groups of people lie apart.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dpnlu.compare.breakdown import Breakdown, by_frequency
 from dpnlu.compare.calibration import calibration
 from dpnlu.compare.flips import flips
+from dpnlu.compare.group_gap import group_gap
 from dpnlu.compare.preparation import Prepared
 from dpnlu.compare.training import TrainedBudget
 from dpnlu.nlu.data import Example
@@ -72,8 +73,8 @@ def _found(example: Example, tags: Sequence[str]) -> list[bool]:
 
 
 def changes(prepared: Prepared, trained: Sequence[TrainedBudget]) -> list[dict[str, Any]]:
-    """The entries of every run: breakdown, calibration, flips and retrainings, as far as they were
-    measured.
+    """The entries of every run: breakdown, gap between groups, calibration, flips and retrainings,
+    as far as they were measured.
 
     Private runs are compared with the ordinary one, where there is one; retrainings with the target
     that they repeat.
@@ -113,7 +114,8 @@ def _verdicts(run: TrainedBudget, answers: Answers | None) -> Verdicts:
 def breakdowns_of(
     test: Sequence[Example], training: Sequence[Example], labels: Labels
 ) -> dict[str, Breakdown]:
-    """What the test asks by intent, by slot and by rare words, next to how often training had it.
+    """What the test asks by intent, by slot, by group and by rare words, next to how often training
+    had it.
 
     Args:
         training: what the target was trained on.
@@ -127,6 +129,9 @@ def breakdowns_of(
     if slots:
         taught = (span.slot for example in training for span in spans(example.tags or ()))
         found["slots"] = _by_name(slots, Counter(taught))
+    groups = [example.group for example in test]
+    if any(group is not None for group in groups):
+        found["groups"] = _by_name(groups, Counter(example.group for example in training))
     seen = Counter(word for example in training for word in _words(example))
     found["rarest_word"] = by_frequency([min(seen[w] for w in _words(e)) for e in test])
     return found
@@ -136,13 +141,14 @@ def _words(example: Example) -> set[str]:
     return {normalized_token(token) for token in example.tokens}
 
 
-def _by_name(asked: Sequence[str], taught: Counter[Any]) -> Breakdown:
-    names = sorted(set(asked))
-    places = {name: place for place, name in enumerate(names)}
+def _by_name(asked: Sequence[str | None], taught: Counter[Any]) -> Breakdown:
+    """What is asked by its name; what has none is in no class."""
+    names = sorted({name for name in asked if name is not None})
+    places: dict[str | None, int] = {name: place for place, name in enumerate(names)}
     return Breakdown(
         names=tuple(names),
         training=tuple(taught[name] for name in names),
-        classes=np.array([places[name] for name in asked]),
+        classes=np.array([places.get(name, -1) for name in asked]),
     )
 
 
@@ -154,7 +160,8 @@ def entry_of(
     confidence: float,
     seed: int,
 ) -> dict[str, Any]:
-    """Breakdown and calibration of one run; a model that has diverged has no calibration.
+    """Breakdown, gap between groups and calibration of one run; a model that has diverged has no
+    calibration.
 
     Args:
         ordinary: of the run to compare with; None: there is none.
@@ -170,6 +177,15 @@ def entry_of(
             if name != "rarest_word":  # whose ranges have an order of their own
                 rows[name].sort(key=lambda row: row.get("change", row["right"]))
     entry: dict[str, Any] = {"breakdown": rows}
+    if "groups" in breakdowns:
+        gap = group_gap(
+            breakdowns["groups"],
+            own.texts,
+            ordinary=None if ordinary is None else ordinary.texts,
+            confidence=confidence,
+            rng=np.random.default_rng([seed, 6]),
+        )
+        entry |= {} if gap is None else {"group_gap": gap.to_dict()}
     if own.confidence is not None and np.isfinite(own.confidence).all():
         rng = np.random.default_rng([seed, 5])
         found = calibration(own.confidence, own.texts, confidence=confidence, rng=rng)

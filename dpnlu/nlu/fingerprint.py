@@ -54,11 +54,14 @@ def _digest(key: str, corpus: Corpus, encoding: Encoding, beside: Sequence[Examp
 
 
 def _parts(corpus: Corpus, encoding: Encoding, beside: Sequence[Example]) -> Iterator[Any]:
-    """All that decides what the model is trained and measured on, as JSON."""
+    """All that decides what the model is trained and measured on, as JSON.
+
+    Not the groups: they decide neither, and data may name them after the training began.
+    """
     yield asdict(encoding.labels)
     if isinstance(encoding, WordEncoding):
         yield encoding.vocabulary.to_dict()
     elif isinstance(encoding, SubwordEncoding):
         yield encoding.tokenizer.get_vocab()
     for example in (*corpus.examples, *beside):
-        yield asdict(example)
+        yield {name: value for name, value in asdict(example).items() if name != "group"}

@@ -781,3 +781,83 @@ def test_the_section_shows_markup_of_users_as_text():
             entry["breakdown"][kind][0]["name"] = EVIL
     assert "script" not in [tag for tag, _ in page(report).tags]
     assert "<script>" not in markdown(report)
+
+
+# ---- groups of people
+
+
+def grouped(*names, size=50):
+    """A study whose test texts belong to groups: three alike, of which each budget harms one."""
+    report = study()
+    for place, entry in enumerate(report["runs"]):
+        rows = [
+            {"name": name, "training": 100, "test": size, "right": 0.9, "right_interval": [0.8, 1]}
+            for name in names or ("north", "south", "east")
+        ]
+        rows[0]["right"] = 0.9 - 0.05 * place
+        gap = {"highest": rows[1]["name"], "lowest": rows[0]["name"], "gap": 0.05 * place}
+        entry["group_gap"] = gap | {"gap_by_chance": 0.08}
+        if place:
+            for row in rows:
+                change = row["right"] - 0.9
+                row |= {"change": change, "change_interval": [change - 0.1, change + 0.1]}
+            changed = {"change": 0.05 * place, "change_interval": [-0.02, 0.3]}
+            entry["group_gap"] |= changed
+        entry["breakdown"]["groups"] = rows[::-1]
+    return report
+
+
+def test_groups_are_listed_with_how_far_they_lie_apart():
+    rows, columns = changed(grouped(), "Texts by group, the worst first; 50 test texts have no")
+    assert list(rows) == [
+        *("north", "east", "south", "highest − lowest (points)", "the same by chance (points)"),
+    ]
+    assert columns[:3] == ["in training", "in the test", "no privacy (%)"]
+    assert [cell.value for cell in rows["north"]] == ["100", "50", "90.0", "85.0", "80.0"]
+    gaps = rows["highest − lowest (points)"]
+    assert [cell.value for cell in gaps] == ["–", "–", "0.0", "5.0", "10.0"]
+    assert gaps[-1].details == ("+10.0\u00a0[−2.0,\u00a0+30.0]",)
+    said = dict(changes(plain(grouped())).said)["What is lost"]
+    assert (
+        "At ε\u00a0=\u00a02 accuracy is highest in the group south and lowest in the group north, "
+        "10.0 points apart (8.0 by chance); the gap between the best and the worst group changes "
+        "by +10.0 points [−2.0,\u00a0+30.0]."
+    ) in said
+    assert "over texts within groups" in changes(plain(grouped())).reading
+
+
+def test_small_groups_are_counted_and_of_many_the_worst_are_shown():
+    report = grouped()
+    for entry in report["runs"]:
+        entry["breakdown"]["groups"].append({"name": "west", "test": 9, "right": 1})
+    rows, _ = changed(
+        report,
+        "Texts by group, the worst first; 1 more have fewer than 10 test texts; 41 test texts have",
+    )
+    assert "west" not in rows
+    rows, _ = changed(
+        grouped(*map(str, range(12)), size=10), "Texts by group, the worst first, of 12; 80"
+    )
+    assert len(rows) == 10 + 2 and "0" in rows
+
+
+def test_without_groups_nothing_is_said_of_them():
+    found = changes(plain(study()))
+    said = [*map(" ".join, found.said), found.reading, *(d.title for d in found.details)]
+    assert "group" not in " ".join(said)
+    report = grouped()
+    for entry in report["runs"]:
+        del entry["group_gap"]  # of groups of which all but one are small
+    rows, _ = changed(report, "Texts by group")
+    assert list(rows) == ["north", "east", "south"]
+    assert "accuracy is highest" not in dict(changes(plain(report)).said)["What is lost"]
+
+
+def test_a_report_with_groups_is_written_and_shows_their_names_as_text():
+    names = (EVIL, "長" * 5_000, "\u200fשלום\u202e")
+    report = grouped(*names)
+    assert "script" not in [tag for tag, _ in page(report).tags]
+    written = markdown(report)
+    assert "<script>" not in written and "\u202e" not in written
+    said = dict(changes(plain(report)).said)["What is lost"]
+    assert "長" * 39 + "…" in said and "長" * 41 not in said

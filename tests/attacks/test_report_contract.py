@@ -56,6 +56,18 @@ RUN = {
             | {"change": -0.1, "change_interval": [-0.4, 0.1]}
         ],
         "rarest_word": [{"name": "none", "test": 9, "right": 0.5}],
+        "groups": [
+            {"name": "north", "test": 9, "right": 0.5},
+            {"name": "south", "test": 9, "right": 0.75},
+        ],
+    },
+    "group_gap": {
+        "highest": "south",
+        "lowest": "north",
+        "gap": 0.25,
+        "gap_by_chance": 0.2,
+        "change": 0.1,
+        "change_interval": [-0.1, 0.2],
     },
     "calibration": {
         "texts": 9,
@@ -182,6 +194,14 @@ WRONG = [
     ([*R, "breakdown", "intents", 0, "change"], -2, "runs[1].breakdown.intents[0].change"),
     ([*R, "breakdown", "intents", 0, "change"], 0.5, "breakdown.intents[0].change_interval"),
     ([*R, "breakdown", "rarest_word", 0, "name"], "", "breakdown.rarest_word[0].name"),
+    ([*R, "breakdown", "groups", 0, "right"], "most", "runs[1].breakdown.groups[0].right"),
+    ([*R, "breakdown", "groups", 0, "right"], 0.4, "runs[1].group_gap.gap"),
+    ([*R, "group_gap", "gap"], -0.25, "runs[1].group_gap.gap"),
+    ([*R, "group_gap", "lowest"], "nowhere", "runs[1].group_gap.lowest"),
+    ([*R, "group_gap", "highest"], ["south"], "runs[1].group_gap.highest"),
+    ([*R, "group_gap", "change"], 0.3, "runs[1].group_gap.change_interval"),
+    ([*R, "group_gap", "gap_by_chance"], 2, "runs[1].group_gap.gap_by_chance"),
+    ([*R, "breakdown", "groups"], [], "runs[1].group_gap.highest"),
     ([*R, "calibration", "ece"], 0.5, "runs[1].calibration.ece_interval"),
     ([*R, "calibration", "overconfidence"], 1.5, "runs[1].calibration.overconfidence"),
     ([*R, "calibration", "bins", 0, "accuracy"], 2, "runs[1].calibration.bins[0].accuracy"),
@@ -227,6 +247,9 @@ MISSING = [
     ([*M, "auc_interval"], "runs[1].membership.lira.auc_interval"),
     ([*M, "tpr_at_fpr", "0.01", "interval"], "tpr_at_fpr.0.01.interval"),
     ([*M, "roc", "high"], "runs[1].membership.lira.roc.high"),
+    ([*R, "breakdown"], "runs[1].group_gap.highest"),
+    ([*R, "group_gap", "gap"], "runs[1].group_gap.gap"),
+    ([*R, "group_gap", "change"], "runs[1].group_gap.change_interval"),
     ([*C, "available_bits"], "runs[1].canary.available_bits"),
     ([*C, "exact_match_interval"], "runs[1].canary.exact_match_interval"),
     ([*C, "chance_exact"], "runs[1].canary.chance_exact"),
@@ -251,6 +274,9 @@ OPTIONAL = [
     [*M, "roc"],
     [*M, "tpr_at_fpr", "0.01", "ceiling"],
     [*C, "exposure_interval"],
+    [*R, "group_gap"],
+    [*R, "group_gap", "gap_by_chance"],
+    [*R, "group_gap", "change_interval"],
     [*R, A, "ceiling"],
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import product
 from math import comb
+from typing import Any
 
 import numpy as np
 import pytest
@@ -217,6 +218,50 @@ def test_breakdowns_count_what_training_had() -> None:
     # "weather" never; "Play" in two texts, "hello" in one, however often it says so.
     assert [words.names[place] for place in words.classes] == ["none", "1 to 4"]
     assert "intents" not in breakdowns_of(TEST, training, Labels((), LABELS.tags))
+
+
+def _grouped(*groups: str | None) -> tuple[Example, ...]:
+    """The two texts in turn, and to which group each belongs."""
+    return tuple(
+        replace(TEST[number % 2], id=f"test-{number}", group=group)
+        for number, group in enumerate(groups)
+    )
+
+
+def _by_group(test: tuple[Example, ...], intents: list[int], before: list[int]) -> dict[str, Any]:
+    found = breakdowns_of(test, _grouped("a", "a", "c", None), LABELS)
+    own, ordinary = (Verdicts.of(_answers(said, None), test, LABELS) for said in (intents, before))
+    return entry_of(own, ordinary, found, confidence=0.95, seed=0)
+
+
+def test_groups_are_a_breakdown_of_the_texts_that_have_one() -> None:
+    """Ten of a, five of them wrong since; ten of b, always right; one of c; two of none."""
+    test = _grouped(*("a",) * 10, *("b",) * 10, "c", None, None)
+    gold = [number % 2 for number in range(23)]
+    entry = _by_group(test, [0] * 10 + gold[10:], gold)
+    worst, *others = entry["breakdown"]["groups"]
+    assert [row["name"] for row in others] == ["b", "c"]
+    asked = {key: worst[key] for key in ("name", "training", "test", "right", "change")}
+    assert asked == {"name": "a", "training": 2, "test": 10, "right": 0.5, "change": -0.5}
+    assert [(row["training"], row["test"], row["change"]) for row in others] == [
+        *((0, 10, 0), (1, 1, 0)),
+    ]
+    gap = entry["group_gap"]
+    assert (gap["lowest"], gap["highest"], gap["gap"], gap["change"]) == ("a", "b", 0.5, 0.5)
+    swapped = _grouped(*("b",) * 10, *("a",) * 10, "c", None, None)
+    other = _by_group(swapped, [0] * 10 + gold[10:], gold)
+    same = {key: other["group_gap"][key] for key in ("lowest", "highest", "gap", "change")}
+    assert same == {"lowest": "b", "highest": "a", "gap": 0.5, "change": 0.5}
+    assert [row["name"] for row in other["breakdown"]["groups"]] == ["b", "a", "c"]
+    kept = {"intents", "slots", "rarest_word"} & set(entry["breakdown"])
+    assert all(other["breakdown"][kind] == entry["breakdown"][kind] for kind in kept)
+
+
+def test_without_groups_in_the_test_nothing_is_said_of_them() -> None:
+    entry = _by_group(_grouped(*(None,) * 20), [0] * 20, [0] * 20)
+    assert "groups" not in entry["breakdown"] and "group_gap" not in entry
+    few = _by_group(_grouped("a", *(None,) * 19), [0] * 20, [0] * 20)
+    assert len(few["breakdown"]["groups"]) == 1 and "group_gap" not in few
 
 
 def test_a_model_that_has_diverged_is_counted_and_has_no_calibration() -> None:

@@ -44,6 +44,13 @@ def _with_words(*words: str) -> Encoding:
     return WordEncoding(LABELS, WordList(words=words, is_public=True))
 
 
+def test_groups_are_no_part_of_it() -> None:
+    """They are read for evaluation only, and a training begun without them is resumed."""
+    found = Fingerprint.take(CORPUS, ENCODING)
+    assert found.matches(_with_first(group="north"), ENCODING)
+    assert not found.matches(_with_first(user="u1"), ENCODING)
+
+
 OTHERS: dict[str, tuple[Corpus, Encoding]] = {
     "another text": (_with_first(text="play 9", tokens=("play", "9")), ENCODING),
     "other tokens": (_with_first(tokens=("pla", "y0")), ENCODING),

@@ -268,3 +268,134 @@ def test_a_study_without_ordinary_training_compares_with_nothing(tmp_path: Path)
     assert "flips" not in run and "retrainings" not in run
     assert "change" not in run["breakdown"]["intents"][0]
     assert "What did privacy change" not in (tmp_path / "out" / "report.html").read_text("utf-8")
+
+
+# ---- groups of people
+
+# A name that is in no text, so that its traces are its own.
+NORTH, SOUTH = "North <b>Þ", "South"
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def _with_groups(north: str, south: str) -> list[dict[str, Any]]:
+    """Whoever calls is of the north, whoever wakes of the south; every fifth says nothing. Some
+    test texts of the south have the other label, so that whatever is learnt, groups lie apart."""
+    return [
+        row
+        | ({"group": north if row["intent"] == "call" else south} if place % 5 else {})
+        | ({"intent": "call"} if row["split"] == "test" and place % 6 == 1 else {})
+        for place, row in enumerate(_rows(intent=True, tags=True))
+    ]
+
+
+def _without_groups() -> list[dict[str, Any]]:
+    rows = _with_groups(NORTH, SOUTH)
+    return [{key: row[key] for key in row if key != "group"} for row in rows]
+
+
+GROUPED = [*PLAIN, "--batch-size", "20", "--epochs", "3"]
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("groups")
+    data = _write(folder / "data.jsonl", _with_groups(NORTH, SOUTH))
+    assert main([*GROUPED, "--data", data, "--out", str(folder / "out")]) == 0
+    return folder
+
+
+def test_accuracy_by_group_is_that_of_the_saved_models(grouped: Path) -> None:
+    rows = [row for row in _with_groups(NORTH, SOUTH) if row["split"] == "test"]
+    accuracy = []
+    for run in _runs(grouped / "out"):
+        said = dpnlu.load(grouped / "out" / "runs" / run["name"] / "target").predict(
+            [row["text"] for row in rows]
+        )
+        right = np.array([p.intent == row["intent"] for p, row in zip(said, rows, strict=True)])
+        of = {
+            name: right[[row.get("group") == name for row in rows]].mean()
+            for name in (NORTH, SOUTH)
+        }
+        found = {row["name"]: row for row in run["breakdown"]["groups"]}
+        assert {name: row["right"] for name, row in found.items()} == pytest.approx(of)
+        assert [found[name]["test"] for name in (NORTH, SOUTH)] == [16, 16]
+        # Half of the training texts that have a group may be audited, and half of those left out.
+        assert all(48 >= found[name]["training"] >= 10 for name in (NORTH, SOUTH))
+        gap = run["group_gap"]
+        assert gap["gap"] == pytest.approx(abs(of[NORTH] - of[SOUTH]))
+        accuracy.append(of)
+        assert gap["gap"] > 0, "groups that are alike test nothing"
+    ordinary, private = (abs(of[NORTH] - of[SOUTH]) for of in accuracy)
+    assert gap["change"] == pytest.approx(private - ordinary)
+    assert "change" not in _runs(grouped / "out")[0]["group_gap"]
+
+
+def test_groups_are_in_the_report_and_in_no_other_file(grouped: Path) -> None:
+    page = (grouped / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Texts by group, the worst first; 8 test texts have no group" in page
+    assert "North &lt;b&gt;Þ" in page and "North <b>" not in page
+    for path in (grouped / "out" / "runs").rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert b"North" not in content and b"South" not in content, path
+
+
+def test_other_groups_change_their_entries_alone_and_train_nothing(
+    grouped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which shows that no model has seen them."""
+    before = _measured(grouped / "out")
+    gaps = [run["group_gap"] for run in _runs(grouped / "out")]
+    _never_trained(monkeypatch)
+    command = [*GROUPED, "--data", str(grouped / "data.jsonl"), "--out", str(grouped / "out")]
+    _write(grouped / "data.jsonl", _with_groups(SOUTH, NORTH))
+    assert main(command) == 0
+    after = _measured(grouped / "out")
+    other = {NORTH: SOUTH, SOUTH: NORTH}
+    for old, new, gap, run in zip(before, after, gaps, _runs(grouped / "out"), strict=True):
+        swapped = {row["name"]: row for row in new["breakdown"].pop("groups")}
+        for row in old["breakdown"].pop("groups"):
+            assert swapped[other[row["name"]]] == row | {"name": other[row["name"]]}
+        assert old == new
+        assert run["group_gap"]["gap"] == gap["gap"]
+        assert run["group_gap"]["lowest"] == other[gap["lowest"]]
+    _write(grouped / "data.jsonl", _without_groups())
+    assert main(command) == 0
+    for run in _runs(grouped / "out"):
+        assert "groups" not in run["breakdown"] and "group_gap" not in run
+    page = (grouped / "out" / "report.md").read_text(encoding="utf-8")
+    section = page.partition("## What did privacy change")[2].partition("\n## ")[0]
+    assert "Flips" in section and "group" not in section
+
+
+def test_a_study_draws_and_encodes_the_same_with_and_without_groups(tmp_path: Path) -> None:
+    studies = [
+        prepare_study(
+            StudySettings(data=_write(tmp_path / "d.jsonl", rows), attacks=("loss",), references=0)
+        )
+        for rows in (_without_groups(), _with_groups(NORTH, SOUTH))
+    ]
+    plain, with_groups = studies
+    assert (plain.study.membership == with_groups.study.membership).all()
+    for without, member in zip(plain.study.examples(0), with_groups.study.examples(0), strict=True):
+        assert without == replace(member, group=None)
+    assert any(example.group == NORTH for example in with_groups.study.examples(0))
+    assert plain.settings.to_dict() == with_groups.settings.to_dict()
+    assert plain.corpus.tags == with_groups.corpus.tags
+    assert plain.corpus.intents == with_groups.corpus.intents
+
+
+@pytest.mark.parametrize("group", [7, ["a"], " ", {"name": "a"}])
+def test_what_is_no_group_is_refused_in_one_line(
+    group: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = _rows(intent=True)
+    rows[3]["group"] = group
+    data, out = _write(tmp_path / "data.jsonl", rows), tmp_path / "out"
+    assert main([*PLAIN, "--data", data, "--out", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{data}, line 4: " in line and "group" in line and not out.exists()

@@ -25,6 +25,7 @@ class Row:
         tokens: None to have the text tokenised.
         tags: IOB2, or None.
         user: Who wrote it, if known.
+        group: Which group of people it belongs to, if known.
     """
 
     place: str
@@ -34,6 +35,7 @@ class Row:
     tokens: tuple[str, ...] | None = None
     tags: tuple[str, ...] | None = None
     user: str | None = None
+    group: str | None = None
 
 
 def assembled(
@@ -129,6 +131,7 @@ def _example(row: Row, *, split: str, position: int) -> Example:
         intent=row.intent,
         split=split,
         user=row.user,
+        group=row.group,
     )
 
 

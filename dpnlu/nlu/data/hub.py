@@ -19,6 +19,7 @@ COLUMN_NAMES = {
     "annotated": ("annot_utt",),
     "split": ("split", "partition"),
     "user": ("user", "user_id", "speaker_id", "worker_id"),
+    "group": ("group",),
 }
 # Some sets publish their test rows without labels; such a label has this number.
 UNLABELLED = -1
@@ -160,6 +161,7 @@ def _row(values: Mapping[str, Any], *, place: str) -> Row:
         tokens=tokens,
         tags=tags,
         user=None if user is None else str(user),
+        group=_group(values.get("group"), place=place),
     )
 
 
@@ -187,6 +189,17 @@ def _text(value: Any, *, place: str) -> str | None:
         return None if value is None else str(value)
     raise DataError(
         f"{place}: expected a string as text, got {type(value).__name__}; join or convert it."
+    )
+
+
+def _group(value: Any, *, place: str) -> str | None:
+    """Return the name of a group; a whole number, as which a table's column may have been read,
+    is one too."""
+    if value is None or isinstance(value, str | int):
+        return None if value is None else str(value)
+    raise DataError(
+        f"{place}: expected a string as group, got {type(value).__name__}; convert the column or "
+        "rename it."
     )
 
 

@@ -14,8 +14,8 @@ def load_jsonl(path: Path) -> Corpus:
 
     Keys: `text` (string, required); `intent` (string) or `tags` (IOB2, one per token), or both, the
     same on every row; `tokens` (strings; else the text is tokenised); `split` (train, valid or
-    test, on every row or on none: then it is drawn 80/10/10); `user` (string or integer). Other
-    keys and empty lines are ignored.
+    test, on every row or on none: then it is drawn 80/10/10); `user` (string or integer); `group`
+    (string). Other keys and empty lines are ignored.
 
     Raises:
         DataError: the file or a line is not of that form; the message names the line.
@@ -45,6 +45,7 @@ def _row(line: str, *, place: str) -> Row:
         tokens=_strings(record, "tokens", place=place),
         tags=_strings(record, "tags", place=place),
         user=_user(record, place=place),
+        group=_optional(record, "group", place=place),
     )
 
 

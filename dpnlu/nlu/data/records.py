@@ -23,6 +23,8 @@ class Example:
         intent: The label of the whole utterance, or None in a corpus without intents.
         split: "train", "valid" or "test".
         user: Who wrote it, where the source says so; the unit of user-level privacy.
+        group: Which group of people it belongs to, likewise; read to compare accuracy by group,
+            never an input of a model.
 
     Raises:
         DataError: a field breaks what is said above; the message names the id.
@@ -35,6 +37,7 @@ class Example:
     intent: str | None
     split: str
     user: str | None = None
+    group: str | None = None
 
     def __post_init__(self) -> None:
         _check_strings(self)
@@ -145,20 +148,21 @@ def normalized(text: str) -> str:
 
 
 def _check_strings(example: Example) -> None:
-    """Refuse a blank id, text or intent, an unknown split, and what no file can hold."""
-    labels = (*([] if example.intent is None else [example.intent]), *(example.tags or ()))
-    strings = (example.id, example.text, *example.tokens, *labels)
+    """Refuse a blank id, text, intent or group, an unknown split, and what no file can hold."""
+    labels = [label for label in (example.intent, example.group) if label is not None]
+    strings = (example.id, example.text, *example.tokens, *labels, *(example.tags or ()))
     if broken := next((text for text in strings if not _is_unicode(text)), None):
         raise DataError(
             f"Example {example.id}: expected valid Unicode, got {broken!a}, "
             "which has half a surrogate pair; correct or remove the row."
         )
-    for field in ("id", "text", "intent"):
+    for field in ("id", "text", "intent", "group"):
         value = getattr(example, field)
         if value is not None and not value.strip():
+            remedy = "leave it out" if field == "group" else "remove the row"
             raise DataError(
                 f"Example {example.id}: expected a non-empty {field}, got a blank one; fill it in "
-                "or remove the row."
+                f"or {remedy}."
             )
     if example.split not in SPLITS:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Comma-separated tables with a header: text, intent and, if known, split and user."""
+"""Comma-separated tables with a header: text, intent and, if known, split, user and group."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from dpnlu.nlu.data.records import Corpus
 def load_table(path: Path) -> Corpus:
     """Load `FILE.csv` with the columns `text` and `intent`; it has no slots.
 
-    Optional columns: `split` (on every row or on none: then it is drawn 80/10/10) and `user`.
-    Others are ignored.
+    Optional columns: `split` (on every row or on none: then it is drawn 80/10/10), `user` and
+    `group`. Others are ignored.
 
     Raises:
         DataError: the file or a row is not of that form; the message names the line.
@@ -23,6 +23,7 @@ def load_table(path: Path) -> Corpus:
             intent=record["intent"].strip(),
             split=record.get("split", "").strip() or None,
             user=record.get("user", "").strip() or None,
+            group=record.get("group", "").strip() or None,
         )
         for place, record in read_table(path, delimiter=",", required=("text", "intent"))
     ]

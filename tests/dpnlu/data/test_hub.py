@@ -52,10 +52,13 @@ def test_declared_labels_are_decoded_and_kept(tmp_path: Path) -> None:
         ),
         "intent": datasets.ClassLabel(names=["weather", "alarm", "never"]),
         "speaker_id": datasets.Value("int64"),
+        "group": datasets.ClassLabel(names=["north", "south"]),
     }
     rows = [
-        {"tokens": ["In", "New", "York"], "ner_tags": [0, 1, 1], "intent": 0, "speaker_id": 4},
-        {"tokens": ["wake", "me"], "ner_tags": [0, 0], "intent": 1, "speaker_id": None},
+        {"tokens": ["In", "New", "York"], "ner_tags": [0, 1, 1], "intent": 0, "speaker_id": 4}
+        | {"group": 1},
+        {"tokens": ["wake", "me"], "ner_tags": [0, 0], "intent": 1, "speaker_id": None}
+        | {"group": None},
     ]
     folder = write_parquet(tmp_path / "d", features, train=rows, validation=rows, test=rows)
     corpus = load_corpus(f"hf:{folder}")
@@ -65,9 +68,39 @@ def test_declared_labels_are_decoded_and_kept(tmp_path: Path) -> None:
     assert first.tags == ("O", "B-city", "I-city")
     assert (first.intent, second.intent) == ("weather", "alarm")
     assert (first.user, second.user) == ("4", None)
+    assert (first.group, second.group) == ("south", None)
     assert corpus.declared_intents == ("weather", "alarm", "never")
     assert corpus.declared_slots == ("city", "day")
     assert corpus.labels_are_public
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["north", None], ["north", None]),
+        ([3, 4], ["3", "4"]),
+        ([[1], [2]], "train row 1: expected a string as group, got list"),
+        ([0.5, 1.5], "train row 1: expected a string as group, got float"),
+        (["north", " "], "train row 2: Example train-00001: expected a non-empty group"),
+    ],
+)
+def test_a_group_is_a_name(tmp_path: Path, values: list[Any], expected: Any) -> None:
+    splits = {
+        split: [
+            {"text": f"{split} {n}", "intent": f"i{n}", "group": value}
+            for n, value in enumerate(values)
+        ]
+        for split in ("train", "validation", "test")
+    }
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for split, rows in splits.items():
+        datasets.Dataset.from_list(rows).to_parquet(folder / f"{split}.parquet")
+    if isinstance(expected, str):
+        with pytest.raises(DataError, match=expected):
+            load_hub(str(folder))
+        return
+    assert [row.group for row in load_hub(str(folder)).split("test")] == expected
 
 
 def test_labels_written_as_text_are_not_declared(tmp_path: Path) -> None:

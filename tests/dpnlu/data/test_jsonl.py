@@ -17,10 +17,12 @@ ROWS: list[dict[str, Any]] = [
         "intent": "alarm",
         "split": "train",
         "user": "u1",
+        "group": "Zürich, <b>",
         "fold": 3,
     },
     {"text": "play it", "tags": ["O", "O"], "intent": "music", "split": "train", "user": 7},
-    {"text": "stop \u2028now", "tags": ["O", "O"], "intent": "music", "split": "test"},
+    {"text": "stop \u2028now", "tags": ["O", "O"], "intent": "music", "split": "test"}
+    | {"group": None},
 ]
 
 
@@ -45,6 +47,7 @@ def test_all_keys_are_read(tmp_path: Path, name: str) -> None:
     assert (first.text, first.tokens) == ("Wake me at five", ("wake", "me", "at", "five"))
     assert first.tags == ("O", "O", "O", "B-time")
     assert [row.user for row in corpus.examples] == ["u1", "7", None]
+    assert [row.group for row in corpus.examples] == ["Zürich, <b>", None, None]
     assert second.tokens == ("play", "it")
     assert third.text == "stop now"
 
@@ -76,6 +79,13 @@ BAD_LINES = {
     '{"text": "x y", "intent": "y", "split": "test", "tags": ["O"]}': "1 tags for 2 tokens",
     '{"text": "x y", "intent": "y", "split": "test", "tags": ["O", "I-a"]}': "'I-a' at position 1",
     '{"text": "x", "intent": "y", "split": "test", "user": [1]}': "string under 'user', got list",
+    '{"text": "x", "intent": "y", "split": "test", "group": 3}': "string under 'group', got int",
+    '{"text": "x", "intent": "y", "split": "test", "group": ["a"]}': "under 'group', got list",
+    '{"text": "x", "intent": "y", "split": "test", "group": true}': "under 'group', got bool",
+    '{"text": "x", "intent": "y", "split": "test", "group": {}}': "under 'group', got dict",
+    '{"text": "x", "intent": "y", "split": "test", "group": ""}': "group, got a blank one",
+    '{"text": "x", "intent": "y", "split": "test", "group": " \\t"}': "fill it in or leave it out",
+    '{"text": "x", "intent": "y", "split": "test", "group": "\\udfff"}': "valid Unicode",
     '{"text": "x", "intent": null}': "expected a row with 'intent'",
     '{"text": null, "intent": "x"}': "expected a row with 'text'",
     '{"text": "x", "intent": ["y"], "split": "test"}': "string under 'intent', got list",

@@ -31,6 +31,8 @@ NOTHING = tuple(example(f"{split}-0", intent=None, tags=("O",) * 5) for split in
     [
         ({"text": "  "}, "non-empty text"),
         ({"intent": ""}, "non-empty intent"),
+        ({"group": " "}, "non-empty group, got a blank one; fill it in or leave it out"),
+        ({"group": "\ud83c"}, "valid Unicode"),
         ({"tokens": (), "tags": ()}, "at least one token"),
         ({"tokens": ("a", " "), "tags": None}, "blank one at position 1"),
         ({"tags": ("O",)}, "1 tags for 5 tokens"),

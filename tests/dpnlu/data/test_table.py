@@ -15,11 +15,11 @@ def write(path: Path, text: str) -> Path:
 
 def test_columns_are_found_by_name(tmp_path: Path) -> None:
     lines = (
-        "user,split,intent,id,text",
-        'u1,train,alarm,1,"Wake me, now"',
-        ",train,music,2,play",
-        "u2,validation, music ,3,stop",
-        "u1,test,alarm,4,ring",
+        "user,split,intent,id,text,group",
+        'u1,train,alarm,1,"Wake me, now",north',
+        ",train,music,2,play,",
+        "u2,validation, music ,3,stop,  ",
+        "u1,test,alarm,4,ring, 7 ",
     )
     path = write(tmp_path / "home.csv", "\n".join(lines))
     corpus = load_corpus(str(path))
@@ -34,6 +34,7 @@ def test_columns_are_found_by_name(tmp_path: Path) -> None:
     assert corpus.examples[0].tokens == ("Wake", "me", ",", "now")
     assert [row.intent for row in corpus.examples] == ["alarm", "music", "music", "alarm"]
     assert [row.user for row in corpus.examples] == ["u1", None, "u2", "u1"]
+    assert [row.group for row in corpus.examples] == ["north", None, None, "7"]
 
 
 def test_a_split_is_drawn_where_there_is_none(tmp_path: Path) -> None:
