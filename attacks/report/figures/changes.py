@@ -23,6 +23,8 @@ _TIMES = tuple(step * 10.0**power for power in range(8) for step in (1, 2, 5))
 _MOST_TICKS = 8
 _KINDS = {"intents": "o", "slots": "s"}
 _LOST, _WON = look.PURPLE, look.GREEN
+# Where a legend covers nothing.
+_ABOVE: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1)}
 
 
 def losses(report: Mapping[str, Any]) -> Figure | None:
@@ -54,7 +56,7 @@ def reliability(report: Mapping[str, Any]) -> Figure | None:
         for (name, run), colour in zip(pairs, _colours(pairs), strict=True):
             _draw_bins(axes, name, run["calibration"], colour)
         axes.set(xlabel="confidence (%)", ylabel="accuracy (%)", xlim=(0, 103), ylim=(0, 103))
-        axes.legend(loc="upper left")
+        axes.legend(ncols=2, borderaxespad=0, **_ABOVE)
     return figure
 
 
@@ -110,8 +112,7 @@ def _draw_classes(axes: Axes, found: Compared) -> None:
     axes.set_xlabel("times in training")
     _name_worst(axes, found.strictest[1])
     if axes.lines:
-        above: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2}
-        axes.legend(handletextpad=0.1, columnspacing=0.8, borderaxespad=0, **above)
+        axes.legend(ncols=2, handletextpad=0.1, columnspacing=0.8, borderaxespad=0, **_ABOVE)
 
 
 def _name_worst(axes: Axes, run: Run) -> None:
