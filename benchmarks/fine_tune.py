@@ -2,8 +2,9 @@
 
     python benchmarks/fine_tune.py --data snips:DIR --encoder FOLDER --out benchmarks/results
 
-Intents are read from the mean of a text's states, for which such encoders were pretrained. All
-weights are trained but those that `--frozen` names.
+Intents are read from means of a text's states at several layers, each standardised, as the
+recommended heads read them. All weights are trained whose names have a part that `--trained` names
+and none that `--frozen` does.
 """
 
 from __future__ import annotations
@@ -35,31 +36,42 @@ from dpnlu.integrations.huggingface import privatize_trainer
 from dpnlu.nlu.data import Corpus, load_corpus
 
 LONGEST = 64  # sub-words of a text
+CLASSIFIER = "classifier"
 
 
 class MeanPooledForSequenceClassification(nn.Module):
-    """An encoder, and a linear layer on the mean of a text's states.
+    """An encoder, and a linear layer on means of a text's states.
 
     Attributes:
         config: of the encoder.
     """
 
-    def __init__(self, encoder: str, classes: int) -> None:
-        """Load the encoder, from a folder or by its name on the hub; the layer starts at zero."""
+    def __init__(self, encoder: str, classes: int, layers: list[int]) -> None:
+        """Load the encoder, from a folder or by its name on the hub; the linear layer starts at
+        zero.
+
+        Args:
+            layers: whose states are read; 0: the embeddings.
+        """
         super().__init__()
         self.encoder = AutoModel.from_pretrained(
             encoder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
         )
         self.config = self.encoder.config
-        self.classifier = nn.Linear(self.config.hidden_size, classes)
+        self.layers = layers
+        self.classifier = nn.Linear(len(layers) * self.config.hidden_size, classes)
         nn.init.zeros_(self.classifier.weight)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
     ) -> dict[str, Tensor]:
-        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
-        mask = attention_mask[:, :, None].to(states.dtype)
-        logits = self.classifier((states * mask).sum(1) / mask.sum(1))
+        every = self.encoder(
+            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True
+        ).hidden_states
+        mask = attention_mask[:, :, None].to(every[0].dtype)
+        means = [(every[layer] * mask).sum(1) / mask.sum(1) for layer in self.layers]
+        read = [nn.functional.layer_norm(mean, mean.shape[1:]) for mean in means]
+        logits = self.classifier(torch.cat(read, dim=1))
         if labels is None:
             return {"logits": logits}
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
@@ -87,9 +99,12 @@ def trained(options: argparse.Namespace, corpus: Corpus, folder: str) -> tuple[T
     """The private trainer after its training, and its tokenizer."""
     torch.manual_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(options.encoder)
-    model = MeanPooledForSequenceClassification(options.encoder, len(corpus.intents))
+    model = MeanPooledForSequenceClassification(
+        options.encoder, len(corpus.intents), options.layers
+    )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not any(part in name for part in options.frozen))
+        is_frozen = any(part in name for part in options.frozen)
+        parameter.requires_grad_(not is_frozen and any(part in name for part in options.trained))
     arguments = TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=options.physical,
@@ -108,10 +123,22 @@ def trained(options: argparse.Namespace, corpus: Corpus, folder: str) -> tuple[T
         args=arguments,
         train_dataset=tokenized(corpus, "train", tokenizer),
         data_collator=DataCollatorWithPadding(tokenizer),
+        optimizers=(_optimizer(model, options), None),
     )
     privatize_trainer(trainer, target_epsilon=options.epsilon, target_delta=1e-5)
     trainer.train()
     return trainer, tokenizer
+
+
+def _optimizer(model: nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
+    """The linear layer, which starts at zero, learns faster than what is pretrained."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    rates = {True: options.learning_rate, False: options.encoder_learning_rate}
+    groups = [
+        {"params": [p for name, p in trained if name.startswith(CLASSIFIER) == is_first], "lr": lr}
+        for is_first, lr in rates.items()
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
 
 
 def accuracies(trainer: Trainer, tokenizer: Any, corpus: Corpus) -> dict[str, dict[str, Any]]:
@@ -135,9 +162,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--encoder", required=True, help="a folder, or a name on the hub")
     parser.add_argument("--epsilon", type=float, default=8.0)
     parser.add_argument("--epochs", type=float, default=10)
-    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--batch-size", type=int, default=2048)
     parser.add_argument("--physical", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-2, help="of the linear layer")
+    parser.add_argument("--encoder-learning-rate", type=float, default=1e-3)
+    parser.add_argument("--layers", type=int, nargs="+", default=[0, 2, 4, 6])
+    parser.add_argument(
+        "--trained", nargs="*", default=["bias", "LayerNorm", CLASSIFIER], help="parts of names"
+    )
     parser.add_argument(
         "--frozen", nargs="*", default=["embeddings", "pooler"], help="parts of names"
     )
