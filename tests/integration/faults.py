@@ -9,6 +9,7 @@ training is a fork of this process, so that nothing has to be imported again.
                 as "write ledger.jsonl"; "write" for all writes, "" for all operations; with a
                 number behind a colon the one with that number among them, counted from 0
     moments     or: seconds from the beginning after which the process is killed
+    shares      or: the same, as shares of the time that a whole training takes
     heirs       how many resume it, at once
 
 The answer, on standard output, is a JSON list: for each fault where it was, what the training
@@ -226,6 +227,11 @@ def _points(operations: list[str], at: str) -> list[int]:
 
 
 def _answer(request: dict[str, Any]) -> list[dict[str, Any]]:
+    if "shares" in request:
+        begun = time.monotonic()
+        Training(_anew(request)[1]).ended()
+        whole = time.monotonic() - begun
+        request["moments"] = [share * whole for share in request["shares"]]
     if "moments" in request:
         return [_tried(request, moment=moment) | {"at": moment} for moment in request["moments"]]
     operations = Training(_anew(request)[1]).ended()["operations"]

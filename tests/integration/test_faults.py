@@ -206,8 +206,8 @@ def test_the_best_of_several_trainings_is_found_after_a_kill(folder: Path) -> No
 @pytest.mark.slow
 def test_several_trainings_may_be_killed_at_any_moment(folder: Path) -> None:
     chance = random.Random(0)
-    moments = [chance.uniform(0, 1.5) for _ in range(200)]
-    found = _faults(folder, *TRIALS, rows=WITH_VALIDATION, moments=moments)
+    shares = [chance.uniform(0, 1.1) for _ in range(100)]
+    found = _faults(folder, *TRIALS, rows=WITH_VALIDATION, shares=shares)
     for one in found:
         _assert_best_is_kept(one)
     assert len({one["first"]["applied"] for one in found}) > 3, "the moments tell apart"
