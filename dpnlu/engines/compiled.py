@@ -243,7 +243,8 @@ class CompiledClipping:
     def _replayed_sums(
         self, parts: Parts, norms: Tensor, pool: Pool
     ) -> Callable[[Tensor], ClippedSum] | None:
-        """See `_Programs.sums`.
+        """See `_Programs.sums`. None where the operations of a sum depend on values: it takes more
+        time then, and is the same.
 
         Args:
             parts: the gradients, where they will always be found.
@@ -266,7 +267,7 @@ class CompiledClipping:
         coefficients = norms.new_empty(len(clipper.divided(parts)), len(norms))
         try:
             program = traced(sums, (coefficients, *held), model=self._engine.model)
-        except UnsupportedLayerError:  # which sums of some gradients look at
+        except UnsupportedLayerError:
             return None
         return partial(_ReplayedSum, Replay(program, held=held, pool=pool), parameters)
 

@@ -44,11 +44,12 @@ class Replay:
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         """The program's results; the next call writes others into the same memory."""
-        if self._graph is None:
-            self._graph = self._captured(inputs)
-        else:
-            torch._foreach_copy_(self._inputs, list(inputs))
-        self._graph.replay()
+        with torch.cuda.device(inputs[0].device):  # several may be there
+            if self._graph is None:
+                self._graph = self._captured(inputs)
+            else:
+                torch._foreach_copy_(self._inputs, list(inputs))
+            self._graph.replay()
         return self._outputs
 
     def _captured(self, inputs: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
@@ -63,6 +64,8 @@ class Replay:
         torch.cuda.current_stream(device).wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
         # Other threads may use the GPU meanwhile, to load data.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=beside, capture_error_mode="thread_local"
+        ):
             self._outputs = self._program(*arguments)
         return graph

@@ -27,8 +27,8 @@ FIRST_RECIPES, LATEST_RECIPES = 1, 4
 
 
 def usual_model() -> str:
-    """What `dpnlu train` trains unless told otherwise: heads on an encoder, if one is installed,
-    which do better than a BiLSTM at every budget that was measured."""
+    """What `dpnlu train` trains unless told otherwise: on an encoder, if one is installed, whose
+    heads do better than a BiLSTM at every finite budget that was measured."""
     name = installed_encoder()
     return "lstm" if name is None else f"encoder:{name}"
 
@@ -291,6 +291,7 @@ class RecommendationSettings(RecipeSettings):
 class DiagnosisSettings(RecipeSettings):
     """What `dpnlu diagnose` is asked for."""
 
+    model: str = model_setting()
     epsilon: float = setting(
         "the privacy budget of the training that is diagnosed",
         metavar="EPSILON",

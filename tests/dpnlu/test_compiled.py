@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from dpnlu.engines import compiled, tracing
 from dpnlu.gradients.errors import UnsupportedLayerError
 from dpnlu.training.handle import privatize
+from tests.dpnlu.readers import Read
 
 WORDS, POSITIONS = 12, 5
 COMPILE = torch.compile
@@ -223,20 +224,6 @@ def test_compiled_steps_release_what_the_per_example_loop_does(released, data, m
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
-class Read(nn.Module):
-    """Two bidirectional LSTM layers over the words, and a GRU over what they say."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words = nn.Embedding(WORDS, 4)
-        self.lstm = nn.LSTM(4, 3, num_layers=2, bidirectional=True, batch_first=True)
-        self.gru = nn.GRU(6, 3, batch_first=True)
-        self.head = nn.Linear(3, 3)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.gru(self.lstm(self.words(ids))[0])[0]).mean(1)
-
-
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("clipping", ["flat", "per_layer:size", "quantile:0.2:1"])
 @pytest.mark.parametrize(
@@ -249,6 +236,33 @@ def test_replayed_steps_do_so_too(released, data, replayed, make, fixed_size, cl
     assert len(replayed) % 2 == 0 and replayed, "sums are replayed, too"
     assert len(found) == 4 and expected.norm(dim=1).min() > 0.1
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+class Called(Read):
+    """The same, by torch's functions in place of their modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(self.gru.parameters())
+        del self.lstm, self.gru
+        self.between = nn.Linear(4, 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        states = self.between(self.words(ids))
+        first = states.new_zeros(1, len(ids), 3)
+        read, _ = torch.gru(states, first, list(self.weights), True, 1, 0.0, False, False, True)
+        return self.head(read).mean(1)
+
+
+@pytest.mark.usefixtures("replayed")
+@pytest.mark.parametrize(("make", "backend"), [(Read, "cudagraphs"), (Called, "eager")])
+def test_a_scan_over_time_is_traced_as_operations_of_torch(released, data, make, backend):
+    """… in single precision, where it is compiled C, which would read values that are not there."""
+    model = make()
+    expected, _ = released(_twin(model, make), data)
+    found, _ = released(model, data, backend=backend)
+    assert expected.norm(dim=1).min() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.usefixtures("double")

@@ -14,7 +14,13 @@ from dpnlu.runs.diagnosis import Diagnosis, diagnose, rungs
 from dpnlu.runs.settings import DiagnosisSettings
 
 SETTINGS = DiagnosisSettings(
-    data="synthetic:600", epsilon=8.0, epochs=1.0, batch_size=64, public=True, device="cpu"
+    data="synthetic:600",
+    model="lstm",
+    epsilon=8.0,
+    epochs=1.0,
+    batch_size=64,
+    public=True,
+    device="cpu",
 )
 
 

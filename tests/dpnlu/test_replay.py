@@ -14,6 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from dpnlu.engines.replay import Replay
 from dpnlu.mechanism.plan import PrivacyPlan
 from dpnlu.training.handle import privatize
+from tests.dpnlu.readers import Read
 
 WORDS, POSITIONS = 12, 6
 
@@ -24,11 +25,9 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def on_the_gpu() -> Iterator[None]:
+def seeded() -> Iterator[None]:
     torch.manual_seed(0)
-    torch.set_default_device("cuda")
     yield
-    torch.set_default_device(None)
     torch.set_default_dtype(torch.float32)
 
 
@@ -46,20 +45,6 @@ class Dense(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         states = self.twice(torch.tanh(self.twice(self.norm(self.words(ids)))))
         return self.head(self.dropout(states)).mean(1)
-
-
-class Read(nn.Module):
-    """Two bidirectional LSTM layers over the words, and a GRU over what they say."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words = nn.Embedding(WORDS, 8)
-        self.lstm = nn.LSTM(8, 5, num_layers=2, bidirectional=True, batch_first=True)
-        self.gru = nn.GRU(10, 4, batch_first=True)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.gru(self.lstm(self.words(ids))[0])[0]).mean(1)
 
 
 class Bert(nn.Module):
@@ -95,10 +80,10 @@ def collate(examples: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
 
 
 def _data() -> list[tuple[Tensor, Tensor]]:
-    ids = torch.randint(1, WORDS, (24, POSITIONS), device="cpu")
-    lengths = torch.randint(2, POSITIONS + 1, (24, 1), device="cpu")
-    ids[torch.arange(POSITIONS, device="cpu") >= lengths] = 0
-    return list(zip(ids, torch.randint(3, (24,), device="cpu"), strict=True))
+    ids = torch.randint(1, WORDS, (24, POSITIONS))
+    lengths = torch.randint(2, POSITIONS + 1, (24, 1))
+    ids[torch.arange(POSITIONS) >= lengths] = 0
+    return list(zip(ids, torch.randint(3, (24,)), strict=True))
 
 
 def released(
@@ -187,22 +172,22 @@ def test_dropout_draws_anew_in_every_replay() -> None:
     model = Dense(dropout=0.5).cuda()
 
     def of_the_same_texts(model: nn.Module, batch: list[Tensor]) -> Tensor:
-        ids = torch.arange(1, 6).expand(len(batch[0]), 5)
+        ids = torch.arange(1, 6, device="cuda").expand(len(batch[0]), 5)
         return F.cross_entropy(model(ids), torch.zeros_like(batch[1]), reduction="none")
 
     found, _ = released(model, replays=True, losses_of=of_the_same_texts, rate=0.0)
     directions = found / found.norm(dim=1, keepdim=True)
-    likeness = directions @ directions.mT - 2 * torch.eye(len(found))
+    likeness = directions @ directions.mT - 2 * torch.eye(len(found), device="cuda")
     assert likeness.max() < 1 - 1e-3
 
 
 def test_a_replay_follows_inputs_weights_and_what_it_holds() -> None:
-    weight, held = torch.randn(3, 3), torch.randn(3)
+    weight, held = torch.randn(3, 3, device="cuda"), torch.randn(3, device="cuda")
     pool = torch.cuda.graph_pool_handle()
     replay = Replay(lambda values, held: [values @ weight + held], held=[held], pool=pool)
     other = Replay(lambda values: [values * 2, values.sum(0)], pool=pool)
     for _ in range(4):
-        values = torch.randn(5, 3)
+        values = torch.randn(5, 3, device="cuda")
         (found,) = replay(values)
         doubled, total = other(values)
         torch.testing.assert_close(found, values @ weight + held)

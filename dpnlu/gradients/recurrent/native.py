@@ -256,9 +256,11 @@ def scan_for(*weights: Tensor) -> Scan | None:
 
 
 def _suits(weight: Tensor) -> bool:
-    """Whether it has float32 numbers of its own in memory, as tensors of other kinds need not."""
+    """Whether it has float32 numbers of its own in memory, as tensors of other kinds need not, and
+    none have while a program is traced."""
     return (
         type(weight) in (Tensor, nn.Parameter)
+        and type(weight.detach()) is Tensor
         and weight.dtype is torch.float32
         and weight.device.type == "cpu"
         and not torch._C._functorch.is_functorch_wrapped_tensor(weight)
