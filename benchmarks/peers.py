@@ -1,10 +1,13 @@
 """One private step by dpnlu and by its peers, on the same model and data, beside an ordinary step.
 
-Peers: Opacus' hooks and ghost clipping, and FastDP if `fastDP` can be imported (it is not on the
-package index: clone awslabs/fast-differential-privacy and put it on PYTHONPATH). All steps run in
-turn in one process. Peers do not write a ledger; dpnlu does.
+Peers: the original loop over examples (which micro-batches of one come to as well), eDP-SGD with
+few micro-batches, Opacus' hooks and ghost clipping, and FastDP if `fastDP` can be imported (it is
+not on the package index: clone awslabs/fast-differential-privacy and put it on PYTHONPATH). All
+steps run in turn in one process, and compute at most 64 examples at once. Those of dpnlu and of
+eDP-SGD, which dpnlu computes too, write a ledger; the others do not.
 
     python benchmarks/peers.py --pairs 9 --out benchmarks/results
+    python benchmarks/peers.py --batches 16 64 256 --pairs 5 --out benchmarks/results
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import argparse
 import copy
 import datetime
 import json
+import os
 import platform
 import statistics
 import sys
@@ -20,9 +24,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import matplotlib
 import torch
 from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
@@ -32,11 +40,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpnlu.benchmark.cases import Case, RecurrentClassifier, minilm
+from dpnlu.benchmark.process import KEEPS_MEMORY
 from dpnlu.benchmark.steps import Step, ordinary, private
 from dpnlu.cli.benchmark import processor
 
-BATCH = 32
-Peer = Callable[[Case, nn.Module], Step]
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+AT_ONCE = 64
+# Of the train split of SNIPS, whose texts these are as long as, or shorter.
+EPOCH = 13_084
+MICROBATCHES = (1, 4, 16)
+# A step of the loop over examples takes so long that few are enough.
+ROUNDS_OF_THE_LOOP = 2
+LOOP = "loop over examples"
 
 
 class GivenPositions(nn.Module):
@@ -56,35 +73,74 @@ class GivenPositions(nn.Module):
         ).logits
 
 
-CASES = (
-    Case(
-        name="MiniLM-L6",
-        build=lambda: GivenPositions(minilm().encoder),
-        positions=32,
-        physical=BATCH,
-        logical=BATCH,
-        vocabulary=30_522,
-    ),
-    Case(
-        name="BiLSTM 100/100",
-        build=lambda: RecurrentClassifier(100, 100),
-        positions=24,
-        physical=BATCH,
-        logical=BATCH,
-    ),
-)
+def cases(batch: int) -> tuple[Case, ...]:
+    """The work at a batch size."""
+    sizes = {"logical": batch, "physical": min(batch, AT_ONCE)}
+    return (
+        Case(
+            name="MiniLM-L6",
+            build=lambda: GivenPositions(minilm().encoder),
+            positions=32,
+            vocabulary=30_522,
+            **sizes,
+        ),
+        Case(
+            name="BiLSTM 100/100",
+            build=lambda: RecurrentClassifier(100, 100),
+            positions=24,
+            **sizes,
+        ),
+    )
 
 
-def opacus_hooks(case: Case, model: nn.Module) -> Step:
+@contextmanager
+def loop_over_examples(case: Case, model: nn.Module) -> Iterator[Step]:
+    """The original, one backward pass for each example (Abadi et al. 2016)."""
+    optimizer = _adamw(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    batches = case.inputs()
+
+    def step() -> None:
+        sums = [torch.zeros_like(p) for p in parameters]
+        for ids, intents in batches:
+            for one in range(len(ids)):
+                loss = F.cross_entropy(model(ids[one : one + 1]), intents[one : one + 1])
+                gradients = torch.autograd.grad(loss, parameters)
+                norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
+                factor = (1.0 / norm).clamp(max=1.0)
+                for total, gradient in zip(sums, gradients, strict=True):
+                    total.add_(gradient * factor)
+        for parameter, total in zip(parameters, sums, strict=True):
+            parameter.grad = total.add_(torch.randn_like(total)) / case.logical
+        optimizer.step()
+        optimizer.zero_grad()
+
+    yield step
+
+
+@contextmanager
+def edp_sgd(case: Case, model: nn.Module, *, microbatches: int) -> Iterator[Step]:
+    """Clipping of micro-batches by dpnlu, each one ordinary backward pass."""
+    size = case.logical // microbatches
+    if size == 0 or size > AT_ONCE:
+        raise NotImplementedError(f"{microbatches} of {case.logical} examples, {AT_ONCE} at once")
+    pieces = replace(case, physical=size)
+    with private(pieces, model, engine="microbatch", microbatches=microbatches) as step:
+        yield step
+
+
+@contextmanager
+def opacus_hooks(case: Case, model: nn.Module) -> Iterator[Step]:
     """Gradients of every example, written out."""
     wrapped = GradSampleModule(ModuleValidator.fix(model))
     optimizer = DPOptimizer(
         _adamw(wrapped), noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=case.logical
     )
-    return _stepping(case, wrapped, optimizer, F.cross_entropy)
+    yield _stepping(case, wrapped, optimizer, F.cross_entropy)
 
 
-def opacus_ghost(case: Case, model: nn.Module) -> Step:
+@contextmanager
+def opacus_ghost(case: Case, model: nn.Module) -> Iterator[Step]:
     """Norms without the gradients, then a second backward pass."""
     wrapped = GradSampleModuleFastGradientClipping(
         ModuleValidator.fix(model), max_grad_norm=1.0, use_ghost_clipping=True
@@ -93,10 +149,11 @@ def opacus_ghost(case: Case, model: nn.Module) -> Step:
         _adamw(wrapped), noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=case.logical
     )
     criterion = DPLossFastGradientClipping(wrapped, optimizer, nn.CrossEntropyLoss())
-    return _stepping(case, wrapped, optimizer, criterion)
+    yield _stepping(case, wrapped, optimizer, criterion)
 
 
-def fast_dp(case: Case, model: nn.Module) -> Step:
+@contextmanager
+def fast_dp(case: Case, model: nn.Module) -> Iterator[Step]:
     """Book-keeping by FastDP, in its default mode, with the clipping that the others have."""
     from fastDP import PrivacyEngine
 
@@ -112,13 +169,17 @@ def fast_dp(case: Case, model: nn.Module) -> Step:
     )
     optimizer = _adamw(model)
     engine.attach(optimizer)
-    return _stepping(case, model, optimizer, F.cross_entropy)
+    yield _stepping(case, model, optimizer, F.cross_entropy)
 
 
-PEERS: dict[str, Peer] = {
+METHODS: dict[str, Callable[[Case, nn.Module], Any]] = {
+    "dpnlu": private,
+    "dpnlu compiled": partial(private, compiles=True),
+    **{f"eDP-SGD, {count}": partial(edp_sgd, microbatches=count) for count in MICROBATCHES},
     "Opacus hooks": opacus_hooks,
     "Opacus ghost": opacus_ghost,
     "FastDP": fast_dp,
+    LOOP: loop_over_examples,
 }
 
 
@@ -126,48 +187,46 @@ def _adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
 
-def _stepping(case: Case, model: nn.Module, optimizer: object, criterion: Callable) -> Step:
-    device = next(model.parameters()).device
-    ((ids, intents),) = case.inputs()
-    ids, intents = ids.to(device), intents.to(device)
+def _stepping(case: Case, model: nn.Module, optimizer: Any, criterion: Callable[..., Any]) -> Step:
+    batches = case.inputs()
 
     def step() -> None:
-        criterion(model(ids), intents).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for number, (ids, intents) in enumerate(batches, start=1):
+            criterion(model(ids), intents).backward()
+            is_last = number == len(batches)
+            if isinstance(optimizer, DPOptimizer):  # which clips what it has at every call
+                optimizer.signal_skip_step(do_skip=not is_last)
+            elif not is_last:
+                continue
+            optimizer.step()
+            optimizer.zero_grad()
 
     return step
 
 
-def measure(case: Case, pairs: int) -> dict[str, object]:
-    """Median ratio of each engine's step to the ordinary step before it, and its quartiles."""
+def measure(case: Case, pairs: int, names: list[str]) -> dict[str, Any]:
+    """Median ratio of each method's step to the ordinary step of its round, and its quartiles."""
     torch.manual_seed(0)
     model = case.build().train()
+    refused = {}
     with ExitStack() as stack:
         steps = {"ordinary": stack.enter_context(ordinary(case, copy.deepcopy(model)))}
-        refused = {}
-        for name, build in PEERS.items():
+        for name in names:
             try:
-                steps[name] = build(case, copy.deepcopy(model))
+                steps[name] = stack.enter_context(METHODS[name](case, copy.deepcopy(model)))
                 steps[name]()
             except (ImportError, NotImplementedError) as error:
                 refused[name] = str(error)
                 steps.pop(name, None)
-        steps["dpnlu"] = stack.enter_context(private(case, model))
-        for step in [*steps.values()] * 2:
-            step()
-        times = [{name: _time(step) for name, step in steps.items()} for _ in range(pairs)]
-    row: dict[str, object] = {
-        "case": case.name,
-        "ordinary_ms": 1e3 * statistics.median(t["ordinary"] for t in times),
-        "refused": refused,
-    }
-    for name in steps:
-        if name != "ordinary":
-            ratios = [t[name] / t["ordinary"] for t in times]
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            row[name] = {"ratio": middle, "quartiles": [low, high]}
-    return row
+        for name in [*steps] * 2:
+            if name != LOOP:
+                steps[name]()
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for place in range(pairs):
+            for name, step in steps.items():
+                if name != LOOP or place < ROUNDS_OF_THE_LOOP:
+                    times[name].append(_time(step))
+    return {"case": case.name, "batch": case.logical, "refused": refused, "seconds": times}
 
 
 def _time(step: Step) -> float:
@@ -176,24 +235,60 @@ def _time(step: Step) -> float:
     return time.perf_counter() - started
 
 
-def table(rows: list[dict]) -> str:
+def ratios(row: dict[str, Any], name: str) -> list[float]:
+    """Of a method's steps to the ordinary ones of the same rounds."""
+    pairs = zip(row["seconds"][name], row["seconds"]["ordinary"], strict=False)
+    return [taken / usual for taken, usual in pairs]
+
+
+def table(rows: list[dict[str, Any]], names: list[str]) -> str:
     """The results in Markdown."""
-    names = ["dpnlu", *PEERS]
     lines = [
-        f"| work, {BATCH} examples | ordinary ms | {' | '.join(names)} |",
-        "| --- | ---: |" + " ---: |" * len(names),
+        f"| work | batch | ordinary: ms a step | s an epoch | {' | '.join(names)} |",
+        "| --- | ---: | ---: | ---: |" + " ---: |" * len(names),
     ]
     for row in rows:
-        cells = [_cell(row.get(name)) for name in names]
-        lines.append(f"| {row['case']} | {row['ordinary_ms']:.0f} | {' | '.join(cells)} |")
+        seconds = statistics.median(row["seconds"]["ordinary"])
+        cells = [_cell(row, name) for name in names]
+        lines.append(
+            f"| {row['case']} | {row['batch']} | {1e3 * seconds:.0f} | "
+            f"{EPOCH / row['batch'] * seconds:.0f} | {' | '.join(cells)} |"
+        )
     return "\n".join(lines)
 
 
-def _cell(found: dict | None) -> str:
-    if found is None:
+def _cell(row: dict[str, Any], name: str) -> str:
+    if name not in row["seconds"]:
         return "–"
-    low, high = found["quartiles"]
-    return f"{found['ratio']:.2f} ({low:.2f} – {high:.2f})"
+    found = ratios(row, name)
+    low, _, high = statistics.quantiles(found, n=4, method="inclusive")
+    return f"{statistics.median(found):.2f} ({low:.2f} – {high:.2f})"
+
+
+def figure(rows: list[dict[str, Any]], names: list[str], path: Path) -> None:
+    """How many times as long as an ordinary step each method takes, on a logarithmic scale."""
+    works = list(dict.fromkeys(row["case"] for row in rows))
+    drawn, axes = plt.subplots(1, len(works), figsize=(11, 4.5), sharey=True, layout="constrained")
+    for axis, work in zip(axes, works, strict=True):
+        of_work = [row for row in rows if row["case"] == work]
+        height = 0.8 / len(of_work)
+        for place, row in enumerate(of_work):
+            known = [name for name in names if name in row["seconds"]]
+            middles = [statistics.median(ratios(row, name)) for name in known]
+            heights = [names.index(name) + height * place for name in known]
+            axis.barh(heights, middles, height, label=f"batch {row['batch']}")
+            for x, y in zip(middles, heights, strict=True):
+                axis.annotate(
+                    f"{x:.2f}", (x, y), xytext=(3, -3), textcoords="offset points", fontsize=7
+                )
+        axis.axvline(1.0, color="black", linewidth=0.8)
+        axis.set(xscale="log", title=work, xlabel="times an ordinary step")
+        axis.set_yticks([n + 0.4 - height / 2 for n in range(len(names))], names)
+        axis.margins(x=0.15)
+    axes[0].invert_yaxis()
+    axes[-1].legend()
+    drawn.savefig(path)
+    plt.close(drawn)
 
 
 @contextmanager
@@ -205,20 +300,26 @@ def _quiet() -> Iterator[None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=int, nargs="+", default=[32])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if not KEEPS_MEMORY.items() <= os.environ.items():  # which is read when a process begins
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEPS_MEMORY)
     torch.set_num_threads(options.threads)
+    rows = []
     with _quiet():
-        rows = [measure(case, options.pairs) for case in CASES]
-    text = table(rows)
-    print(text)
+        for case in [case for batch in options.batches for case in cases(batch)]:
+            rows.append(measure(case, options.pairs, options.methods))
+            print(table(rows[-1:], options.methods), flush=True)
+    rows.sort(key=lambda row: row["case"], reverse=True)
     if options.out is not None:
-        _keep(options.out, rows, text, options.threads)
+        _keep(options.out, rows, options.methods, options.threads)
 
 
-def _keep(folder: Path, rows: list[dict], text: str, threads: int) -> None:
+def _keep(folder: Path, rows: list[dict[str, Any]], names: list[str], threads: int) -> None:
     day = datetime.date.today().isoformat()
     machine = {
         "processor": processor(),
@@ -231,7 +332,7 @@ def _keep(folder: Path, rows: list[dict], text: str, threads: int) -> None:
     command = " ".join(["python", *sys.argv])
     facts = ", ".join(f"{name} {value}" for name, value in machine.items())
     reasons = "".join(
-        f"{row['case']}: {name} was not measured ({reason}).\n"
+        f"- {row['case']}, batch {row['batch']}: {name} was not measured ({reason}).\n"
         for row in rows
         for name, reason in row["refused"].items()
     )
@@ -239,9 +340,13 @@ def _keep(folder: Path, rows: list[dict], text: str, threads: int) -> None:
     content = {"command": command, "date": day, "machine": machine, "rows": rows}
     (folder / f"{day}-peers.json").write_text(json.dumps(content, indent=1) + "\n")
     (folder / f"{day}-peers.md").write_text(
-        f"# Private step over ordinary step, {day}\n\n`{command}`\n\n{facts}\n\n{text}\n\n"
-        f"Medians of the ratios of one round, with quartiles. {reasons}"
+        f"# Private step over ordinary step, {day}\n\n`{command}`\n\n{facts}\n\n"
+        f"{table(rows, names)}\n\nMedians of the ratios of one round, with quartiles; of the "
+        f"loop, of {ROUNDS_OF_THE_LOOP} rounds. An epoch is {EPOCH} examples. All had an allocator "
+        f"that keeps its memory, and computed {AT_ONCE} examples at once.\n\n{reasons}\n"
+        f"![times an ordinary step]({day}-peers.svg)\n"
     )
+    figure(rows, names, folder / f"{day}-peers.svg")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@
     python benchmarks/recipes.py --data snips:DIR --model encoder:NAME --rows all --out DIR
     python benchmarks/recipes.py --data snips:DIR --texts 500 --recipes 3 --out DIR
     python benchmarks/recipes.py --data hwu64:DIR --model encoder:NAME --rows grid --out DIR
+    python benchmarks/recipes.py --data hwu64:DIR --epsilons 8 3 --rows mechanisms --out DIR
 
 Everything but the row's change is as `dpnlu train` recommends it; `grid` are those rows that change
-learning rate, batch and epochs. A frozen encoder reads the texts
-once for all rows. What was measured is kept in the JSON file, and not measured again. Noise comes
-from the seed: no model here is to be published.
+learning rate, batch and epochs, `mechanisms` those that clip or add noise in another way, at the
+same ε. A frozen encoder reads the texts once for all rows. What was measured is kept in the JSON
+file, and not measured again. Noise comes from the seed: no model here is to be published.
 """
 
 from __future__ import annotations
@@ -62,6 +63,26 @@ GRID: dict[str, dict[str, float]] = {
     "twice the epochs": {"epochs": 2.0},
     "twice the epochs, half the rate": {"epochs": 2.0, "learning_rate": 0.5},
 }
+# What is changed of the mechanism: settings, and how many micro-batches are clipped as a whole.
+MECHANISMS: dict[str, dict[str, Any]] = {
+    "a third of the bound": {"max_grad_norm": 1 / 3},
+    "three times the bound": {"max_grad_norm": 3.0},
+    "automatic clipping": {"clipping": "automatic"},
+    "a bound for each layer": {"clipping": "per_layer"},
+    "a bound that adapts": {"clipping": "quantile:0.5"},
+    "decaying noise": {"noise_schedule": "exponential:0.97"},
+    "eDP-SGD, 16 micro-batches": {"microbatches": 16},
+    "eDP-SGD, 128 micro-batches": {"microbatches": 128},
+    "eDP-SGD, 16 micro-batches, a tenth of the bound": {"microbatches": 16, "max_grad_norm": 0.1},
+    "eDP-SGD, 128 micro-batches, a third of the bound": {
+        "microbatches": 128,
+        "max_grad_norm": 1 / 3,
+    },
+    "eDP-SGD, 128 micro-batches, decaying noise": {
+        "microbatches": 128,
+        "noise_schedule": "exponential:0.97",
+    },
+}
 # The same weights, predicting under the constraints of IOB2 what was trained word by word.
 VITERBI = "each word's tag by itself, Viterbi"
 OF_ENCODERS = {"words alone, not the text", "and no neighbours", "and the last layer alone"}
@@ -104,6 +125,9 @@ def measured(
         }
         settings = replace(settings, **changed)
         recommended = _experiment(texts.corpus, settings)
+    of_mechanism = dict(MECHANISMS.get(row, {}))
+    microbatches = of_mechanism.pop("microbatches", None)
+    settings = replace(settings, **of_mechanism)
     architecture = replace(recommended.architecture, **ROWS.get(row, {}))
     experiment = replace(recommended, architecture=architecture)
     classifier = new_classifier(experiment, seed=seed)
@@ -112,6 +136,9 @@ def measured(
     plan = plan_for(
         settings, experiment.recipe, epsilon=settings.epsilon, num_examples=len(encoded)
     )
+    if plan is not None and microbatches is not None:
+        # Their sensitivity is twice the bound, and the noise a multiple of that: ε is the same.
+        plan = replace(plan, clipping_unit="microbatch", microbatches=microbatches)
     started = time.perf_counter()
     fit(
         classifier.model,
@@ -212,13 +239,19 @@ def main() -> None:
     parser.add_argument("--model", default="lstm")
     parser.add_argument("--epsilons", type=float, nargs="+", default=[8.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--rows", nargs="+", default=["recommended"], help="names, all, or grid")
+    parser.add_argument(
+        "--rows", nargs="+", default=["recommended"], help="names, all, grid or mechanisms"
+    )
     parser.add_argument("--texts", type=int, help="of the training split (default: all)")
     parser.add_argument("--recipes", type=int, default=LATEST_RECIPES, help="their edition")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     kind = "encoder" if options.model.startswith("encoder:") else options.model
-    sets = {"all": list(ROWS), "grid": ["recommended", *GRID]}
+    sets = {
+        "all": list(ROWS),
+        "grid": ["recommended", *GRID],
+        "mechanisms": ["recommended", *MECHANISMS],
+    }
     rows = [row for name in options.rows for row in sets.get(name, [name])]
     if kind != "encoder":
         rows = [row for row in rows if row not in OF_ENCODERS]

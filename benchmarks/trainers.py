@@ -279,6 +279,7 @@ def main(arguments: list[str]) -> None:
             f"processor {processor()}, threads {options.threads}, python "
             f"{platform.python_version()}, torch {torch.__version__}"
         )
+        options.out.mkdir(parents=True, exist_ok=True)
         path = options.out / f"{day}-trainers"
         content = {"command": command, "date": day, "machine": facts, "seconds": results}
         path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")

@@ -53,12 +53,15 @@ def private(
     engine: str = "book_keeping",
     compiles: bool = False,
     backend: str = "inductor",
+    microbatches: int | None = None,
     device: str = "cpu",
 ) -> Iterator[Step]:
     """The same with clipping, noise, and a ledger on disk.
 
     Args:
         backend: of compiled steps.
+        microbatches: that are clipped instead of examples, each a physical batch of its own; the
+            engine is then "microbatch".
     """
     plan = PrivacyPlan(
         noise_multiplier=1.0,
@@ -67,6 +70,8 @@ def private(
         steps=10**9,
         target_delta=1e-6,
         num_examples=10 * case.logical,
+        clipping_unit="example" if microbatches is None else "microbatch",
+        microbatches=microbatches,
     )
     model.to(device)
     with tempfile.TemporaryDirectory(prefix="dpnlu-benchmark-") as folder:
@@ -94,7 +99,8 @@ def _repeated(
     def step() -> None:
         for number, inputs in enumerate(batches, start=1):
             last = number == len(batches)
-            batch = PhysicalBatch(_ids(inputs), closes_unit=last, closes_step=last)
+            closes_unit = last or handle.plan.microbatches is not None
+            batch = PhysicalBatch(_ids(inputs), closes_unit=closes_unit, closes_step=last)
             handle.steps.announce(batch)
             step_on(inputs)
         synchronize(device)

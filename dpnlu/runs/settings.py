@@ -23,7 +23,7 @@ PHYSICAL_BATCH_SIZE, PHYSICAL_BATCH_SIZE_OF_HEADS = 64, 512
 SYSTEM_NOISE = "system"
 NOISES = ("generator", SYSTEM_NOISE)
 # What is recommended has changed; what was begun goes on as it began.
-FIRST_RECIPES, LATEST_RECIPES = 1, 4
+FIRST_RECIPES, LATEST_RECIPES = 1, 5
 
 
 def usual_model() -> str:
@@ -179,10 +179,10 @@ class RecipeSettings(DataSettings):
     )
 
     recipes: int = setting(
-        "which recommendations are taken: 4; or 1, 2 or 3, earlier ones, with which earlier "
+        "which recommendations are taken: 5; or 1 to 4, earlier ones, with which earlier "
         "versions began what is resumed",
         default=LATEST_RECIPES,
-        metavar="1|2|3|4",
+        metavar="1|2|3|4|5",
     )
 
     @property

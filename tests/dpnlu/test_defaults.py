@@ -59,18 +59,23 @@ def test_the_second_recommendations_are_kept() -> None:
         assert defaults.architecture(name, private=private, edition=2) == latest
 
 
-def test_the_third_recommendations_are_kept() -> None:
-    """… of the private BiLSTM with few texts, which alone have changed since."""
-    for name in NAMES:
-        for private in (True, False):
-            found = defaults.architecture(name, private=private, edition=3)
-            assert found == defaults.architecture(name, private=private)
-            wanted = {"private": private, "epochs": None, "batch_size": None}
-            third = defaults.recipe(name, **wanted, units=500, edition=3)
-            assert third == defaults.recipe(name, **wanted)
-            assert (defaults.recipe(name, **wanted, units=500) == third) != (
-                private and name == "lstm"
-            )
+@KINDS
+@pytest.mark.parametrize("name", NAMES)
+def test_the_third_and_fourth_recommendations_are_kept(name: str, private: bool) -> None:
+    """The fourth changed the private BiLSTM with few texts, the fifth private heads alone."""
+    wanted = {"private": private, "epochs": None, "batch_size": None}
+    third, fourth, latest = (
+        defaults.recipe(name, **wanted, units=500, edition=edition) for edition in (3, 4, 5)
+    )
+    for edition in (3, 4):
+        found = defaults.architecture(name, private=private, edition=edition)
+        assert found == defaults.architecture(name, private=private)
+    assert third == defaults.recipe(name, **wanted, edition=3)
+    assert (fourth == third) != (private and name == "lstm")
+    assert (latest == fourth) != (private and name != "lstm")
+    if private and name != "lstm":
+        assert (fourth.epochs, fourth.learning_rate) == (20, 1e-2)
+        assert (latest.epochs, latest.learning_rate) == (40, 5e-3)
 
 
 @pytest.mark.parametrize("units", [1, 3, 20, 500, 4095, 4096, 5000, 13_084, 10**6])
@@ -92,7 +97,7 @@ def test_of_few_texts_what_is_asked_for_is_taken() -> None:
 
 
 def test_other_recommendations_are_refused() -> None:
-    with pytest.raises(ValueError, match="`recipes` to be one of 1, 2, 3, 4, got 5"):
-        defaults.architecture("lstm", private=True, edition=5)
-    with pytest.raises(ValueError, match="`recipes` to be one of 1, 2, 3, 4, got 0"):
+    with pytest.raises(ValueError, match="`recipes` to be one of 1, 2, 3, 4, 5, got 6"):
+        defaults.architecture("lstm", private=True, edition=6)
+    with pytest.raises(ValueError, match="`recipes` to be one of 1, 2, 3, 4, 5, got 0"):
         defaults.recipe("lstm", private=True, epochs=None, batch_size=None, edition=0)
