@@ -1,11 +1,12 @@
 """Matrix products with the fastest kernel at hand.
 
 torch multiplies float32 matrices on a CPU with MKL. On processors with AVX-512 that are not made by
-MKL's maker, MKL reaches half the speed of oneDNN, the library behind torch's recurrent kernels; on
-its maker's processors, and with AVX2 alone, MKL is the faster one. So with AVX-512 on another
-maker's processor, and where torch has a product through oneDNN, that product is used for float32;
-elsewhere, and where the environment says `DPNLU_KERNELS=torch`, the ordinary one. Both compute in
-float32.
+MKL's maker, oneDNN, the library behind torch's recurrent kernels, is faster with the small products
+of recurrent layers; with long sums of products it has taken half of MKL's time on some of them, and
+longer on others, so that for these a few products are timed when this module is imported. On its
+maker's processors, and with AVX2 alone, MKL is the faster one. oneDNN's products are used where it
+is faster and torch has them, for float32; elsewhere, and where the environment says
+`DPNLU_KERNELS=torch`, the ordinary one. Both compute in float32.
 
 oneDNN compiles a kernel for every new shape and keeps working memory for it. So it gets few shapes:
 blocks of fixed size, and small batches.
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 import os
 import platform
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,10 @@ if (
 
 # Long sums are computed by oneDNN in blocks of so many terms, largest first; the rest by MKL.
 _BLOCKS = (1024, 512, 256)
+# What is timed: a product of so many rows and columns, so often, by each kernel in turn.
+_TIMED, _ROUNDS = 512, 4
+# The share of MKL's time that oneDNN must stay below, so that chance decides nothing.
+_CLEARLY_LESS = 0.9
 # Below this many multiplications, setting up oneDNN takes longer than the product.
 _SMALL = 2**16
 
@@ -104,16 +111,44 @@ class Multiplier:
 def add_product_(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """out (M, N) += left (M, K) times right (K, N), in place."""
     terms, done = left.shape[1], 0
-    if _suits(left) and _suits(right) and _BLOCKS[-1] * out.numel() >= _SMALL:
+    is_long = _BLOCKS[-1] * out.numel() >= _SMALL
+    if is_long and _adds_by_onednn and _suits(left) and _suits(right):
         for block in _BLOCKS:
             while terms - done >= block:
-                # It is fastest with contiguous rows; the order of the other factor hardly matters.
-                rows, columns = left[:, done : done + block], right[done : done + block]
-                out.add_(_product(rows.contiguous(), columns.mT, None, "none", [], ""))
+                _add_by_onednn_(out, left[:, done : done + block], right[done : done + block])
                 done += block
     if done < terms:
         out.addmm_(left[:, done:], right[done:])
     return out
+
+
+def _add_by_onednn_(out: Tensor, left: Tensor, right: Tensor) -> None:
+    # It is fastest with contiguous rows; the order of the other factor hardly matters.
+    out.add_(_product(left.contiguous(), right.mT, None, "none", [], ""))
+
+
+def _takes_clearly_less(one: Callable[[], object], other: Callable[[], object]) -> bool:
+    """Whether `one` takes clearly less time than `other`, by the best of several calls each."""
+    times: dict[Callable[[], object], list[float]] = {one: [], other: []}
+    for _ in range(1 + _ROUNDS):
+        for function, taken in times.items():
+            started = time.perf_counter()
+            function()
+            taken.append(time.perf_counter() - started)
+    return min(times[one][1:]) < _CLEARLY_LESS * min(times[other][1:])
+
+
+def _is_faster_with_long_sums() -> bool:
+    """Whether oneDNN takes clearly less time than MKL, with factors as a backward pass has them."""
+    if are_those_of_torch():
+        return False
+    whole: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
+    gradients, inputs = torch.ones(2, _BLOCKS[0], _TIMED, **whole)
+    out = torch.zeros(_TIMED, _TIMED, **whole)
+    return _takes_clearly_less(
+        lambda: _add_by_onednn_(out, gradients.mT, inputs),
+        lambda: out.addmm_(gradients.mT, inputs),
+    )
 
 
 def _suits(matrix: Tensor) -> bool:
@@ -123,3 +158,6 @@ def _suits(matrix: Tensor) -> bool:
         and matrix.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+_adds_by_onednn = _is_faster_with_long_sums()

@@ -70,6 +70,7 @@ def one_dnn(monkeypatch):
         pytest.skip("torch was built without oneDNN")
     monkeypatch.setattr(products, "_product", found)
     monkeypatch.setattr(products, "_lay_out", torch.ops.mkldnn._reorder_linear_weight)
+    monkeypatch.setattr(products, "_adds_by_onednn", True)
 
 
 @pytest.fixture(params=["as here", "oneDNN"])
@@ -84,3 +85,34 @@ def test_what_is_tested_here_takes_the_fast_kernel():
     assert Multiplier.of(torch.randn(1, 400, 300), None, 64).laid_out
     assert not Multiplier.of(torch.randn(1, 4, 3), None, 64).laid_out
     assert not Multiplier.of(torch.randn(1, 400, 300).double(), None, 64).laid_out
+
+
+@pytest.mark.parametrize(("seconds", "is_less"), [(0.5, True), (0.95, False), (2.0, False)])
+def test_which_kernel_adds_long_sums_is_timed(monkeypatch, seconds, is_less):
+    """By the best of several, the first not counted; and by little nothing is decided."""
+    now, calls = [0.0], []
+    monkeypatch.setattr(products.time, "perf_counter", lambda: now[0])
+
+    def taking(name, usual):
+        def function():
+            calls.append(name)
+            is_slow = calls.count(name) in (1, 3)  # compiled at first, and disturbed once
+            now[0] += 100.0 if is_slow else usual
+
+        return function
+
+    assert products._takes_clearly_less(taking("one", seconds), taking("other", 1.0)) is is_less
+    assert calls[:4] == ["one", "other", "one", "other"]
+
+
+@pytest.mark.usefixtures("one_dnn")
+def test_long_sums_are_added_by_the_kernel_that_was_chosen(monkeypatch):
+    taken = []
+    monkeypatch.setattr(products, "_add_by_onednn_", lambda out, *_: taken.append(out))
+    left, right = torch.randn(64, 1300), torch.randn(1300, 64)
+    add_product_(torch.zeros(64, 64), left, right)
+    assert len(taken) == 2  # 1024 terms and 256; the rest by MKL
+    monkeypatch.setattr(products, "_adds_by_onednn", False)
+    expected = left @ right
+    torch.testing.assert_close(add_product_(torch.zeros(64, 64), left, right), expected)
+    assert len(taken) == 2
