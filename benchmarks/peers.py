@@ -39,6 +39,7 @@ from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import dpnlu
 from dpnlu.benchmark.cases import Case, RecurrentClassifier, minilm
 from dpnlu.benchmark.process import KEEPS_MEMORY
 from dpnlu.benchmark.steps import Step, ordinary, private
@@ -215,7 +216,7 @@ def measure(case: Case, pairs: int, names: list[str]) -> dict[str, Any]:
             try:
                 steps[name] = stack.enter_context(METHODS[name](case, copy.deepcopy(model)))
                 steps[name]()
-            except (ImportError, NotImplementedError) as error:
+            except (ImportError, NotImplementedError, dpnlu.UnsupportedLayerError) as error:
                 refused[name] = str(error)
                 steps.pop(name, None)
         for name in [*steps] * 2:
