@@ -193,6 +193,14 @@ def fewer(corpus: Corpus, texts: int | None) -> Corpus:
     )
 
 
+def without(corpus: Corpus, intent: str | None) -> Corpus:
+    """The corpus without the test texts of an intent, which stay in training; None: as it is."""
+    return replace(
+        corpus,
+        examples=tuple(e for e in corpus.examples if e.split != "test" or e.intent != intent),
+    )
+
+
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """A line for each recipe and budget: means over the seeds, with standard errors."""
     lines = [
@@ -243,6 +251,7 @@ def main() -> None:
         "--rows", nargs="+", default=["recommended"], help="names, all, grid or mechanisms"
     )
     parser.add_argument("--texts", type=int, help="of the training split (default: all)")
+    parser.add_argument("--without", metavar="INTENT", help="whose test texts do not count")
     parser.add_argument("--recipes", type=int, default=LATEST_RECIPES, help="their edition")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -255,11 +264,13 @@ def main() -> None:
     rows = [row for name in options.rows for row in sets.get(name, [name])]
     if kind != "encoder":
         rows = [row for row in rows if row not in OF_ENCODERS]
-    corpus = fewer(load_corpus(options.data, seed=0), options.texts)
+    corpus = without(fewer(load_corpus(options.data, seed=0), options.texts), options.without)
     texts = Texts(corpus)
     title = f"{datetime.date.today()}-recipes-{options.data.partition(':')[0]}-{kind}"
     if options.texts is not None:
         title += f"-{options.texts}-texts"
+    if options.without is not None:
+        title += f"-without-{options.without}"
     edition = "" if options.recipes == LATEST_RECIPES else f", edition {options.recipes}"
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{title}.json"
@@ -294,6 +305,8 @@ def main() -> None:
     heading = f"# Recommended recipe, {options.data.partition(':')[0]}, {kind}"
     if options.texts is not None:
         heading += f", {options.texts} training texts"
+    if options.without is not None:
+        heading += f", without test texts of {options.without}"
     path.with_suffix(".md").write_text(
         "\n\n".join([heading, commands, facts, table(content["results"])]) + "\n"
     )
