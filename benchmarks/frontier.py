@@ -50,6 +50,8 @@ MEASURES = {"intent_accuracy": "intent accuracy", "slot_f1": "slot F1"}
 # Of the rate of the heads, which start at zero: what is pretrained learns slower.
 ENCODER_RATE = 0.1
 PHYSICAL = 64
+# So much of an accuracy's scale is shown at least: one seed moves it by a hundredth.
+LEAST_SHOWN = 0.1
 
 
 def _nothing(encoder: nn.Module) -> None:
@@ -201,6 +203,9 @@ def figure(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         axis.set_xticks(range(len(rows)), names, rotation=30, ha="right", fontsize=8)
         axis.set(xlabel="trained weights", ylabel=f"{label}, validation split")
         axis.grid(alpha=0.3)
+        low, high = axis.get_ylim()
+        spare = max(0.0, LEAST_SHOWN - (high - low)) / 2
+        axis.set_ylim(low - spare, min(1.0, high + spare))
         axis.legend()
     drawn.savefig(path)
     plt.close(drawn)
