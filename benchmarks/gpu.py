@@ -248,13 +248,13 @@ def _private(
 
 @contextmanager
 def _by_peer(peer: Peer, case: Case, model: nn.Module, device: str) -> Iterator[Step]:
-    step = peer(case, model.to(device))
+    with peer(case, model.to(device)) as step:
 
-    def synchronized() -> None:
-        step()
-        synchronize(device)
+        def synchronized() -> None:
+            step()
+            synchronize(device)
 
-    yield synchronized
+        yield synchronized
 
 
 KINDS = {

@@ -23,7 +23,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -173,13 +173,17 @@ def fast_dp(case: Case, model: nn.Module) -> Iterator[Step]:
     yield _stepping(case, model, optimizer, F.cross_entropy)
 
 
-METHODS: dict[str, Callable[[Case, nn.Module], Any]] = {
-    "dpnlu": private,
-    "dpnlu compiled": partial(private, compiles=True),
-    **{f"eDP-SGD, {count}": partial(edp_sgd, microbatches=count) for count in MICROBATCHES},
+Peer = Callable[[Case, nn.Module], AbstractContextManager[Step]]
+PEERS: dict[str, Peer] = {
     "Opacus hooks": opacus_hooks,
     "Opacus ghost": opacus_ghost,
     "FastDP": fast_dp,
+}
+METHODS: dict[str, Peer] = {
+    "dpnlu": private,
+    "dpnlu compiled": partial(private, compiles=True),
+    **{f"eDP-SGD, {count}": partial(edp_sgd, microbatches=count) for count in MICROBATCHES},
+    **PEERS,
     LOOP: loop_over_examples,
 }
 
@@ -189,7 +193,8 @@ def _adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _stepping(case: Case, model: nn.Module, optimizer: Any, criterion: Callable[..., Any]) -> Step:
-    batches = case.inputs()
+    device = next(model.parameters()).device
+    batches = [(ids.to(device), intents.to(device)) for ids, intents in case.inputs()]
 
     def step() -> None:
         for number, (ids, intents) in enumerate(batches, start=1):
