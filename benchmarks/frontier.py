@@ -26,18 +26,19 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from recipes import SPLITS, recommended_for
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import dpnlu
 from dpnlu.cli.benchmark import processor
 from dpnlu.nlu.classifier import Classifier
-from dpnlu.nlu.data import Corpus, HashedVocabulary, load_corpus
-from dpnlu.nlu.encoding import Labels, encode_all
+from dpnlu.nlu.data import Corpus, load_corpus
+from dpnlu.nlu.encoding import encode_all
 from dpnlu.nlu.feature_cache import read_once
 from dpnlu.nlu.metrics import evaluate
 from dpnlu.nlu.models import EncoderClassifier
-from dpnlu.runs.experiment import experiment_for, plan_for
+from dpnlu.runs.experiment import plan_for
 from dpnlu.runs.settings import TrainSettings
 from dpnlu.runs.train import new_classifier
 from dpnlu.training.loop import Recipe
@@ -45,7 +46,6 @@ from dpnlu.training.loop import Recipe
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-SPLITS = ("valid", "test")
 MEASURES = {"intent_accuracy": "intent accuracy", "slot_f1": "slot F1"}
 # Of the rate of the heads, which start at zero: what is pretrained learns slower.
 ENCODER_RATE = 0.1
@@ -95,14 +95,7 @@ ROWS: dict[str, Callable[[nn.Module], None]] = {
 
 def measured(corpus: Corpus, settings: TrainSettings, row: str, seed: int) -> dict[str, Any]:
     """Train once, and measure on both splits."""
-    experiment = experiment_for(
-        settings,
-        epsilon=settings.epsilon,
-        labels=Labels(corpus.intents, corpus.tags),
-        vocabulary=HashedVocabulary(),
-        units=len(corpus.split("train")),
-        learning_rate=settings.learning_rate,
-    )
+    experiment = recommended_for(corpus, settings)
     architecture = replace(experiment.architecture, freeze_encoder=False)
     classifier = new_classifier(replace(experiment, architecture=architecture), seed=seed)
     assert isinstance(classifier.model, EncoderClassifier)

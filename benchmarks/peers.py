@@ -122,11 +122,11 @@ def loop_over_examples(case: Case, model: nn.Module) -> Iterator[Step]:
 @contextmanager
 def edp_sgd(case: Case, model: nn.Module, *, microbatches: int) -> Iterator[Step]:
     """Clipping of micro-batches by dpnlu, each one ordinary backward pass."""
-    size = case.logical // microbatches
-    if size == 0 or size > AT_ONCE:
+    size, rest = divmod(case.logical, microbatches)
+    if rest or size > AT_ONCE:
         raise NotImplementedError(f"{microbatches} of {case.logical} examples, {AT_ONCE} at once")
     pieces = replace(case, physical=size)
-    with private(pieces, model, engine="microbatch", microbatches=microbatches) as step:
+    with private(pieces, model, microbatches=microbatches) as step:
         yield step
 
 

@@ -116,7 +116,7 @@ def measured(
     texts: Texts, settings: TrainSettings, row: str, seed: int
 ) -> dict[str, dict[str, Any]]:
     """Train once, and measure on both splits; of some rows in two ways."""
-    recommended = _experiment(texts.corpus, settings)
+    recommended = recommended_for(texts.corpus, settings)
     if row in GRID:
         usual, kinds = recommended.recipe, {"batch_size": round}
         changed = {
@@ -124,7 +124,7 @@ def measured(
             for name, factor in GRID[row].items()
         }
         settings = replace(settings, **changed)
-        recommended = _experiment(texts.corpus, settings)
+        recommended = recommended_for(texts.corpus, settings)
     of_mechanism = dict(MECHANISMS.get(row, {}))
     microbatches = of_mechanism.pop("microbatches", None)
     settings = replace(settings, **of_mechanism)
@@ -170,7 +170,8 @@ def measured(
     return rows
 
 
-def _experiment(corpus: Corpus, settings: TrainSettings) -> Experiment:
+def recommended_for(corpus: Corpus, settings: TrainSettings) -> Experiment:
+    """What `dpnlu train` does with these settings."""
     return experiment_for(
         settings,
         epsilon=settings.epsilon,
@@ -194,7 +195,15 @@ def fewer(corpus: Corpus, texts: int | None) -> Corpus:
 
 
 def without(corpus: Corpus, intent: str | None) -> Corpus:
-    """The corpus without the test texts of an intent, which stay in training; None: as it is."""
+    """The corpus without the test texts of an intent, which stay in training; None: as it is.
+
+    Raises:
+        ValueError: the corpus has no such intent.
+    """
+    if intent is None:
+        return corpus
+    if intent not in corpus.intents:
+        raise ValueError(f"Expected an intent of {corpus.name} for --without, got {intent!r}.")
     return replace(
         corpus,
         examples=tuple(e for e in corpus.examples if e.split != "test" or e.intent != intent),

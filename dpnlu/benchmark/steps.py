@@ -50,7 +50,7 @@ def private(
     case: Case,
     model: nn.Module,
     *,
-    engine: str = "book_keeping",
+    engine: str | None = None,
     compiles: bool = False,
     backend: str = "inductor",
     microbatches: int | None = None,
@@ -59,9 +59,9 @@ def private(
     """The same with clipping, noise, and a ledger on disk.
 
     Args:
+        engine: None: what suits the plan; see `privatize`.
         backend: of compiled steps.
-        microbatches: that are clipped instead of examples, each a physical batch of its own; the
-            engine is then "microbatch".
+        microbatches: how many are clipped in place of examples, each a physical batch.
     """
     plan = PrivacyPlan(
         noise_multiplier=1.0,
