@@ -52,6 +52,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "and no neighbours": {"reads_text": False, "neighbours": 0},
     "and the last layer alone": {"reads_text": False, "neighbours": 0, "word_layers": (1.0,)},
     "each word's tag by itself": {"slot_loss": "words"},
+    "no means over words": {"reads_word_means": False},
+    "intents from zero, not from their names": {"reads_intent_names": False},
 }
 # What is changed of the recommended training: settings, and by which factor.
 GRID: dict[str, dict[str, float]] = {
@@ -85,7 +87,13 @@ MECHANISMS: dict[str, dict[str, Any]] = {
 }
 # The same weights, predicting under the constraints of IOB2 what was trained word by word.
 VITERBI = "each word's tag by itself, Viterbi"
-OF_ENCODERS = {"words alone, not the text", "and no neighbours", "and the last layer alone"}
+OF_ENCODERS = {
+    "words alone, not the text",
+    "and no neighbours",
+    "and the last layer alone",
+    "no means over words",
+    "intents from zero, not from their names",
+}
 
 
 class Texts:
@@ -106,10 +114,31 @@ class Texts:
             assert isinstance(widest.model, EncoderClassifier)
             encoded = encode_all(widest.encoding, self.examples(split))
             self._read[split] = read_once(widest.model, widest.encoding, encoded)
-        if classifier.architecture.word_layers == widest.architecture.word_layers:
+        wide, narrow = widest.architecture, classifier.architecture
+        if (narrow.word_layers, narrow.reads_word_means) == (
+            wide.word_layers,
+            wide.reads_word_means,
+        ):
             return self._read[split]
-        width = classifier.model.get_submodule("slot_head").in_features  # of the last layers
-        return [e | {"states": e["states"][:, -width:]} for e in self._read[split]]
+        return [_narrowed(read, classifier) for read in self._read[split]]
+
+
+def _narrowed(read: Encoded, classifier: Classifier) -> Encoded:
+    """What a model that reads fewer layers of words, or no means over them, reads of a text."""
+    architecture = classifier.architecture
+    assert architecture.text_layers and architecture.word_layers
+    config: Any = classifier.model.get_submodule("encoder").config
+    of_text, of_words = (
+        config.hidden_size * len(layers)
+        for layers in (architecture.text_layers, architecture.word_layers)
+    )
+    pooled = [read["pooled"][:of_text]]
+    if architecture.reads_word_means:
+        pooled.append(read["pooled"][-of_words:])
+    narrowed = read | {"pooled": torch.cat(pooled)}
+    if "states" in read:
+        narrowed["states"] = read["states"][:, -of_words:]
+    return narrowed
 
 
 def measured(

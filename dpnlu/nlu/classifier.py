@@ -10,6 +10,7 @@ from torch import nn
 
 from dpnlu.nlu.data import Vocabulary
 from dpnlu.nlu.encoding import LONGEST_TEXT, Encoding, Labels, SubwordEncoding, WordEncoding
+from dpnlu.nlu.label_names import begin_with_names
 from dpnlu.nlu.models import BiLSTMClassifier, EncoderClassifier
 from dpnlu.nlu.tag_chain import TagChain
 from dpnlu.nlu.wheels import located
@@ -39,6 +40,10 @@ class Architecture:
             sub-words. None: the last one at the word's first sub-word, as earlier versions did.
         neighbours: how many words before and behind a word its slot is read from, too.
         reads_text: whether a slot is read from the mean over the whole text, too.
+        reads_word_means: whether intents, and slots where they read the text, are read from the
+            means over the words in `word_layers`, too, beside those over the sub-words.
+        reads_intent_names: whether learning an intent begins with what the encoder says of its
+            name, and not with zero; see `label_names`.
         word_window: of the BiLSTM: of how many words before and behind a word the embeddings are
             read for its slot, beside the states; for the intent all are. None: embeddings are read
             by the BiLSTM alone, as earlier versions did.
@@ -57,6 +62,8 @@ class Architecture:
     word_layers: tuple[float, ...] | None = None
     neighbours: int = 0
     reads_text: bool = False
+    reads_word_means: bool = False
+    reads_intent_names: bool = False
     word_window: int | None = None
 
     def __post_init__(self) -> None:
@@ -97,10 +104,16 @@ class Architecture:
                 "Expected `word_window` >= 0, for the BiLSTM alone, got "
                 f"{self.word_window} for {self.name}."
             )
-        if not self.is_encoder and (any(asked.values()) or self.neighbours or self.reads_text):
+        reads = self.reads_text or self.reads_word_means or self.reads_intent_names
+        if not self.is_encoder and (any(asked.values()) or self.neighbours or reads):
             raise ValueError(
-                "Expected `text_layers`, `word_layers`, `neighbours` and `reads_text` for an "
-                f"encoder alone, got them for {self.name}."
+                "Expected `text_layers`, `word_layers`, `neighbours`, `reads_text`, "
+                "`reads_word_means` and `reads_intent_names` for an encoder alone, got them for "
+                f"{self.name}."
+            )
+        if self.reads_word_means and self.word_layers is None:
+            raise ValueError(
+                "Expected `word_layers` with `reads_word_means`, which are read there, got none."
             )
 
     @property
@@ -136,7 +149,11 @@ def build(architecture: Architecture, labels: Labels, vocabulary: Vocabulary) ->
     """
     if architecture.is_encoder:
         encoder, tokenizer = pretrained(architecture.encoder_name)
-        return assemble(architecture, labels, encoder=encoder, tokenizer=tokenizer)
+        classifier = assemble(architecture, labels, encoder=encoder, tokenizer=tokenizer)
+        model = classifier.model
+        if architecture.reads_intent_names and isinstance(model, EncoderClassifier):
+            begin_with_names(model, classifier.encoding)
+        return classifier
     return assemble(architecture, labels, vocabulary=vocabulary)
 
 
@@ -161,6 +178,7 @@ def assemble(
             word_layers=architecture.word_layers,
             neighbours=architecture.neighbours,
             reads_text=architecture.reads_text,
+            reads_word_means=architecture.reads_word_means,
             **sizes,
         )
         longest = _longest_text(encoder, tokenizer)

@@ -52,6 +52,20 @@ def words(
     return torch.cat([standardized(weights @ layer) for layer in _at(layers, shares)], dim=2)
 
 
+def means_of_words(states: Tensor, lengths: Tensor, *, layers: int) -> Tensor:
+    """The mean over a text's words in each layer, (B, n * d).
+
+    A word with many sub-words counts once, and special ones do not count, unlike in `pooled`.
+
+    Args:
+        states: (B, T, n * d), as `words` reads them: 0 past an example's end.
+        lengths: (B,) words of each example.
+        layers: n.
+    """
+    means = states.sum(1) / lengths.clamp(min=1)[:, None]
+    return torch.cat([standardized(mean) for mean in means.chunk(layers, dim=1)], dim=1)
+
+
 def standardized(states: Tensor) -> Tensor:
     """(…, d), each vector with mean 0 and variance 1."""
     return F.layer_norm(states, states.shape[-1:])

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from dpnlu.nlu.encoder_states import (
     first_sub_words,
+    means_of_words,
     pooled,
     with_neighbours,
     words,
@@ -172,10 +173,10 @@ class BiLSTMClassifier(nn.Module):
 class EncoderClassifier(nn.Module):
     """Any Hugging Face encoder, as it comes, with an intent head and a slot head.
 
-    The intent is read from the mean over the sub-words, in several layers, as earlier ones say more
-    of the words; a slot from such layers, at its word, the words around it and the whole text. All
-    are standardised and the heads start at zero, so that noise has little to spoil before there is
-    something learnt.
+    The intent is read from the means over the sub-words and over the words, in several layers, as
+    earlier ones say more of the words; a slot from such layers, at its word, the words around it
+    and the whole text. All are standardised and the heads start at zero, so that noise has little
+    to spoil before there is something learnt.
     """
 
     def __init__(
@@ -191,6 +192,7 @@ class EncoderClassifier(nn.Module):
         word_layers: Sequence[float] | None = None,
         neighbours: int = 0,
         reads_text: bool = False,
+        reads_word_means: bool = False,
     ) -> None:
         """Take over `encoder` with its weights.
 
@@ -204,11 +206,13 @@ class EncoderClassifier(nn.Module):
             dropout: everywhere in the encoder and on its output, in [0, 1).
             freeze_encoder: train the heads only.
             chain: as in `BiLSTMClassifier`.
-            text_layers, word_layers, neighbours, reads_text: what heads read; see `Architecture`.
+            text_layers, word_layers, neighbours, reads_text, reads_word_means: what heads read; see
+                `Architecture`.
         """
         super().__init__()
         self.chain, self.neighbours = chain, neighbours
         self.text_layers, self.word_layers = text_layers, word_layers
+        self.reads_word_means = reads_word_means
         self.encoder = encoder
         for name, module in encoder.named_modules():
             if isinstance(module, nn.Dropout):
@@ -221,6 +225,8 @@ class EncoderClassifier(nn.Module):
         self.dropout = nn.Dropout(dropout)
         width = config.hidden_size
         text = width * (2 if text_layers is None else len(text_layers))
+        if reads_word_means and word_layers is not None:
+            text += width * len(word_layers)
         self.intent_head = zero_linear(text, num_intents) if num_intents else None
         self.slot_head = self.text_head = None
         if num_tags:
@@ -260,13 +266,21 @@ class EncoderClassifier(nn.Module):
             output_hidden_states=True,
         ).hidden_states
         read = {}
+        states = self._states(layers, batch)
         if self.intent_head is not None or self.text_head is not None:
             read["pooled"] = pooled(layers, attention, shares=self.text_layers)
-        if self.slot_head is not None and self.word_layers is None:
-            read["states"] = first_sub_words(layers, batch["first"])
-        elif self.slot_head is not None and self.word_layers is not None:
-            read["states"] = words(layers, batch["first"], batch["last"], shares=self.word_layers)
+            if self.reads_word_means and self.word_layers is not None:
+                means = means_of_words(states, batch["lengths"], layers=len(self.word_layers))
+                read["pooled"] = torch.cat((read["pooled"], means), dim=1)
+        if self.slot_head is not None:
+            read["states"] = states
         return read
+
+    def _states(self, layers: Sequence[Tensor], batch: Batch) -> Tensor:
+        """(B, T, n d), of the words."""
+        if self.word_layers is None:
+            return first_sub_words(layers, batch["first"])
+        return words(layers, batch["first"], batch["last"], shares=self.word_layers)
 
     def per_example_loss(self, batch: Batch) -> Tensor:
         """(B,) losses; see `intent_slot_loss`."""

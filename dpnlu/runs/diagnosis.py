@@ -182,7 +182,14 @@ def _narrower(architecture: Architecture) -> Architecture:
     if not architecture.is_encoder:
         return architecture
     last = (1.0,)
-    return replace(architecture, text_layers=last, word_layers=last, neighbours=0, reads_text=False)
+    return replace(
+        architecture,
+        text_layers=last,
+        word_layers=last,
+        neighbours=0,
+        reads_text=False,
+        reads_word_means=False,
+    )
 
 
 def _trained(rung: Rung, corpus: Corpus, split: str, seed: int, on_progress: OnProgress) -> Metrics:

@@ -17,12 +17,17 @@ added).
 - The intent head is one linear layer. It reads the means of the states of all sub-words, special
   ones included, in {text}, each mean
   standardised, one behind the other.
-{slots}
+{words}{slots}
 `AutoModelForSequenceClassification` and `AutoModelForTokenClassification` would put new, untrained
 heads of another form on the encoder.
 """
 _TWO_LAYERS = "the last layer and in `hidden_states[len(hidden_states) // 2]`"
 _LAYERS = "`hidden_states[round(share * (len(hidden_states) - 1))]` for each share of {shares}"
+_WORD_MEANS = """\
+- Behind them it reads the means over the words, each standardised: of each word the mean of the
+  states of its sub-words, standardised, in
+  {layers}.
+"""
 _FIRST_SUB_WORD = """\
 - The slot head is one linear layer. It reads, for each word, the last layer's state of the word's
   first sub-word, standardised likewise.
@@ -67,7 +72,10 @@ def heads_in_words(architecture: Architecture) -> str:
         slots += _TEXT.format(scale=TEXT_SCALE)
     if architecture.slot_loss == "chain":
         slots += _CHAIN
-    heads = _HEADS.format(text=text, slots=slots)
+    means = ""
+    if architecture.reads_word_means and of_words is not None:
+        means = _WORD_MEANS.format(layers=_layers(of_words))
+    heads = _HEADS.format(text=text, words=means, slots=slots)
     return heads + (_REDACTED if architecture.redact_digits else "")
 
 

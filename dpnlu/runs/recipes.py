@@ -28,14 +28,14 @@ def architecture(
     Private training has noise enough without dropout, and leaves a pretrained encoder as it is: the
     noise grows with the number of trained weights, and at these budgets the heads alone do better.
     As the encoder does not learn to say what they need in its last layer, they read several, and
-    for slots the words around and the whole text. Those of a private BiLSTM read the words
-    themselves, too.
+    for slots the words around and the whole text. What intents are called is known beforehand, and
+    learning them begins with it. The heads of a private BiLSTM read the words themselves, too.
 
     Args:
         dropout, slot_loss: None: as recommended.
         characters: filters over the characters of each word; 0: none.
         redact_digits: read every digit as 0.
-        edition: of the recommendations, 1 to 5.
+        edition: of the recommendations, 1 to 6.
 
     Raises:
         ValueError: the name is neither "lstm" nor "encoder:NAME_OR_PATH", dropout is not in [0, 1),
@@ -58,6 +58,8 @@ def architecture(
         word_layers=(0.0, 0.5, 1.0) if wide else None,
         neighbours=1 if wide else 0,
         reads_text=wide,
+        reads_word_means=heads_alone and edition >= 6,
+        reads_intent_names=heads_alone and edition >= 6,
         word_window=1 if private and name == LSTM and edition >= 3 else None,
     )
 
@@ -81,7 +83,7 @@ def recipe(
         batch_size: of private training; None: as recommended. Ordinary training keeps its own.
         units: training examples, or users, which are public; None: as many as SNIPS has.
         weight_decay, patience: see `Recipe`.
-        edition: of the recommendations, 1 to 5.
+        edition: of the recommendations, 1 to 6.
 
     Raises:
         ValueError: a number is out of range; see `Recipe`. Or patience in private training.
@@ -136,6 +138,13 @@ _THIRD = _SECOND | {
 _FIFTH = _THIRD | {
     (False, True): Recipe(epochs=40, batch_size=4096, learning_rate=5e-3),
 }
-_RECIPES = {FIRST_RECIPES: _FIRST, 2: _SECOND, 3: _THIRD, 4: _THIRD, LATEST_RECIPES: _FIFTH}
+_RECIPES = {
+    FIRST_RECIPES: _FIRST,
+    2: _SECOND,
+    3: _THIRD,
+    4: _THIRD,
+    5: _FIFTH,
+    LATEST_RECIPES: _FIFTH,
+}
 # Of the private BiLSTM: 30 epochs of the 13 084 texts of SNIPS, in batches of 1024.
 _STEPS = 383

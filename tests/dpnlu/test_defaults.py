@@ -1,5 +1,7 @@
 """Recommended recipes: what is asked for is taken, or refused, and never passed over."""
 
+from dataclasses import replace
+
 import pytest
 
 from dpnlu.nlu.classifier import Architecture
@@ -55,8 +57,8 @@ def test_the_second_recommendations_are_kept() -> None:
     second = defaults.recipe("lstm", private=True, epochs=None, batch_size=None, edition=2)
     assert (second.epochs, second.batch_size) == (15, 1024)
     for name, private in (("lstm", False), ("encoder:somewhere", True)):
-        latest = defaults.architecture(name, private=private)
-        assert defaults.architecture(name, private=private, edition=2) == latest
+        later = defaults.architecture(name, private=private, edition=5)
+        assert defaults.architecture(name, private=private, edition=2) == later
 
 
 @KINDS
@@ -64,18 +66,32 @@ def test_the_second_recommendations_are_kept() -> None:
 def test_the_third_and_fourth_recommendations_are_kept(name: str, private: bool) -> None:
     """The fourth changed the private BiLSTM with few texts, the fifth private heads alone."""
     wanted = {"private": private, "epochs": None, "batch_size": None}
-    third, fourth, latest = (
+    third, fourth, fifth = (
         defaults.recipe(name, **wanted, units=500, edition=edition) for edition in (3, 4, 5)
     )
     for edition in (3, 4):
         found = defaults.architecture(name, private=private, edition=edition)
-        assert found == defaults.architecture(name, private=private)
+        assert found == defaults.architecture(name, private=private, edition=5)
     assert third == defaults.recipe(name, **wanted, edition=3)
     assert (fourth == third) != (private and name == "lstm")
-    assert (latest == fourth) != (private and name != "lstm")
+    assert (fifth == fourth) != (private and name != "lstm")
     if private and name != "lstm":
         assert (fourth.epochs, fourth.learning_rate) == (20, 1e-2)
-        assert (latest.epochs, latest.learning_rate) == (40, 5e-3)
+        assert (fifth.epochs, fifth.learning_rate) == (40, 5e-3)
+
+
+@KINDS
+@pytest.mark.parametrize("name", NAMES)
+def test_the_fifth_recommendations_are_kept(name: str, private: bool) -> None:
+    """The sixth lets private heads alone read means over words, and intents begin with names."""
+    fifth, latest = (
+        defaults.architecture(name, private=private, edition=edition) for edition in (5, 6)
+    )
+    assert latest == defaults.architecture(name, private=private)
+    heads_alone = private and name != "lstm"
+    assert latest == replace(fifth, reads_intent_names=heads_alone, reads_word_means=heads_alone)
+    wanted = {"private": private, "epochs": None, "batch_size": None, "units": 500}
+    assert defaults.recipe(name, **wanted, edition=5) == defaults.recipe(name, **wanted)
 
 
 @pytest.mark.parametrize("units", [1, 3, 20, 500, 4095, 4096, 5000, 13_084, 10**6])
@@ -97,7 +113,7 @@ def test_of_few_texts_what_is_asked_for_is_taken() -> None:
 
 
 def test_other_recommendations_are_refused() -> None:
-    with pytest.raises(ValueError, match="`recipes` to be one of 1, 2, 3, 4, 5, got 6"):
-        defaults.architecture("lstm", private=True, edition=6)
-    with pytest.raises(ValueError, match="`recipes` to be one of 1, 2, 3, 4, 5, got 0"):
+    with pytest.raises(ValueError, match="`recipes` to be one of 1, 2, 3, 4, 5, 6, got 7"):
+        defaults.architecture("lstm", private=True, edition=7)
+    with pytest.raises(ValueError, match="`recipes` to be one of 1, 2, 3, 4, 5, 6, got 0"):
         defaults.recipe("lstm", private=True, epochs=None, batch_size=None, edition=0)

@@ -68,6 +68,7 @@ def _classifier(name: str, encoder: Path) -> Classifier:
             word_layers=(0, 0.5, 1),
             neighbours=2,
             reads_text=True,
+            reads_word_means=True,
         ),
     }
     torch.manual_seed(0)
@@ -288,6 +289,34 @@ def test_a_wide_head_reads_the_words_around_and_the_text(tiny_encoder: Path) -> 
             torch.testing.assert_close(found[row, word], expected)
 
 
+def test_means_over_words_count_each_word_once(tiny_encoder: Path) -> None:
+    """Behind the means over sub-words, in the layers that words are read in; no special ones."""
+    architecture = Architecture(
+        name=f"encoder:{tiny_encoder}",
+        text_layers=(1,),
+        word_layers=(0, 1),
+        reads_word_means=True,
+    )
+    classifier = build(architecture, LABELS, HashedVocabulary(50))
+    model = classifier.model.double().eval()
+    batch = classifier.encoding.collate(encode_all(classifier.encoding, EXAMPLES))
+    read = model.read(batch)["pooled"]
+    hidden = model.get_submodule("encoder")(
+        input_ids=batch["subwords"], attention_mask=batch["attention"], output_hidden_states=True
+    ).hidden_states
+    for row, example in enumerate(EXAMPLES):
+        expected, place = [], 1  # after [CLS]
+        ends = [place := place + len(token) for token in example.tokens]  # it spells words out
+        for layer in (hidden[0], hidden[-1]):
+            words = [
+                layer[row, end - len(token) : end].mean(0)
+                for end, token in zip(ends, example.tokens, strict=True)
+            ]
+            mean = torch.stack([F.layer_norm(word, word.shape) for word in words]).mean(0)
+            expected.append(F.layer_norm(mean, mean.shape))
+        torch.testing.assert_close(read[row, -2 * len(expected[0]) :], torch.cat(expected))
+
+
 def test_an_encoder_without_hidden_states_is_refused(tiny_encoder: Path, monkeypatch) -> None:
     forward = BertModel.forward
 
@@ -313,6 +342,7 @@ def test_an_encoder_without_hidden_states_is_refused(tiny_encoder: Path, monkeyp
         ({"text_layers": ()}, "at least one"),
         ({"neighbours": -1}, "`neighbours` >= 0"),
         ({"slot_loss": "crf"}, "one of chain, words"),
+        ({"reads_word_means": True}, "Expected `word_layers` with `reads_word_means`"),
     ],
 )
 def test_a_reading_that_there_is_not_is_refused(settings: dict[str, Any], said: str) -> None:
@@ -411,6 +441,7 @@ def test_a_wide_model_comes_back_and_an_earlier_one_is_as_it_was(
     torch.testing.assert_close(found.tags, expected.tags, rtol=1e-4, atol=1e-5)  # in float32
     assert found.chain == expected.chain
     later = {"slot_loss", "text_layers", "word_layers", "neighbours", "reads_text"}
+    later |= {"reads_word_means", "reads_intent_names"}
     kept = {name: v for name, v in wide.architecture.to_dict().items() if name not in later}
     assert Architecture(**kept) == Architecture(name=f"encoder:{tiny_encoder}")
     assert _classifier("encoder", tiny_encoder).model(batch).chain is None
