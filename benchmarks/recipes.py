@@ -304,7 +304,7 @@ def main() -> None:
         rows = [row for row in rows if row not in OF_ENCODERS]
     corpus = without(fewer(load_corpus(options.data, seed=0), options.texts), options.without)
     texts = Texts(corpus)
-    title = f"{datetime.date.today()}-recipes-{options.data.partition(':')[0]}-{kind}"
+    title = f"{datetime.date.today()}-recipes-{corpus.name}-{kind}"
     if options.texts is not None:
         title += f"-{options.texts}-texts"
     if options.without is not None:
@@ -340,7 +340,7 @@ def main() -> None:
                 path.write_text(json.dumps(content, indent=1) + "\n")
     facts = ", ".join(f"{fact} {value}" for fact, value in content["machine"].items())
     commands = "\n".join(f"    {command}" for command in content["commands"])
-    heading = f"# Recommended recipe, {options.data.partition(':')[0]}, {kind}"
+    heading = f"# Recommended recipe, {corpus.name}, {kind}"
     if options.texts is not None:
         heading += f", {options.texts} training texts"
     if options.without is not None:

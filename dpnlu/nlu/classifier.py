@@ -40,8 +40,8 @@ class Architecture:
             sub-words. None: the last one at the word's first sub-word, as earlier versions did.
         neighbours: how many words before and behind a word its slot is read from, too.
         reads_text: whether a slot is read from the mean over the whole text, too.
-        reads_word_means: whether intents, and slots where they read the text, are read from the
-            means over the words in `word_layers`, too, beside those over the sub-words.
+        reads_word_means: whether intents are read from the means over the words in `word_layers`,
+            too, beside those over the sub-words.
         reads_intent_names: whether learning an intent begins with what the encoder says of its
             name, and not with zero; see `label_names`.
         word_window: of the BiLSTM: of how many words before and behind a word the embeddings are

@@ -30,7 +30,7 @@ _SEPARATORS = re.compile(r"[\s_./:|+-]+")
 def begin_with_names(model: EncoderClassifier, encoding: Encoding) -> None:
     """Let the intent head begin with what the encoder says of each intent's name.
 
-    An intent's row is `SCALE / d` times what the head would read of the name in the deepest layer,
+    An intent's row is in proportion to what the head would read of the name in the deepest layer,
     standardised, less its mean over all intents; zero for the other layers, and where a name has no
     word. The logit of an intent is then `SCALE` times the correlation of the text with its name,
     but for what all intents share. Where means over words are read, too, each has half of the row.
@@ -47,11 +47,12 @@ def begin_with_names(model: EncoderClassifier, encoding: Encoding) -> None:
         return
     shared = torch.stack(list(said.values())).mean(0)
     deepest = _deepest(model)
+    scale = SCALE / (width * len(deepest) * model.intent_scale)
     with torch.no_grad():
         for place, vector in said.items():
             for part in (slice(width * layer, width * (layer + 1)) for layer in deepest):
                 difference = vector[part] - shared[part]
-                head.weight[place, part] = SCALE / (width * len(deepest)) * difference
+                head.weight[place, part] = scale * difference
 
 
 def words_of(name: str) -> list[str]:

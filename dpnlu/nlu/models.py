@@ -225,9 +225,9 @@ class EncoderClassifier(nn.Module):
         self.dropout = nn.Dropout(dropout)
         width = config.hidden_size
         text = width * (2 if text_layers is None else len(text_layers))
-        if reads_word_means and word_layers is not None:
-            text += width * len(word_layers)
-        self.intent_head = zero_linear(text, num_intents) if num_intents else None
+        means = width * len(word_layers or ()) if reads_word_means else 0
+        self.intent_head = zero_linear(text + means, num_intents) if num_intents else None
+        self.intent_scale = (text / (text + means)) ** 0.5
         self.slot_head = self.text_head = None
         if num_tags:
             read = width * len(word_layers or (1.0,))
@@ -239,14 +239,16 @@ class EncoderClassifier(nn.Module):
         read = self.read(batch) if "attention" in batch else batch
         intents = tags = None
         if self.intent_head is not None:
-            intents = self.intent_head(self.dropout(read["pooled"]))
+            # As long as the means over sub-words alone, or slots would lose room within the bound.
+            intents = self.intent_head(self.intent_scale * self.dropout(read["pooled"]))
         if self.slot_head is not None:
             tags = self.slot_head(self.dropout(read["states"]))
             if self.neighbours:
                 present = _present(batch["lengths"], tags.shape[1])
                 tags = with_neighbours(tags, present, neighbours=self.neighbours)
         if tags is not None and self.text_head is not None:
-            tags = tags + self.text_head(TEXT_SCALE * self.dropout(read["pooled"]))[:, None]
+            text = read["pooled"][:, : self.text_head.in_features]
+            tags = tags + self.text_head(TEXT_SCALE * self.dropout(text))[:, None]
         return Outputs(intents, tags, self.chain)
 
     def embed(self, batch: Batch) -> Tensor:

@@ -27,6 +27,7 @@ _WORD_MEANS = """\
 - Behind them it reads the means over the words, each standardised: of each word the mean of the
   states of its sub-words, standardised, in
   {layers}.
+  All that it reads is times {scale:.6g}.
 """
 _FIRST_SUB_WORD = """\
 - The slot head is one linear layer. It reads, for each word, the last layer's state of the word's
@@ -43,8 +44,8 @@ _NEIGHBOURS = """\
   logits of a word are the sum of what it and its neighbours say of it.
 """
 _TEXT = """\
-- To the logits of every word the text head is added, a linear layer that reads what the intent
-  head reads, times {scale:g}.
+- To the logits of every word the text head is added, a linear layer that reads the means over the
+  sub-words that the intent head reads, times {scale:g}.
 """
 _CHAIN = """\
 - The tags of a text are the sequence with the greatest sum of logits in which `I-x` follows `B-x`
@@ -74,7 +75,9 @@ def heads_in_words(architecture: Architecture) -> str:
         slots += _CHAIN
     means = ""
     if architecture.reads_word_means and of_words is not None:
-        means = _WORD_MEANS.format(layers=_layers(of_words))
+        alone = 2 if of_text is None else len(of_text)
+        scale = (alone / (alone + len(of_words))) ** 0.5
+        means = _WORD_MEANS.format(layers=_layers(of_words), scale=scale)
     heads = _HEADS.format(text=text, words=means, slots=slots)
     return heads + (_REDACTED if architecture.redact_digits else "")
 
