@@ -77,13 +77,14 @@ def _deepest(model: EncoderClassifier) -> list[int]:
 
 def _said(model: EncoderClassifier, encoding: Encoding) -> dict[int, Tensor]:
     """The places of the intents whose names have words, and (m d,) what is read of these names."""
-    places, encoded = [], []
-    for place, name in enumerate(encoding.labels.intents):
-        if words := tuple(words_of(name)):
-            example = Example(
-                id=name, text=name, tokens=words, tags=None, intent=name, split="train"
-            )
-            places.append(place)
-            encoded.append(encoding.encode(example))
-    read = read_once(model, encoding, encoded)
-    return {place: said["pooled"] for place, said in zip(places, read, strict=True)}
+    encoded = {
+        place: encoding.encode(
+            Example(id=name, text=name, tokens=words, tags=None, intent=name, split="train")
+        )
+        for place, name in enumerate(encoding.labels.intents)
+        if (words := tuple(words_of(name)))
+    }
+    # Some tokenizers have no sub-word for a character, and no special ones either.
+    encoded = {place: name for place, name in encoded.items() if len(name["subwords"])}
+    read = read_once(model, encoding, list(encoded.values()))
+    return {place: said["pooled"] for place, said in zip(encoded, read, strict=True)}

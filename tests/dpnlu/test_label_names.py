@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpnlu.nlu.classifier import Architecture, Classifier, build
 from dpnlu.nlu.data import Example, HashedVocabulary
-from dpnlu.nlu.encoding import Labels
-from dpnlu.nlu.label_names import SCALE, words_of
+from dpnlu.nlu.encoding import Labels, SubwordEncoding
+from dpnlu.nlu.label_names import SCALE, begin_with_names, words_of
 
 NAMES = ("AddToPlaylist", "get_weather", "alarm/set")
 
@@ -110,6 +110,22 @@ def test_names_without_a_word_begin_with_zero(tiny_encoder: Path) -> None:
     assert head.weight[0].count_nonzero() > 0
     nothing = _built(tiny_encoder, intents=("_", "/")).model.intent_head
     assert nothing.weight.count_nonzero() == 0
+
+
+def test_names_without_a_sub_word_begin_with_zero(tiny_encoder: Path) -> None:
+    """… where the tokenizer has no special ones either."""
+
+    class Silent(SubwordEncoding):
+        def _subwords(self, tokens, **options):
+            found = super()._subwords(tokens, **options)
+            return found | {field: found[field][:0] for field in ("subwords", "attention")}
+
+    classifier = _built(tiny_encoder)
+    head = classifier.model.intent_head
+    nn.init.zeros_(head.weight)
+    silent = Silent(classifier.encoding.labels, classifier.encoding.tokenizer)
+    begin_with_names(classifier.model, silent)
+    assert head.weight.count_nonzero() == 0
 
 
 def test_names_of_any_length_are_taken(tiny_encoder: Path) -> None:
