@@ -179,10 +179,10 @@ class RecipeSettings(DataSettings):
     )
 
     recipes: int = setting(
-        "which recommendations are taken: 5; or 1 to 4, earlier ones, with which earlier "
+        "which recommendations are taken: 6; or 1 to 5, earlier ones, with which earlier "
         "versions began what is resumed",
         default=LATEST_RECIPES,
-        metavar="1|2|3|4|5",
+        metavar="1|2|3|4|5|6",
     )
 
     @property
