@@ -18,6 +18,7 @@ import argparse
 import datetime
 import json
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -304,7 +305,8 @@ def main() -> None:
         rows = [row for row in rows if row not in OF_ENCODERS]
     corpus = without(fewer(load_corpus(options.data, seed=0), options.texts), options.without)
     texts = Texts(corpus)
-    title = f"{datetime.date.today()}-recipes-{corpus.name}-{kind}"
+    name = corpus.name.replace("/", "-")  # of the hub: ORGANISATION/NAME
+    title = f"{datetime.date.today()}-recipes-{name}-{kind}"
     if options.texts is not None:
         title += f"-{options.texts}-texts"
     if options.without is not None:
@@ -313,7 +315,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{title}.json"
     content = json.loads(path.read_text()) if path.exists() else {"commands": [], "results": {}}
-    content["commands"].append(" ".join(["python", *sys.argv]))
+    content["commands"].append(shlex.join(["python", *sys.argv]))
     content["machine"] = {
         "processor": processor(),
         "threads": torch.get_num_threads(),

@@ -66,6 +66,16 @@ def means_of_words(states: Tensor, lengths: Tensor, *, layers: int) -> Tensor:
     return torch.cat([standardized(mean) for mean in means.chunk(layers, dim=1)], dim=1)
 
 
+def intent_scale(*, text_layers: int, mean_layers: int) -> float:
+    """By which an intent head scales what it reads: means over sub-words in so many layers, and
+    means over words in so many.
+
+    It is as long as the means over sub-words alone would be. Or gradients of intents would be
+    longer, and those of slots lose room within the clipping bound.
+    """
+    return float((text_layers / (text_layers + mean_layers)) ** 0.5)
+
+
 def standardized(states: Tensor) -> Tensor:
     """(…, d), each vector with mean 0 and variance 1."""
     return F.layer_norm(states, states.shape[-1:])

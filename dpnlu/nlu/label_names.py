@@ -69,7 +69,7 @@ def _deepest(model: EncoderClassifier) -> list[int]:
     """Which of the means that intents read is of the deepest layer: over sub-words, over words."""
     shares = model.text_layers or (1.0, 0.5)  # as `pooled` reads them
     found = [max(range(len(shares)), key=shares.__getitem__)]
-    if model.reads_word_means and model.word_layers is not None:
+    if model.mean_layers and model.word_layers is not None:
         of_words = model.word_layers
         found.append(len(shares) + max(range(len(of_words)), key=of_words.__getitem__))
     return found

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from dpnlu.nlu.encoder_states import (
     first_sub_words,
+    intent_scale,
     means_of_words,
     pooled,
     with_neighbours,
@@ -212,7 +213,8 @@ class EncoderClassifier(nn.Module):
         super().__init__()
         self.chain, self.neighbours = chain, neighbours
         self.text_layers, self.word_layers = text_layers, word_layers
-        self.reads_word_means = reads_word_means
+        # In how many layers the intent head reads means over words; nothing else reads them.
+        self.mean_layers = len(word_layers or ()) if reads_word_means and num_intents else 0
         self.encoder = encoder
         for name, module in encoder.named_modules():
             if isinstance(module, nn.Dropout):
@@ -224,22 +226,22 @@ class EncoderClassifier(nn.Module):
         config: Any = encoder.config
         self.dropout = nn.Dropout(dropout)
         width = config.hidden_size
-        text = width * (2 if text_layers is None else len(text_layers))
-        means = width * len(word_layers or ()) if reads_word_means else 0
-        self.intent_head = zero_linear(text + means, num_intents) if num_intents else None
-        self.intent_scale = (text / (text + means)) ** 0.5
+        of_text = 2 if text_layers is None else len(text_layers)
+        self.intent_scale = intent_scale(text_layers=of_text, mean_layers=self.mean_layers)
+        self.intent_head = None
+        if num_intents:
+            self.intent_head = zero_linear(width * (of_text + self.mean_layers), num_intents)
         self.slot_head = self.text_head = None
         if num_tags:
             read = width * len(word_layers or (1.0,))
             self.slot_head = zero_linear(read, (2 * neighbours + 1) * num_tags)
         if num_tags and reads_text:
-            self.text_head = zero_linear(text, num_tags, bias=False)
+            self.text_head = zero_linear(width * of_text, num_tags, bias=False)
 
     def forward(self, batch: Batch) -> Outputs:
         read = self.read(batch) if "attention" in batch else batch
         intents = tags = None
         if self.intent_head is not None:
-            # As long as the means over sub-words alone, or slots would lose room within the bound.
             intents = self.intent_head(self.intent_scale * self.dropout(read["pooled"]))
         if self.slot_head is not None:
             tags = self.slot_head(self.dropout(read["states"]))
@@ -258,8 +260,8 @@ class EncoderClassifier(nn.Module):
         return vectors
 
     def read(self, batch: Batch) -> Batch:
-        """What the heads read of the encoder: pooled (B, m d) of the texts in m layers, states
-        (B, T, n d) of the words in n."""
+        """What the heads read of the encoder: pooled (B, m d), the m means over each text, those
+        over sub-words first, and states (B, T, n d) of the words in n layers."""
         attention = batch["attention"]
         layers = self.encoder(
             input_ids=None if "vectors" in batch else batch["subwords"],
@@ -268,14 +270,14 @@ class EncoderClassifier(nn.Module):
             output_hidden_states=True,
         ).hidden_states
         read = {}
-        states = self._states(layers, batch)
+        if self.slot_head is not None:
+            read["states"] = self._states(layers, batch)
         if self.intent_head is not None or self.text_head is not None:
             read["pooled"] = pooled(layers, attention, shares=self.text_layers)
-            if self.reads_word_means and self.word_layers is not None:
-                means = means_of_words(states, batch["lengths"], layers=len(self.word_layers))
-                read["pooled"] = torch.cat((read["pooled"], means), dim=1)
-        if self.slot_head is not None:
-            read["states"] = states
+        if self.mean_layers:
+            states = read["states"] if "states" in read else self._states(layers, batch)
+            means = means_of_words(states, batch["lengths"], layers=self.mean_layers)
+            read["pooled"] = torch.cat((read["pooled"], means), dim=1)
         return read
 
     def _states(self, layers: Sequence[Tensor], batch: Batch) -> Tensor:

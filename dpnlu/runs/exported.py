@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dpnlu.nlu.classifier import Architecture
+from dpnlu.nlu.encoder_states import intent_scale
 from dpnlu.nlu.models import TEXT_SCALE
 
 _HEADS = """## This export
@@ -76,7 +77,7 @@ def heads_in_words(architecture: Architecture) -> str:
     means = ""
     if architecture.reads_word_means and of_words is not None:
         alone = 2 if of_text is None else len(of_text)
-        scale = (alone / (alone + len(of_words))) ** 0.5
+        scale = intent_scale(text_layers=alone, mean_layers=len(of_words))
         means = _WORD_MEANS.format(layers=_layers(of_words), scale=scale)
     heads = _HEADS.format(text=text, words=means, slots=slots)
     return heads + (_REDACTED if architecture.redact_digits else "")

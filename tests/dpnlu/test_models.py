@@ -445,3 +445,29 @@ def test_a_wide_model_comes_back_and_an_earlier_one_is_as_it_was(
     kept = {name: v for name, v in wide.architecture.to_dict().items() if name not in later}
     assert Architecture(**kept) == Architecture(name=f"encoder:{tiny_encoder}")
     assert _classifier("encoder", tiny_encoder).model(batch).chain is None
+
+
+@pytest.mark.parametrize("intents, tags", [(("ask", "tell"), ()), ((), ("B-x", "I-x", "O"))])
+def test_only_what_is_read_of_an_encoder_is_computed(
+    tiny_encoder: Path, intents: tuple[str, ...], tags: tuple[str, ...]
+) -> None:
+    """Intents alone: no states of words, but their means. Slots alone: no means over words."""
+    architecture = Architecture(
+        name=f"encoder:{tiny_encoder}",
+        text_layers=(0, 1),
+        word_layers=(0, 0.5, 1),
+        reads_text=True,
+        reads_word_means=True,
+        reads_intent_names=True,
+    )
+    classifier = build(architecture, Labels(intents, tags), HashedVocabulary(50))
+    batch = classifier.encoding.collate(encode_all(classifier.encoding, EXAMPLES))
+    width = classifier.model.encoder.config.hidden_size
+    read = classifier.model.read(batch)
+    assert ("states" in read) == bool(tags)
+    assert read["pooled"].shape == (len(EXAMPLES), width * (2 + 3 * bool(intents)))
+    assert classifier.model.per_example_loss(batch).isfinite().all()
+    plain = Architecture(name=f"encoder:{tiny_encoder}")
+    old = build(plain, Labels(("ask", "tell"), ()), HashedVocabulary(50)).model
+    without_words = {k: v for k, v in batch.items() if k not in ("first", "last")}
+    assert set(old.read(without_words)) == {"pooled"}

@@ -284,7 +284,8 @@ def test_an_export_says_what_its_heads_read(tiny_encoder: Path) -> None:
     wide = replace(plain, word_layers=(0, 0.5), neighbours=2, reads_text=True, slot_loss="chain")
     assert "first sub-word" in heads_in_words(plain) and "Viterbi" not in heads_in_words(plain)
     assert "means over the words" not in heads_in_words(wide)
-    assert "means over the words" in heads_in_words(replace(wide, reads_word_means=True))
+    with_means = heads_in_words(replace(wide, reads_word_means=True))
+    assert "means over the words" in with_means and "times 0.707107" in with_means
     said = heads_in_words(wide)
     assert "0.333" in heads_in_words(replace(wide, text_layers=(1 / 3, 1)))
     for piece in ("share of 0, 0.5,", "5 pieces", "word 2 behind", "text head", "Viterbi"):
